@@ -1,0 +1,62 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTOS := $(sort $(wildcard protos/insitu_proto/v1/*.proto))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check fmt lint types arch protos protos-check clean
+
+help: ## Lists the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed ## Makes the virtual environment and installs insitu with all that it needs.
+
+# torch comes first, by its exact version: on a machine without a GPU pip then finds the CPU build.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: setup ## Starts a server with a small real model, runs the first session against it, stops it.
+	$(BIN)/python examples/run_demo.py
+
+test: setup ## Runs all tests.
+	$(BIN)/python -m pytest
+
+check: lint types arch protos-check test ## Everything that a change must pass.
+
+fmt: setup ## Formats the code.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/buf format --write
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/buf format --diff --exit-code
+	$(BIN)/buf lint
+
+types: setup
+	$(BIN)/mypy
+
+arch: setup
+	$(BIN)/lint-imports
+
+protos: setup ## Generates the Python code of the contract.
+	$(BIN)/python -m grpc_tools.protoc --proto_path=protos \
+	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	  --python_out=protos --mypy_out=protos $(PROTOS)
+	$(BIN)/python -m grpc_tools.protoc --proto_path=protos \
+	  --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	  --grpc_python_out=protos --mypy_grpc_out=protos $(filter %_service.proto,$(PROTOS))
+
+protos-check: protos
+	git diff --exit-code -- protos
+	@test -z "$$(git status --porcelain -- protos)" || { git status --short -- protos; exit 1; }
+	@if git rev-parse --verify --quiet origin/main >/dev/null; \
+	  then $(BIN)/buf breaking --against '.git#ref=origin/main'; \
+	  else echo 'no origin/main to compare the contract with'; fi
+
+clean: ## Removes the virtual environment and caches.
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""The contract between insitu's programs: generated from the .proto files beside it."""

@@ -1,0 +1,1 @@
+"""What both ends of the contract must agree on beyond its schema."""

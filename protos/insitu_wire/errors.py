@@ -1,0 +1,331 @@
+"""Every error of insitu: its reason, its gRPC code and the exception that users catch.
+
+- Error
+- - InvalidTraceError: the session is wrong, fix it
+- - - UnknownModuleError: also an AttributeError, so that hasattr() works on envoys
+- - AuthenticationError: no API key, or a wrong one
+- - PermissionDeniedError: not yours
+- - NotFoundError: no such model, session or result
+- - SessionStateError: not possible in the session's state
+- - LeaseLostError: the shard group was lost, submit again
+- - CapacityError: a limit is reached
+- - CancelledError: the session was cancelled
+- - UnavailableError: the server can not be reached, or stops
+- - ConfigurationError: a setting of this program is not usable
+- - VersionError: the server is older than what was asked of it
+- - ValueNotAvailableError: a value was touched that is not here
+- - InterventionError: an operation of the session raised while it ran
+- - InternalError: a flaw of insitu itself
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum, auto
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from insitu_proto.v1 import error_reason_pb2, intervention_pb2
+
+DOMAIN = "insitu.dev"
+
+
+class Reason(StrEnum):
+    """Says why; the names of `insitu.v1.ErrorReason` without their prefix."""
+
+    @staticmethod
+    def _generate_next_value_(name: str, start: int, count: int, last_values: list[str]) -> str:
+        return name
+
+    UNKNOWN_MODULE_PATH = auto()
+    MALFORMED_SESSION = auto()
+    SHAPE_MISMATCH = auto()
+    UNKNOWN_OPERATION = auto()
+    UNKNOWN_REFERENCE = auto()
+    CYCLIC_TRACE = auto()
+    UNSUPPORTED_FEATURE = auto()
+    REQUEST_TOO_LARGE = auto()
+    MISSING_CREDENTIAL = auto()
+    INVALID_CREDENTIAL = auto()
+    PERMISSION_DENIED = auto()
+    MODEL_NOT_FOUND = auto()
+    SESSION_NOT_FOUND = auto()
+    RESULT_NOT_FOUND = auto()
+    REQUEST_ID_REUSED = auto()
+    QUEUE_FULL = auto()
+    OUT_OF_MEMORY = auto()
+    INTERVENTION_RAISED = auto()
+    HOOK_POINT_NOT_REACHED = auto()
+    SESSION_CANCELLED = auto()
+    REPLICA_LOST = auto()
+    SERVER_UNREACHABLE = auto()
+    SHUTTING_DOWN = auto()
+    VALUE_NOT_AVAILABLE = auto()
+    CHECKSUM_MISMATCH = auto()
+    INTERNAL = auto()
+    INVALID_CONFIGURATION = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Names a line of the user's own code."""
+
+    file: str
+    line: int
+    source: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.file}:{self.line}"
+        return f"{text}\n    {self.source}" if self.source else text
+
+
+class Error(Exception):
+    """Base of all errors of insitu.
+
+    Attributes:
+        reason: why, for programs.
+        message: what was wrong, what is allowed, what to do.
+        metadata: every dynamic part of the message.
+        location: the line of the user's code that it belongs to, if any.
+        trace_number: which trace of the session failed, from 1; 0 where none did.
+        remote_traceback: the server's traceback as text, if it says something.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: Reason,
+        metadata: dict[str, str] | None = None,
+        location: Location | None = None,
+        trace_number: int = 0,
+        remote_traceback: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason
+        self.metadata = metadata or {}
+        self.location = location
+        self.trace_number = trace_number
+        self.remote_traceback = remote_traceback
+
+    def __str__(self) -> str:
+        parts = [self.message]
+        if self.trace_number:
+            parts.append(f"in trace {self.trace_number} of the session")
+        if self.location:
+            parts.append(f"at {self.location}")
+        if self.remote_traceback:
+            parts.append(f"where the model runs:\n{self.remote_traceback}")
+        return "\n  ".join(parts)
+
+
+class InvalidTraceError(Error):
+    """The session is wrong: fix it."""
+
+
+class UnknownModuleError(InvalidTraceError, AttributeError):
+    """The model has no module of this name."""
+
+
+class AuthenticationError(Error):
+    """The API key is missing or wrong."""
+
+
+class PermissionDeniedError(Error):
+    """What was asked for is not yours."""
+
+
+class NotFoundError(Error):
+    """There is no such model, session or result."""
+
+
+class SessionStateError(Error):
+    """What was asked for is not possible in the session's state."""
+
+
+class LeaseLostError(Error):
+    """The shard group that ran the session was lost: submit again."""
+
+
+class CapacityError(Error):
+    """A limit is reached."""
+
+
+class CancelledError(Error):
+    """The session was cancelled."""
+
+
+class UnavailableError(Error):
+    """The server can not be reached, or stops."""
+
+
+class ConfigurationError(Error):
+    """A setting of this program is not usable."""
+
+
+class VersionError(Error):
+    """The server is older than what was asked of it."""
+
+
+class ValueNotAvailableError(Error):
+    """A value was touched before it was there, or without having been saved."""
+
+
+class InterventionError(Error):
+    """An operation of the session raised while it ran."""
+
+
+class InternalError(Error):
+    """A flaw of insitu itself."""
+
+
+_Code = grpc.StatusCode
+_TABLE: dict[Reason, tuple[grpc.StatusCode, type[Error]]] = {
+    Reason.UNKNOWN_MODULE_PATH: (_Code.INVALID_ARGUMENT, UnknownModuleError),
+    Reason.MALFORMED_SESSION: (_Code.INVALID_ARGUMENT, InvalidTraceError),
+    Reason.SHAPE_MISMATCH: (_Code.INVALID_ARGUMENT, InvalidTraceError),
+    Reason.UNKNOWN_OPERATION: (_Code.INVALID_ARGUMENT, InvalidTraceError),
+    Reason.UNKNOWN_REFERENCE: (_Code.INVALID_ARGUMENT, InvalidTraceError),
+    Reason.CYCLIC_TRACE: (_Code.INVALID_ARGUMENT, InvalidTraceError),
+    Reason.HOOK_POINT_NOT_REACHED: (_Code.INVALID_ARGUMENT, InvalidTraceError),
+    Reason.UNSUPPORTED_FEATURE: (_Code.UNIMPLEMENTED, VersionError),
+    Reason.REQUEST_TOO_LARGE: (_Code.RESOURCE_EXHAUSTED, CapacityError),
+    Reason.QUEUE_FULL: (_Code.RESOURCE_EXHAUSTED, CapacityError),
+    Reason.OUT_OF_MEMORY: (_Code.RESOURCE_EXHAUSTED, CapacityError),
+    Reason.MISSING_CREDENTIAL: (_Code.UNAUTHENTICATED, AuthenticationError),
+    Reason.INVALID_CREDENTIAL: (_Code.UNAUTHENTICATED, AuthenticationError),
+    Reason.PERMISSION_DENIED: (_Code.PERMISSION_DENIED, PermissionDeniedError),
+    Reason.MODEL_NOT_FOUND: (_Code.NOT_FOUND, NotFoundError),
+    Reason.SESSION_NOT_FOUND: (_Code.NOT_FOUND, NotFoundError),
+    Reason.RESULT_NOT_FOUND: (_Code.NOT_FOUND, NotFoundError),
+    Reason.REQUEST_ID_REUSED: (_Code.FAILED_PRECONDITION, SessionStateError),
+    Reason.INTERVENTION_RAISED: (_Code.INVALID_ARGUMENT, InterventionError),
+    Reason.SESSION_CANCELLED: (_Code.CANCELLED, CancelledError),
+    Reason.REPLICA_LOST: (_Code.ABORTED, LeaseLostError),
+    Reason.SERVER_UNREACHABLE: (_Code.UNAVAILABLE, UnavailableError),
+    Reason.SHUTTING_DOWN: (_Code.UNAVAILABLE, UnavailableError),
+    Reason.VALUE_NOT_AVAILABLE: (_Code.FAILED_PRECONDITION, ValueNotAvailableError),
+    Reason.INVALID_CONFIGURATION: (_Code.FAILED_PRECONDITION, ConfigurationError),
+    Reason.CHECKSUM_MISMATCH: (_Code.DATA_LOSS, InternalError),
+    Reason.INTERNAL: (_Code.INTERNAL, InternalError),
+}
+
+
+def error(
+    reason: Reason,
+    message: str,
+    *,
+    location: Location | None = None,
+    trace_number: int = 0,
+    remote_traceback: str = "",
+    **metadata: object,
+) -> Error:
+    """Makes the exception that the table gives for a reason; `metadata` keys in lowerCamelCase."""
+    return _TABLE[reason][1](
+        message,
+        reason=reason,
+        metadata={key: str(value) for key, value in metadata.items()},
+        location=location,
+        trace_number=trace_number,
+        remote_traceback=remote_traceback,
+    )
+
+
+def status_code(reason: Reason) -> grpc.StatusCode:
+    """Gives the gRPC code of a reason."""
+    return _TABLE[reason][0]
+
+
+def to_status(err: Error) -> status_pb2.Status:
+    """Encodes an error for an RPC's trailers, as google.rpc.Status with ErrorInfo (AIP-193)."""
+    metadata = dict(err.metadata)
+    if err.location:
+        metadata |= {
+            "file": err.location.file,
+            "line": str(err.location.line),
+            "source": err.location.source,
+        }
+    info = error_details_pb2.ErrorInfo(reason=err.reason, domain=DOMAIN, metadata=metadata)
+    detail = any_pb2.Any()
+    detail.Pack(info)
+    code: int = status_code(err.reason).value[0]
+    return status_pb2.Status(code=code, message=err.message, details=[detail])
+
+
+def from_rpc_error(rpc_error: grpc.RpcError, *, address: str) -> Error:
+    """Decodes an RPC's error; `address` is named where the server did not answer itself."""
+    status = rpc_status.from_call(rpc_error)
+    for detail in status.details if status is not None else ():
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason.__members__:
+            metadata = dict(info.metadata)
+            return error(
+                Reason(info.reason), status.message, location=_pop_location(metadata), **metadata
+            )
+    return _from_transport(rpc_error.code(), rpc_error.details() or "", address)
+
+
+def _pop_location(metadata: dict[str, str]) -> Location | None:
+    if "line" not in metadata:
+        return None
+    file, line, source = (metadata.pop(key, "") for key in ("file", "line", "source"))
+    return Location(file, int(line), source)
+
+
+def _from_transport(code: grpc.StatusCode, details: str, address: str) -> Error:
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return error(
+            Reason.REQUEST_TOO_LARGE,
+            f"the server at {address} does not take a message of this size ({details}); "
+            "send fewer or smaller tensors",
+            address=address,
+        )
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return error(
+            Reason.SERVER_UNREACHABLE,
+            f"no insitu server answers at {address} ({details}); start one with `insitu up`, "
+            "or set INSITU_ENDPOINT to the address of one that runs",
+            address=address,
+        )
+    return error(
+        Reason.INTERNAL,
+        f"the server at {address} answered {code.name}: {details}",
+        address=address,
+        code=code.name,
+    )
+
+
+def to_failure(err: Error) -> error_reason_pb2.Failure:
+    """Encodes an error that ended a session while it ran."""
+    failure = error_reason_pb2.Failure(
+        reason=error_reason_pb2.ErrorReason.Value(f"ERROR_REASON_{err.reason}"),
+        message=err.message,
+        metadata=err.metadata,
+        trace_number=err.trace_number,
+        traceback=err.remote_traceback,
+    )
+    if err.location:
+        failure.location.CopyFrom(
+            intervention_pb2.SourceLocation(
+                file=err.location.file, line=err.location.line, source=err.location.source
+            )
+        )
+    return failure
+
+
+def from_failure(failure: error_reason_pb2.Failure) -> Error:
+    """Decodes why a session failed."""
+    name = error_reason_pb2.ErrorReason.Name(failure.reason).removeprefix("ERROR_REASON_")
+    where = failure.location
+    return error(
+        Reason(name) if name in Reason.__members__ else Reason.INTERNAL,
+        failure.message,
+        location=Location(where.file, where.line, where.source) if where.line else None,
+        trace_number=failure.trace_number,
+        remote_traceback=failure.traceback,
+        **failure.metadata,
+    )

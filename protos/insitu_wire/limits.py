@@ -1,0 +1,28 @@
+"""Sizes that both ends of a connection must agree on, and the channel options that follow."""
+
+from __future__ import annotations
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""Largest message that any server takes; what is larger is streamed in chunks."""
+
+CHUNK_BYTES = 1024 * 1024
+"""Size of the chunks in which tensors and files are streamed."""
+
+API_KEY_METADATA = "insitu-api-key"
+"""Metadata key that carries a client's API key."""
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A watcher may wait for hours without traffic; these find a dead peer within two minutes.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    *CHANNEL_OPTIONS,
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
+    # Two servers on one port would share its calls silently.
+    ("grpc.so_reuseport", 0),
+)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum, auto
+from typing import cast
 
 import grpc
 from google.protobuf import any_pb2
@@ -256,9 +257,9 @@ def to_status(err: Error) -> status_pb2.Status:
     return status_pb2.Status(code=code, message=err.message, details=[detail])
 
 
-def from_rpc_error(rpc_error: grpc.RpcError, *, address: str) -> Error:
+def from_rpc_error(rpc_error: grpc.Call | grpc.aio.AioRpcError, *, address: str) -> Error:
     """Decodes an RPC's error; `address` is named where the server did not answer itself."""
-    status = rpc_status.from_call(rpc_error)
+    status = rpc_status.from_call(cast("grpc.Call", rpc_error))
     for detail in status.details if status is not None else ():
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason.__members__:

@@ -16,7 +16,7 @@ from insitu_wire.errors import Error, Reason, error, to_status
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    Handler = grpc.RpcMethodHandler[Any, Any]
+    Handler = grpc.RpcMethodHandler[Any, Any] | None
     Context = grpc.aio.ServicerContext[Any, Any]
 
 _log = logging.getLogger(__name__)
@@ -46,13 +46,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 if handler.request_streaming
                 else grpc.unary_stream_rpc_method_handler
             )
-            return cast("Handler", make(_guard_stream(cast("Any", stream)), **serializers))
-        return cast(
-            "Handler",
-            grpc.unary_unary_rpc_method_handler(
-                _guard_unary(cast("Any", handler.unary_unary)), **serializers
-            ),
-        )
+            return make(_guard_stream(cast("Any", stream)), **serializers)
+        guarded = _guard_unary(cast("Any", handler.unary_unary))
+        return grpc.unary_unary_rpc_method_handler(guarded, **serializers)
 
 
 def _guard_unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -83,9 +79,9 @@ async def _mapped(context: Context) -> AsyncIterator[None]:
     except Exception:  # noqa: BLE001 - the one place where the unforeseen is answered
         log_id = uuid.uuid4().hex[:12]
         _log.exception("unforeseen error %s", log_id)
-        err = error(
+        flaw = error(
             Reason.INTERNAL,
             f"the server met a flaw of its own; its log has it under {log_id}",
             logId=log_id,
         )
-        await context.abort_with_status(rpc_status.to_status(to_status(err)))
+        await context.abort_with_status(rpc_status.to_status(to_status(flaw)))

@@ -17,7 +17,7 @@ _FUNCTIONS_AND_METHODS = """
 abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr all allclose amax amin aminmax
 angle any arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort asin asinh
 atan atan2 atanh baddbmm bernoulli bincount bitwise_and bitwise_left_shift bitwise_not bitwise_or
-bitwise_right_shift bitwise_xor bmm broadcast_to bucketize ceil cholesky chunk clamp clamp_max
+bitwise_right_shift bitwise_xor bmm broadcast_to ceil cholesky chunk clamp clamp_max
 clamp_min clip clone conj copysign corrcoef cos cosh count_nonzero cov cross cummax cummin cumprod
 cumsum deg2rad det detach diag diag_embed diagflat diagonal diff digamma dist div divide dot eq
 equal erf erfc erfinv exp exp2 expm1 fix flatten flip fliplr flipud float_power floor floor_divide
@@ -37,7 +37,7 @@ tril triu true_divide trunc unbind unflatten unique unique_consecutive unsqueeze
 
 _FUNCTIONS = """
 atleast_1d atleast_2d atleast_3d block_diag broadcast_tensors cartesian_prod cat cdist chain_matmul
-column_stack combinations complex concat concatenate cosine_similarity cumulative_trapezoid dropout
+bucketize column_stack combinations complex concat concatenate cosine_similarity cumulative_trapezoid dropout
 dsplit dstack einsum empty_like full_like group_norm hsplit hstack layer_norm meshgrid
 normal ones_like pairwise_distance polar rand_like randn_like searchsorted stack std_mean tensordot
 trapezoid tril_indices triu_indices vander var_mean vsplit vstack zeros_like rms_norm
@@ -50,8 +50,8 @@ bfloat16 bool byte contiguous cpu double expand expand_as float half int item lo
 new_empty new_full new_ones new_zeros repeat reshape_as short sum_to_size to tolist type_as view
 view_as unfold dim numel size nelement element_size is_floating_point requires_grad_
 abs_ add_ addcdiv_ addcmul_ addmm_ bernoulli_ bitwise_and_ bitwise_not_ bitwise_or_ bitwise_xor_
-ceil_ clamp_ clamp_max_ clamp_min_ clip_ copy_ cos_ cumprod_ cumsum_ div_ divide_ eq_ erf_ exp_ expm1_
-fill_ fill_diagonal_ floor_ floor_divide_ fmod_ frac_ ge_ gt_ index_add_ index_copy_ index_fill_
+ceil_ clamp_ clamp_max_ clamp_min_ clip_ copy_ cos_ cumprod_ cumsum_ div_ divide_ eq_ erf_ exp_
+expm1_ fill_ fill_diagonal_ floor_ floor_divide_ fmod_ frac_ ge_ gt_ index_add_ index_copy_ index_fill_
 index_put_ le_ lerp_ log_ log1p_ logical_and_ logical_not_ logical_or_ logical_xor_ lt_
 masked_fill_ masked_scatter_ mul_ multiply_ nan_to_num_ ne_ neg_ normal_ pow_ reciprocal_ relu_
 remainder_ renorm_ round_ rsqrt_ scatter_ scatter_add_ scatter_reduce_ sigmoid_ sign_ sin_ sqrt_

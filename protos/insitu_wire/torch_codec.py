@@ -44,7 +44,7 @@ def dtype_from_pb(dtype: tensor_pb2.Dtype.ValueType) -> torch.dtype:
 def tensor_data(tensor: torch.Tensor) -> memoryview:
     """Gives a tensor's elements in row-major order, without a copy where they lie so on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
 def tensor_from_data(spec: tensor_pb2.Tensor, data: bytearray | memoryview) -> torch.Tensor:

@@ -15,52 +15,51 @@ OPERATIONS_VERSION = 1
 # Arithmetic, comparison and reduction exist as functions and as methods of a tensor.
 _FUNCTIONS_AND_METHODS = """
 abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr all allclose amax amin aminmax
-angle any arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort asin asinh
-atan atan2 atanh baddbmm bernoulli bincount bitwise_and bitwise_left_shift bitwise_not bitwise_or
-bitwise_right_shift bitwise_xor bmm broadcast_to ceil cholesky chunk clamp clamp_max
-clamp_min clip clone conj copysign corrcoef cos cosh count_nonzero cov cross cummax cummin cumprod
-cumsum deg2rad det detach diag diag_embed diagflat diagonal diff digamma dist div divide dot eq
-equal erf erfc erfinv exp exp2 expm1 fix flatten flip fliplr flipud float_power floor floor_divide
-fmax fmin fmod frac gather ge greater greater_equal gt heaviside histc hypot index_add index_copy
-index_fill index_put index_select inner inverse isclose isfinite isinf isnan isneginf isposinf
-isreal kron kthvalue le lerp less less_equal lgamma log log10 log1p log2 log_softmax logaddexp
-logaddexp2 logcumsumexp logdet logical_and logical_not logical_or logical_xor logit logsumexp lt
-masked_fill masked_scatter masked_select matmul matrix_power max maximum mean median min minimum mm
-mode movedim moveaxis msort mul multinomial multiply mv mvlgamma nan_to_num nanmean nanmedian
-nanquantile nansum narrow ne neg negative nextafter nonzero norm not_equal outer permute pinverse
-pow positive prod quantile rad2deg ravel reciprocal relu remainder renorm repeat_interleave reshape
-roll rot90 round rsqrt scatter scatter_add scatter_reduce select select_scatter sigmoid sign
-signbit sin sinc sinh slice_scatter slogdet softmax sort split sqrt square squeeze std sub subtract
-sum svd swapaxes swapdims t take take_along_dim tan tanh tensor_split tile topk trace transpose
-tril triu true_divide trunc unbind unflatten unique unique_consecutive unsqueeze var where xlogy
+angle any arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort asin asinh atan
+atan2 atanh baddbmm bernoulli bincount bitwise_and bitwise_left_shift bitwise_not bitwise_or
+bitwise_right_shift bitwise_xor bmm broadcast_to ceil cholesky chunk clamp clamp_max clamp_min clip
+clone conj copysign corrcoef cos cosh count_nonzero cov cross cummax cummin cumprod cumsum deg2rad
+det detach diag diag_embed diagflat diagonal diff digamma dist div divide dot eq equal erf erfc
+erfinv exp exp2 expm1 fix flatten flip fliplr flipud float_power floor floor_divide fmax fmin fmod
+frac gather ge greater greater_equal gt heaviside histc hypot index_add index_copy index_fill
+index_put index_select inner inverse isclose isfinite isinf isnan isneginf isposinf isreal kron
+kthvalue le lerp less less_equal lgamma log log10 log1p log2 log_softmax logaddexp logaddexp2
+logcumsumexp logdet logical_and logical_not logical_or logical_xor logit logsumexp lt masked_fill
+masked_scatter masked_select matmul matrix_power max maximum mean median min minimum mm mode movedim
+moveaxis msort mul multinomial multiply mv mvlgamma nan_to_num nanmean nanmedian nanquantile nansum
+narrow ne neg negative nextafter nonzero norm not_equal outer permute pinverse pow positive prod
+quantile rad2deg ravel reciprocal relu remainder renorm repeat_interleave reshape roll rot90 round
+rsqrt scatter scatter_add scatter_reduce select select_scatter sigmoid sign signbit sin sinc sinh
+slice_scatter slogdet softmax sort split sqrt square squeeze std sub subtract sum svd swapaxes
+swapdims t take take_along_dim tan tanh tensor_split tile topk trace transpose tril triu true_divide
+trunc unbind unflatten unique unique_consecutive unsqueeze var where xlogy
 """
 
 _FUNCTIONS = """
 atleast_1d atleast_2d atleast_3d block_diag broadcast_tensors cartesian_prod cat cdist chain_matmul
-bucketize column_stack combinations complex concat concatenate cosine_similarity cumulative_trapezoid dropout
-dsplit dstack einsum empty_like full_like group_norm hsplit hstack layer_norm meshgrid
-normal ones_like pairwise_distance polar rand_like randn_like searchsorted stack std_mean tensordot
-trapezoid tril_indices triu_indices vander var_mean vsplit vstack zeros_like rms_norm
-isin logspace linspace arange zeros ones full eye rand randn randint randperm empty tensor
+bucketize column_stack combinations complex concat concatenate cosine_similarity
+cumulative_trapezoid dropout dsplit dstack einsum empty_like full_like group_norm hsplit hstack
+layer_norm meshgrid normal ones_like pairwise_distance polar rand_like randn_like searchsorted stack
+std_mean tensordot trapezoid tril_indices triu_indices vander var_mean vsplit vstack zeros_like
+rms_norm isin logspace linspace arange zeros ones full eye rand randn randint randperm empty tensor
 scalar_tensor
 """
 
 _METHODS = """
 bfloat16 bool byte contiguous cpu double expand expand_as float half int item long masked_fill
 new_empty new_full new_ones new_zeros repeat reshape_as short sum_to_size to tolist type_as view
-view_as unfold dim numel size nelement element_size is_floating_point requires_grad_
-abs_ add_ addcdiv_ addcmul_ addmm_ bernoulli_ bitwise_and_ bitwise_not_ bitwise_or_ bitwise_xor_
-ceil_ clamp_ clamp_max_ clamp_min_ clip_ copy_ cos_ cumprod_ cumsum_ div_ divide_ eq_ erf_ exp_
-expm1_ fill_ fill_diagonal_ floor_ floor_divide_ fmod_ frac_ ge_ gt_ index_add_ index_copy_ index_fill_
-index_put_ le_ lerp_ log_ log1p_ logical_and_ logical_not_ logical_or_ logical_xor_ lt_
-masked_fill_ masked_scatter_ mul_ multiply_ nan_to_num_ ne_ neg_ normal_ pow_ reciprocal_ relu_
-remainder_ renorm_ round_ rsqrt_ scatter_ scatter_add_ scatter_reduce_ sigmoid_ sign_ sin_ sqrt_
-square_ sub_ subtract_ tan_ tanh_ tril_ triu_ trunc_ uniform_ zero_
-__getitem__ __setitem__ __rsub__ __rpow__ __rdiv__ __rtruediv__ __rfloordiv__ __rmod__ __rmatmul__
-__and__ __or__ __xor__ __iand__ __ior__ __ixor__ __lshift__ __rshift__ __ilshift__ __irshift__
-__invert__ __neg__ __pos__ __abs__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __contains__
-__floordiv__ __mod__ __pow__ __ipow__ __ifloordiv__ __imod__ __len__ __rlshift__ __rrshift__
-__rand__ __ror__ __rxor__
+view_as unfold dim numel size nelement element_size is_floating_point requires_grad_ abs_ add_
+addcdiv_ addcmul_ addmm_ bernoulli_ bitwise_and_ bitwise_not_ bitwise_or_ bitwise_xor_ ceil_ clamp_
+clamp_max_ clamp_min_ clip_ copy_ cos_ cumprod_ cumsum_ div_ divide_ eq_ erf_ exp_ expm1_ fill_
+fill_diagonal_ floor_ floor_divide_ fmod_ frac_ ge_ gt_ index_add_ index_copy_ index_fill_
+index_put_ le_ lerp_ log_ log1p_ logical_and_ logical_not_ logical_or_ logical_xor_ lt_ masked_fill_
+masked_scatter_ mul_ multiply_ nan_to_num_ ne_ neg_ normal_ pow_ reciprocal_ relu_ remainder_
+renorm_ round_ rsqrt_ scatter_ scatter_add_ scatter_reduce_ sigmoid_ sign_ sin_ sqrt_ square_ sub_
+subtract_ tan_ tanh_ tril_ triu_ trunc_ uniform_ zero_ __getitem__ __setitem__ __rsub__ __rpow__
+__rdiv__ __rtruediv__ __rfloordiv__ __rmod__ __rmatmul__ __and__ __or__ __xor__ __iand__ __ior__
+__ixor__ __lshift__ __rshift__ __ilshift__ __irshift__ __invert__ __neg__ __pos__ __abs__ __eq__
+__ne__ __lt__ __le__ __gt__ __ge__ __contains__ __floordiv__ __mod__ __pow__ __ipow__ __ifloordiv__
+__imod__ __len__ __rlshift__ __rrshift__ __rand__ __ror__ __rxor__
 """
 
 _PROPERTIES = "T mT H mH real imag shape dtype device ndim"

@@ -1,6 +1,6 @@
 """The operations that a session may use: one table of names, shared by SDK and shards.
 
-The names are torch's own public ones. What could read files, run code, hand out memory addresses or
+The names are public ones of torch and of Python's operator module. What could read files, run code, hand out memory addresses or
 change the model is not here. Both ends resolve the names of this table once; a name that a user
 sends is only ever looked up in the table.
 """
@@ -103,8 +103,10 @@ OPERATIONS: frozenset[str] = frozenset(
     | _names("torch.linalg", _LINALG)
     | _names("torch.fft", _FFT)
     | _names("torch.special", _SPECIAL)
+    # Takes an item out of a tuple, list or dict.
+    | {"operator.getitem"}
 )
-"""Every operation, by torch's public name."""
+"""Every operation, by its public name in torch or the standard library."""
 
 _IN_PLACE_OPERATORS = {
     "__setitem__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "__ipow__",
@@ -112,6 +114,7 @@ _IN_PLACE_OPERATORS = {
 }  # fmt: skip
 
 _VIEWS = {
+    "getitem",
     "__getitem__", "T", "mT", "H", "mH", "real", "imag", "broadcast_to", "chunk", "conj",
     "contiguous", "detach", "diagonal", "expand", "expand_as", "flatten", "movedim", "moveaxis",
     "narrow", "permute", "positive", "ravel", "reshape", "reshape_as", "select", "split", "squeeze",

@@ -1,1 +1,77 @@
-"""x."""
+"""insitu: look inside large language models where they run.
+
+from insitu import LanguageModel
+
+model = LanguageModel("HuggingFaceTB/SmolLM2-135M-Instruct")
+with model.trace("The Eiffel Tower is in the city of", remote=True):
+    tokens = model.lm_head.output.argmax(dim=-1).save()
+print(model.tokenizer.decode(tokens[0][-1]))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from insitu._config import CONFIG
+from insitu_wire.errors import (
+    AuthenticationError,
+    CancelledError,
+    CapacityError,
+    ConfigurationError,
+    Error,
+    InternalError,
+    InterventionError,
+    InvalidTraceError,
+    LeaseLostError,
+    NotFoundError,
+    PermissionDeniedError,
+    SessionStateError,
+    UnavailableError,
+    UnknownModuleError,
+    ValueNotAvailableError,
+    VersionError,
+)
+
+if TYPE_CHECKING:
+    from insitu._envoy import Envoy
+    from insitu._model import LanguageModel
+    from insitu._session import Session, Tracer
+
+__all__ = [
+    "CONFIG",
+    "AuthenticationError",
+    "CancelledError",
+    "CapacityError",
+    "ConfigurationError",
+    "Envoy",
+    "Error",
+    "InternalError",
+    "InterventionError",
+    "InvalidTraceError",
+    "LanguageModel",
+    "LeaseLostError",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "Session",
+    "SessionStateError",
+    "Tracer",
+    "UnavailableError",
+    "UnknownModuleError",
+    "ValueNotAvailableError",
+    "VersionError",
+]
+
+# Imported at first use: these need torch, which takes seconds.
+_LAZY = {
+    "Envoy": "insitu._envoy",
+    "LanguageModel": "insitu._model",
+    "Session": "insitu._session",
+    "Tracer": "insitu._session",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'insitu' has no attribute {name!r}")

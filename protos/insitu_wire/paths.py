@@ -1,0 +1,19 @@
+"""Where insitu keeps files between runs, for whichever of its programs looks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Gives insitu's cache folder: INSITU_CACHE_DIR, else below the user's cache folder."""
+    if folder := os.environ.get("INSITU_CACHE_DIR"):
+        return Path(folder).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "insitu"
+
+
+def model_cache_folder(name: str) -> Path:
+    """Gives the folder in which a model of this name is cached."""
+    return cache_folder() / "models" / name.replace("/", "--")

@@ -1,0 +1,157 @@
+"""Envoys: they stand for the modules of a model that is somewhere else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from insitu._proxy import BlockProxy, Origin, wrap
+from insitu._shapes import Unknown, structure
+from insitu._source import user_location
+from insitu_proto.v1 import intervention_pb2
+from insitu_wire.errors import Reason, error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from insitu._model import LanguageModel
+    from insitu._recorder import TraceRecorder
+    from insitu_wire.errors import Location
+
+_SIDES = {
+    "input": intervention_pb2.HOOK_SIDE_INPUT,
+    "inputs": intervention_pb2.HOOK_SIDE_INPUTS,
+    "output": intervention_pb2.HOOK_SIDE_OUTPUT,
+}
+
+
+class Envoy:
+    """Stands for one module: its children are attributes, its values are read and written.
+
+    Inside a trace `output` is what the module returns, `input` its first argument, and `inputs` all
+    of them as `(positional, keyword)`. Assigning to one replaces it in the forward pass; assigning
+    to a part of one changes that part.
+    """
+
+    def __init__(self, model: LanguageModel, path: str) -> None:
+        object.__setattr__(self, "_model", model)
+        object.__setattr__(self, "path", path)
+
+    _model: LanguageModel
+    path: str
+    """Module path, as in `named_modules()`."""
+
+    @property
+    def output(self) -> Any:
+        """What the module returns; of a decoder layer its hidden state, [batch, length, hidden]."""
+        return self._read("output")
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        if self._model._tree[self.path].is_block and isinstance(value, tuple) and len(value) == 1:
+            (value,) = value
+        self._write("output", value)
+
+    @property
+    def input(self) -> Any:
+        """The first argument that the module is called with."""
+        return self._read("input")
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        self._write("input", value)
+
+    @property
+    def inputs(self) -> Any:
+        """All arguments that the module is called with: (positional, keyword)."""
+        return self._read("inputs")
+
+    @inputs.setter
+    def inputs(self, value: Any) -> None:
+        self._write("inputs", value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Applies the module to values of the session, without firing its hook points."""
+        location = user_location()
+        trace = self._trace("a call", location)
+        node_id = trace.module_call(self.path, args, kwargs, location)
+        origin = Origin(trace.session_recorder, location, f"{self.path}(...)", node_id)
+        result: torch.Tensor = wrap(Unknown(), origin)
+        return result
+
+    def get(self, path: str) -> Envoy:
+        """Gives the envoy of a module below this one by its path, such as "layers.3.mlp"."""
+        full = f"{self.path}.{path}" if self.path else path
+        if full not in self._model._tree:
+            raise self._model._tree.unknown(full, user_location())
+        return Envoy(self._model, full)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.get(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not isinstance(getattr(type(self), name, None), property):
+            raise error(
+                Reason.UNKNOWN_MODULE_PATH,
+                f"{name!r} of {self.path or 'the model'} can not be assigned; assign to .output, "
+                ".input or .inputs of a module",
+                location=user_location(),
+            )
+        super().__setattr__(name, value)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        names = self._model._tree.children(self.path)
+        if isinstance(index, slice):
+            return [self.get(name) for name in names[index]]
+        if not -len(names) <= index < len(names):
+            raise self._model._tree.unknown(f"{self.path}.{index}", user_location())
+        return self.get(names[index])
+
+    def __iter__(self) -> Iterator[Envoy]:
+        return iter(self[:])
+
+    def __len__(self) -> int:
+        return len(self._model._tree.children(self.path))
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._model._tree.children(self.path)]
+
+    def __repr__(self) -> str:
+        return self._model._tree.render(self.path)
+
+    def _read(self, side: str) -> Any:
+        location = user_location()
+        trace = self._trace(f".{side}", location)
+        node_id = trace.read(self._hook_point(side), location)
+        origin = Origin(trace.session_recorder, location, f"{self.path or 'model'}.{side}", node_id)
+        is_block = side == "output" and self._model._tree[self.path].is_block
+        return wrap(self._shapes(side, trace), origin, BlockProxy if is_block else None)
+
+    def _write(self, side: str, value: Any) -> None:
+        location = user_location()
+        trace = self._trace(f".{side}", location)
+        trace.write(self._hook_point(side), value, location)
+
+    def _shapes(self, side: str, trace: TraceRecorder) -> Any:
+        module = self._model._tree[self.path]
+        batch = (trace.num_rows, trace.length)
+        if side == "output":
+            return structure(module.output, *batch)
+        args, kwargs = structure(module.args, *batch), structure(module.kwargs, *batch)
+        if side == "inputs":
+            return args, kwargs
+        if isinstance(args, Unknown) or not (args or kwargs):
+            return Unknown()
+        return args[0] if args else next(iter(kwargs.values()))
+
+    def _hook_point(self, side: str) -> intervention_pb2.HookPoint:
+        return intervention_pb2.HookPoint(module_path=self.path, side=_SIDES[side])
+
+    def _trace(self, what: str, location: Location) -> TraceRecorder:
+        return self._model._current_trace(f"{self.path or 'model'}{what}", location)

@@ -1,0 +1,22 @@
+"""Shows what happens to a session, through Python's logging."""
+
+from __future__ import annotations
+
+import logging
+
+_logger = logging.getLogger("insitu")
+
+
+def log_event(session_id: str, kind: str, message: str) -> None:
+    """Logs one event of a session; shown on standard error unless the program set up logging."""
+    _show_by_default()
+    _logger.info("%s - %s: %s", session_id, kind, message)
+
+
+def _show_by_default() -> None:
+    if _logger.level == logging.NOTSET:
+        _logger.setLevel(logging.INFO)
+    if not _logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+        _logger.addHandler(handler)

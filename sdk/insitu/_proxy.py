@@ -1,0 +1,364 @@
+"""Values that are not there yet: tensors, and structures of them, that record what is done to them.
+
+A proxy is a tensor on the meta device: it has a shape and an element type and no elements. What the
+user does to it runs on that shape at once, so that a misfit is an error at the user's own line, and
+is recorded. When the session has run, a saved proxy becomes its value: the very same object is then
+an ordinary tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch.utils import _pytree as pytree
+
+from insitu._operations import operation_name
+from insitu._shapes import KNOWN_WITHOUT_RUNNING, Unknown, infer
+from insitu._source import assigned_name, user_location
+from insitu_wire.errors import Reason, error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from insitu._recorder import SessionRecorder
+    from insitu_wire.errors import Location
+
+
+@dataclass(slots=True)
+class Origin:
+    """Where a proxy comes from.
+
+    A proxy is either the value of a node, or an item of a structure that is; the latter gets a node
+    of its own only when it is used.
+    """
+
+    recorder: SessionRecorder
+    location: Location
+    description: str
+    node_id: int = 0
+    parent: Origin | None = None
+    key: object = None
+
+    def id(self) -> int:
+        """Gives the id of the node that makes the value."""
+        if not self.node_id:
+            assert self.parent is not None
+            trace = self.recorder.last_trace
+            assert trace is not None
+            parent = _NodeReference(self.parent.id())
+            self.node_id = trace.call("operator.getitem", (parent, self.key), {}, self.location)
+        return self.node_id
+
+    def item(self, key: object) -> Origin:
+        """Gives the origin of an item."""
+        return Origin(
+            self.recorder, self.location, f"{self.description}[{key!r}]", parent=self, key=key
+        )
+
+    def __str__(self) -> str:
+        name = assigned_name(self.location)
+        return f"{name!r} ({self.description})" if name else self.description
+
+
+@dataclass(frozen=True, slots=True)
+class _NodeReference:
+    node_id: int
+
+
+class Proxy(torch.Tensor):
+    """A tensor that will be there when the session has run, if it is saved.
+
+    Operators, tensor methods and torch functions on it are recorded.
+    """
+
+    _origin: Origin
+    _meta: torch.Tensor | None
+
+    @staticmethod
+    def make(origin: Origin, meta: torch.Tensor | None, kind: type[Proxy] | None = None) -> Proxy:
+        """Makes a proxy.
+
+        Args:
+            origin: where it comes from.
+            meta: a tensor on the meta device with its shape and dtype; None where not known.
+            kind: class of the proxy, by default Proxy.
+        """
+        shell = torch.empty(0, device="meta") if meta is None else meta
+        with torch._C.DisableTorchFunctionSubclass():
+            proxy = torch.Tensor._make_subclass(kind or Proxy, shell)
+        proxy._origin = origin
+        proxy._meta = meta
+        return proxy
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Records what torch is asked to do with proxies."""
+        kwargs = kwargs or {}
+        proxies = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Proxy)]
+        if func in KNOWN_WITHOUT_RUNNING and proxies[0]._meta is not None:
+            return KNOWN_WITHOUT_RUNNING[func](proxies[0]._meta, *args[1:], **kwargs)
+        return _record(func, proxies, args, kwargs)
+
+    def save(self) -> Self:
+        """Marks the value to come back; after the session has run, this object is the value."""
+        _save(self, self._origin)
+        return self
+
+    def __iter__(self) -> Iterator[Proxy]:
+        return iter([self[index] for index in range(len(self))])
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return _describe(self)
+
+    def __format__(self, format_spec: str) -> str:
+        return _describe(self)
+
+    def __bool__(self) -> bool:
+        raise _not_here(self._origin, "whether it is true")
+
+    def __int__(self) -> int:
+        raise _not_here(self._origin, "its number")
+
+    def __float__(self) -> float:
+        raise _not_here(self._origin, "its number")
+
+    def __index__(self) -> int:
+        raise _not_here(self._origin, "its number")
+
+    def tolist(self) -> Any:
+        """Raises ValueNotAvailableError: the elements are not here."""
+        raise _not_here(self._origin, "its elements")
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Raises ValueNotAvailableError: the elements are not here."""
+        raise _not_here(self._origin, "its elements")
+
+    def __array__(self, dtype: object = None) -> Any:
+        raise _not_here(self._origin, "its elements")
+
+
+class BlockProxy(Proxy):
+    """The output of a decoder layer: its hidden state, [batch, length, hidden].
+
+    It may also be treated as the tuple `(hidden_state,)` that some versions of transformers return.
+    """
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, int) or isinstance(key, bool):
+            return super().__getitem__(key)
+        if key in (0, -1):
+            return Proxy.make(self._origin, self._meta)
+        raise _only_hidden_state(key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if isinstance(key, int) and not isinstance(key, bool):
+            self[key][...] = value
+        else:
+            super().__setitem__(key, value)
+
+    def __iter__(self) -> Iterator[Proxy]:
+        return iter([self[0]])
+
+    def __len__(self) -> int:
+        return 1
+
+
+class BlockOutput(torch.Tensor):
+    """A saved output of a decoder layer: its hidden state, where `[0]` is the whole of it too."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        hidden = self.as_subclass(torch.Tensor)
+        if not isinstance(key, int) or isinstance(key, bool):
+            return hidden[key]
+        if key in (0, -1):
+            return hidden
+        raise _only_hidden_state(key)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter([self[0]])
+
+    def __len__(self) -> int:
+        return 1
+
+
+class ProxyTuple(tuple[Any, ...]):
+    """A tuple of values that are not there yet."""
+
+    _origin: Origin
+
+    def save(self) -> Self:
+        """Marks all values to come back."""
+        _save(self, self._origin)
+        return self
+
+
+class ProxyDict(dict[str, Any]):
+    """A dictionary of values that are not there yet; its items are also attributes."""
+
+    _origin: Origin
+
+    def save(self) -> Self:
+        """Marks all values to come back."""
+        _save(self, self._origin)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{self._origin} has {', '.join(self)}, and no {name}") from None
+
+
+def wrap(structure: Any, origin: Origin, kind: type[Proxy] | None = None) -> Any:
+    """Puts proxies in the place of meta tensors, and of `UNKNOWN`, in a structure."""
+    match structure:
+        case torch.Tensor():
+            return Proxy.make(origin, structure, kind)
+        case tuple() | list():
+            items = [wrap(item, origin.item(key)) for key, item in enumerate(structure)]
+            if hasattr(structure, "_fields"):  # a named tuple, such as torch.topk returns
+                return type(structure)(*items)
+            if hasattr(structure, "n_fields"):
+                return type(structure)(items)
+            proxies = ProxyTuple(items)
+            proxies._origin = origin
+            return proxies
+        case dict():
+            mapping = ProxyDict({k: wrap(item, origin.item(k)) for k, item in structure.items()})
+            mapping._origin = origin
+            return mapping
+        case Unknown():
+            return Proxy.make(origin, None)
+    return structure
+
+
+def reference(value: object) -> int | None:
+    """Gives the node id of a recorded value; None for anything else."""
+    match value:
+        case Proxy():
+            return value._origin.id()
+        case _NodeReference():
+            return value.node_id
+    return None
+
+
+def fill(target: Any, value: Any) -> None:
+    """Makes saved proxies their values, in place."""
+    match target:
+        case Proxy():
+            tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+            if isinstance(target, BlockProxy):
+                tensor = tensor.as_subclass(BlockOutput)
+            torch.utils.swap_tensors(target, tensor)
+        case tuple() | list():
+            for part, item in zip(target, value, strict=True):
+                fill(part, item)
+        case dict():
+            for key, part in target.items():
+                fill(part, value[key])
+
+
+def _record(
+    func: Callable[..., Any], proxies: list[Proxy], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    location = user_location()
+    origin = proxies[0]._origin
+    recorder = origin.recorder
+    for proxy in proxies:
+        if proxy._origin.recorder.state != "recording":
+            raise _not_here(proxy._origin, "its elements")
+        if proxy._origin.recorder is not recorder:
+            raise error(
+                Reason.UNKNOWN_REFERENCE,
+                f"{proxy._origin} belongs to another session; keep both in one session, or save "
+                "the value there and use the saved tensor here",
+                location=location,
+            )
+    name = operation_name(func, location)
+    args, kwargs = _on_the_models_device(name, args, kwargs)
+    structure = infer(func, name, pytree.tree_map(_to_meta, (args, kwargs)), location)
+    trace = recorder.last_trace
+    assert trace is not None
+    node_id = trace.call(name, args, kwargs, location)
+    word = name.removesuffix(".__get__").rpartition(".")[2]
+    suffix = "[...]" if word == "__getitem__" else f".{word}"
+    return wrap(structure, Origin(recorder, location, origin.description + suffix, node_id))
+
+
+def _to_meta(leaf: Any) -> Any:
+    if isinstance(leaf, Proxy):
+        return Unknown() if leaf._meta is None else leaf._meta
+    return leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _on_the_models_device(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Makes devices that are given as text devices: these travel as "where the model is"."""
+    if name == "torch.Tensor.to":
+        args = tuple(torch.device(arg) if isinstance(arg, str) else arg for arg in args)
+    if isinstance(kwargs.get("device"), str):
+        kwargs = {**kwargs, "device": torch.device(kwargs["device"])}
+    return args, kwargs
+
+
+def _save(value: Any, origin: Origin) -> None:
+    recorder = origin.recorder
+    location = user_location()
+    if recorder.state != "recording" or recorder.last_trace is None:
+        raise _not_here(origin, "it")
+    if any(saved is value for saved in recorder.saved.values()):
+        return
+    name = assigned_name(location) or assigned_name(origin.location)
+    recorder.last_trace.save(value, name, location)
+
+
+def _describe(proxy: Proxy) -> str:
+    meta = proxy._meta
+    shape = (
+        f"{str(meta.dtype).removeprefix('torch.')}{list(meta.shape)}" if meta is not None else ""
+    )
+    return f"<{_missing(proxy._origin)}{' ' + shape if shape else ''}>"
+
+
+def _missing(origin: Origin) -> str:
+    if origin.recorder.state == "done":
+        return f"{origin} was not saved: call .save() on it inside the session"
+    return f"{origin} is not here before the session has run"
+
+
+def _not_here(origin: Origin, what: str) -> Exception:
+    if origin.recorder.state == "done":
+        message = (
+            f"{origin} was not saved, so it stayed where the model runs; call .save() on it inside "
+            "the session, and use it after the block"
+        )
+    else:
+        message = (
+            f"{origin} is not here before the session has run, and neither is {what}; use it after "
+            "the block, with .save() inside. What must depend on it inside: use operations such as "
+            "torch.where"
+        )
+    return error(
+        Reason.VALUE_NOT_AVAILABLE,
+        message,
+        location=user_location(),
+        value=assigned_name(origin.location) or origin.description,
+    )
+
+
+def _only_hidden_state(key: int) -> IndexError:
+    return IndexError(
+        f"a decoder layer's output is (hidden_state,), so [{key}] is out of range; [0] is the "
+        "hidden state, and [:, -1] a part of it"
+    )

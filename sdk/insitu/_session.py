@@ -1,0 +1,140 @@
+"""Sessions and traces: the `with` blocks in which the user's code is recorded."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Self
+
+from insitu._proxy import fill, reference
+from insitu._recorder import SessionRecorder
+from insitu._source import user_location
+from insitu_wire.errors import Reason, error
+
+if TYPE_CHECKING:
+    from contextvars import Token
+    from types import TracebackType
+
+    from insitu._model import LanguageModel
+    from insitu._recorder import TraceRecorder
+    from insitu.backends import Backend
+
+_ACTIVE: ContextVar[Session | None] = ContextVar("insitu_session", default=None)
+
+
+def active_session() -> Session | None:
+    """Gives the session whose block is open here, if one is."""
+    return _ACTIVE.get()
+
+
+class Session:
+    """One request: traces that run strictly in order, where the model is.
+
+    Values of a trace may be used in later ones; they stay where the model runs. Saved values are
+    there after the block.
+    """
+
+    def __init__(self, model: LanguageModel, backend: Backend) -> None:
+        self.model = model
+        self.backend = backend
+        self._recorder = SessionRecorder(reference)
+        self._tracer: Tracer | None = None
+        self._token: Token[Session | None] | None = None
+
+    def log(self, *values: object) -> None:
+        """Prints values when the session comes to this place; they arrive as its LOG events."""
+        self._recorder.add_log(values)
+
+    def exit(self) -> None:
+        """Ends the session here, as completed: later steps do not run."""
+        self._recorder.add_exit()
+
+    @property
+    def current_trace(self) -> TraceRecorder | None:
+        """The trace whose block is open, if one is."""
+        return self._tracer._recorder if self._tracer is not None else None
+
+    def __enter__(self) -> Self:
+        if active_session() is not None:
+            raise error(
+                Reason.MALFORMED_SESSION,
+                "a session can not be opened inside another; put its traces into the outer one",
+                location=user_location(),
+            )
+        self._token = _ACTIVE.set(self)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._token is not None:
+            _ACTIVE.reset(self._token)
+        if exc_type is None:
+            self._run()
+        self._recorder.state = "done"
+
+    def _run(self) -> None:
+        recorder = self._recorder
+        if not recorder.session.steps:
+            raise error(
+                Reason.MALFORMED_SESSION,
+                "the session has no steps: put a `with model.trace(...)` block, a log or an exit "
+                "into it",
+                location=user_location(),
+            )
+        recorder.state = "running"
+        try:
+            for node_id, value in self.backend.run(recorder.session):
+                fill(recorder.saved[node_id], value)
+        finally:
+            recorder.state = "done"
+
+
+class Tracer:
+    """One run of the model over an input, with interventions.
+
+    Opened by itself it is a session of one trace.
+    """
+
+    def __init__(self, session: Session, rows: list[list[int]], *, owns_session: bool) -> None:
+        self._session = session
+        self._rows = rows
+        self._owns_session = owns_session
+        self._recorder: TraceRecorder | None = None
+
+    def log(self, *values: object) -> None:
+        """Prints values when they are there; they arrive as the session's LOG events."""
+        if self._recorder is None:
+            raise error(
+                Reason.MALFORMED_SESSION,
+                "this trace is not open; log inside its `with` block",
+                location=user_location(),
+            )
+        self._recorder.log(values)
+
+    def __enter__(self) -> Self:
+        if self._owns_session:
+            self._session.__enter__()
+        if self._session._tracer is not None:
+            raise error(
+                Reason.MALFORMED_SESSION,
+                "a trace can not be opened inside another; put it after the other's block, in one "
+                "session",
+                location=user_location(),
+            )
+        self._recorder = self._session._recorder.add_trace(self._session.model.name, self._rows)
+        self._session._tracer = self
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._session._tracer = None
+        self._recorder = None
+        if self._owns_session:
+            self._session.__exit__(exc_type, exc, traceback)

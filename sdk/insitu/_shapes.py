@@ -1,0 +1,133 @@
+"""Finds out shapes while a session is recorded, by running operations on the meta device."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from insitu_wire.errors import Reason, error
+from insitu_wire.torch_codec import dtype_from_pb
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from insitu_proto.v1 import model_pb2
+    from insitu_wire.errors import Location
+
+
+class Unknown:
+    """Stands for a value whose shape is only known when it is there."""
+
+
+_Tensor = torch.Tensor
+KNOWN_WITHOUT_RUNNING: dict[Callable[..., Any], Callable[..., Any]] = {
+    _Tensor.shape.__get__: lambda meta: meta.shape,
+    _Tensor.dtype.__get__: lambda meta: meta.dtype,  # type: ignore[attr-defined]
+    _Tensor.ndim.__get__: lambda meta: meta.ndim,  # type: ignore[attr-defined]
+    # Wherever a session names a device, it means the one that the model is on.
+    _Tensor.device.__get__: lambda _: torch.device("cpu"),  # type: ignore[attr-defined]
+    _Tensor.size: _Tensor.size,
+    _Tensor.dim: _Tensor.dim,
+    _Tensor.numel: _Tensor.numel,
+    _Tensor.nelement: _Tensor.numel,
+    _Tensor.element_size: _Tensor.element_size,
+    _Tensor.is_floating_point: _Tensor.is_floating_point,
+    _Tensor.is_complex: _Tensor.is_complex,
+    torch.is_floating_point: _Tensor.is_floating_point,
+    torch.numel: _Tensor.numel,
+    _Tensor.__len__: _Tensor.__len__,
+}
+"""What a shape and a dtype tell without anything being recorded."""
+
+# What torch says when a result's shape depends on elements that a meta tensor does not have.
+_NEEDS_ELEMENTS = re.compile(r"meta|data.dependent|unbacked|no data", re.IGNORECASE)
+_MISFIT = re.compile(r"shape|size|dimension|broadcast|expand|must match|index", re.IGNORECASE)
+
+
+def infer(
+    function: Callable[..., Any],
+    name: str,
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    location: Location,
+) -> Any:
+    """Gives the structure of an operation's result, with meta tensors for its tensors.
+
+    Args:
+        function: the operation.
+        name: its name.
+        arguments: positional and keyword arguments; tensors on the meta device, `Unknown` for
+            those whose shape is not known.
+        location: the user's line.
+
+    Raises:
+        InvalidTraceError: SHAPE_MISMATCH or MALFORMED_SESSION, if it can not run on these.
+    """
+    if any(isinstance(leaf, Unknown) for leaf in pytree.tree_leaves(arguments)):
+        return Unknown()
+    args, kwargs = arguments
+    if name in _WITHOUT_ELEMENTS:
+        return _WITHOUT_ELEMENTS[name](*args, **kwargs)
+    try:
+        return function(*args, **kwargs)
+    except NotImplementedError:
+        return Unknown()
+    except (RuntimeError, IndexError, ValueError, TypeError) as exception:
+        text = str(exception)
+        if _NEEDS_ELEMENTS.search(text):
+            return Unknown()
+        is_misfit = not isinstance(exception, TypeError) and _MISFIT.search(text)
+        raise error(
+            Reason.SHAPE_MISMATCH if is_misfit else Reason.MALFORMED_SESSION,
+            f"{name} can not run on ({_shapes(args, kwargs)}): {text}",
+            location=location,
+            operation=name,
+        ) from None
+
+
+def _moved(meta: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Stands for Tensor.to: no device but the model's is meant, so only the dtype changes."""
+    candidates = [*args, *kwargs.values()]
+    dtypes = [part.dtype if isinstance(part, torch.Tensor) else part for part in candidates]
+    dtype = next((part for part in dtypes if isinstance(part, torch.dtype)), meta.dtype)
+    return meta.to(dtype)
+
+
+_WITHOUT_ELEMENTS: dict[str, Callable[..., torch.Tensor]] = {
+    "torch.Tensor.item": lambda meta: torch.empty((), dtype=meta.dtype, device="meta"),
+    "torch.Tensor.to": _moved,
+    "torch.Tensor.cpu": _moved,
+}
+
+
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def describe(leaf: Any) -> str:
+        if isinstance(leaf, torch.Tensor):
+            return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+        return repr(leaf)
+
+    parts = [describe(leaf) for leaf in args]
+    return ", ".join(parts + [f"{key}={describe(leaf)}" for key, leaf in kwargs.items()])
+
+
+def structure(spec: model_pb2.StructureSpec, num_rows: int, length: int) -> Any:
+    """Gives what a module takes or returns for a batch, with meta tensors for its tensors."""
+    match spec.WhichOneof("kind"):
+        case "tensor":
+            shape = [
+                part.factor * num_rows**part.batch_power * length**part.length_power
+                for part in spec.tensor.dimensions
+            ]
+            return torch.empty(shape, dtype=dtype_from_pb(spec.tensor.dtype), device="meta")
+        case "tuple":
+            return tuple(structure(item, num_rows, length) for item in spec.tuple.items)
+        case "list":
+            return [structure(item, num_rows, length) for item in spec.list.items]
+        case "dict":
+            items = [structure(item, num_rows, length) for item in spec.dict.items]
+            return dict(zip(spec.dict.keys, items, strict=True))
+        case "opaque" if spec.opaque.class_name == "NoneType":
+            return None
+    return Unknown()

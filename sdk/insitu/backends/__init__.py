@@ -1,0 +1,30 @@
+"""Where sessions run: behind one small interface, in this process or on a server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from insitu_proto.v1 import model_pb2, session_pb2
+
+
+class Backend(Protocol):
+    """Runs sessions and tells what models look like."""
+
+    def describe(self, model: str) -> model_pb2.ModelDescription:
+        """Describes a model's structure."""
+
+    def tokenizer_folder(self, description: model_pb2.ModelDescription) -> Path:
+        """Gives a local folder that holds the model's tokenizer."""
+
+    def run(self, session: session_pb2.Session) -> Iterator[tuple[int, object]]:
+        """Runs a session and yields saved values by the id of their save node.
+
+        Values of traces that ran before a failure are yielded before the error is raised.
+        """
+
+    def close(self) -> None:
+        """Frees what the backend holds."""

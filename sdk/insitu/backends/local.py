@@ -1,0 +1,66 @@
+"""Runs sessions in this process, with the engine that shards run."""
+
+from __future__ import annotations
+
+import uuid
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from insitu._logging import log_event
+from insitu_proto.v1 import shard_service_pb2
+from insitu_shard import engine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from insitu_proto.v1 import model_pb2, session_pb2
+
+
+class LocalBackend:
+    """Runs sessions over one model in this process; its weights are loaded at the first."""
+
+    def __init__(self, model: str, *, dtype: torch.dtype | None = None) -> None:
+        self._name = model
+        self._dtype = dtype
+
+    def describe(self, model: str) -> model_pb2.ModelDescription:
+        """Describes the model from its configuration, without weights."""
+        config = engine.load_config(self._folder)
+        dtype = self._dtype or getattr(config, "dtype", None) or torch.float32
+        return engine.describe(config, name=model, dtype=dtype)
+
+    def tokenizer_folder(self, description: model_pb2.ModelDescription) -> Path:
+        """Gives the model's own folder."""
+        return self._folder
+
+    def run(self, session: session_pb2.Session) -> Iterator[tuple[int, object]]:
+        """Runs a session and yields saved values."""
+        name = f"local-{uuid.uuid4().hex[:8]}"
+        segment = shard_service_pb2.Segment(
+            steps=session.steps, locations=session.locations, first_trace_number=1
+        )
+        run = engine.SegmentRun(self._model, segment, values={})
+        for index in range(run.num_steps):
+            for event in run.run_step(index):
+                match event:
+                    case engine.Logged(message=message):
+                        log_event(name, "LOG", message)
+                    case engine.Saved(node_id=node_id, value=value):
+                        yield node_id, value
+            if run.has_exited:
+                return
+
+    def close(self) -> None:
+        """Frees the model's weights."""
+        self.__dict__.pop("_model", None)
+
+    @cached_property
+    def _folder(self) -> Path:
+        return engine.resolve_model_folder(self._name)
+
+    @cached_property
+    def _model(self) -> engine.LoadedModel:
+        return engine.load_model(self._name, self._folder, dtype=self._dtype)

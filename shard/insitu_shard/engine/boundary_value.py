@@ -1,0 +1,123 @@
+"""Reads and writes the arguments and results of a module's call.
+
+A decoder layer returns a tuple in one version or family of transformers and a tensor in another; to
+an intervention its output is always the hidden state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from insitu_shard.engine.graph import Side
+from insitu_wire.errors import Reason, error
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from insitu_shard.engine.graph import HookPoint
+
+
+@dataclass(slots=True)
+class InputValue:
+    """The arguments of a call."""
+
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+
+    def read(self, side: Side) -> object:
+        """Gives the first argument, or all of them as (positional, keyword)."""
+        if side is Side.INPUTS:
+            return self.args, self.kwargs
+        return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
+
+    def write(self, point: HookPoint, value: object) -> None:
+        """Replaces the first argument, or all of them."""
+        if point.side is Side.INPUTS:
+            self.args, self.kwargs = _checked_inputs(value, point)
+        elif self.args:
+            self.args = (_fitted(self.args[0], value, point), *self.args[1:])
+        else:
+            name = next(iter(self.kwargs))
+            self.kwargs = {**self.kwargs, name: _fitted(self.kwargs[name], value, point)}
+
+
+@dataclass(slots=True)
+class OutputValue:
+    """The result of a call."""
+
+    result: object
+    is_block: bool = field(default=False)
+
+    def read(self, side: Side) -> object:
+        """Gives the result; for a decoder layer, its hidden state."""
+        if self.is_block and isinstance(self.result, tuple):
+            return self.result[0]
+        return self.result
+
+    def write(self, point: HookPoint, value: object) -> None:
+        """Replaces the result; for a decoder layer, its hidden state."""
+        if self.is_block and isinstance(self.result, tuple):
+            self.result = (_fitted(self.result[0], value, point), *self.result[1:])
+        else:
+            self.result = _fitted(self.result, value, point)
+
+
+def _fitted(old: object, new: object, point: HookPoint) -> object:
+    """Checks that a new value can stand where the old one stood, and casts it to its dtype."""
+    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
+        if old.shape != new.shape:
+            raise error(
+                Reason.SHAPE_MISMATCH,
+                f"{point} is {list(old.shape)} and can not be replaced by a tensor of "
+                f"{list(new.shape)}; write a tensor of {list(old.shape)}, or a part with "
+                "[...] = ...",
+                hookPoint=point,
+                expected=list(old.shape),
+                actual=list(new.shape),
+            )
+        return new.to(device=old.device, dtype=old.dtype)
+    if isinstance(old, tuple | list) and isinstance(new, tuple | list) and len(old) == len(new):
+        fitted = (_fitted(was, now, point) for was, now in zip(old, new, strict=True))
+        return type(old)(fitted)
+    if type(old) is not type(new):
+        raise error(
+            Reason.SHAPE_MISMATCH,
+            f"{point} is a {type(old).__name__} and can not be replaced by a {type(new).__name__}; "
+            "write the same structure that reading it gives",
+            hookPoint=point,
+            expected=type(old).__name__,
+            actual=type(new).__name__,
+        )
+    return new
+
+
+def _checked_inputs(
+    value: object, point: HookPoint
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    match value:
+        case (tuple() | list() as args, dict() as kwargs):
+            return tuple(args), dict(kwargs)
+    raise error(
+        Reason.SHAPE_MISMATCH,
+        f"{point} is replaced by a pair (positional arguments, keyword arguments), not by a "
+        f"{type(value).__name__}",
+        hookPoint=point,
+        actual=type(value).__name__,
+    )
+
+
+def shapes_of(values: Mapping[str, object] | tuple[object, ...]) -> str:
+    """Describes values for an error message, such as "float32[1, 10, 576], int"."""
+    items = values.values() if not isinstance(values, tuple) else values
+    return ", ".join(_describe(item) for item in items)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__}({', '.join(map(_describe, value))})"
+    return repr(value) if isinstance(value, int | float | str | slice) else type(value).__name__

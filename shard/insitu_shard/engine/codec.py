@@ -1,0 +1,107 @@
+"""Decodes the contract's steps into the engine's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from insitu_proto.v1 import intervention_pb2
+from insitu_shard.engine import graph
+from insitu_wire import torch_codec
+from insitu_wire.errors import Location, Reason, error
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from insitu_proto.v1 import session_pb2, trace_pb2, value_pb2
+
+_SIDES = {
+    intervention_pb2.HOOK_SIDE_INPUT: graph.Side.INPUT,
+    intervention_pb2.HOOK_SIDE_INPUTS: graph.Side.INPUTS,
+    intervention_pb2.HOOK_SIDE_OUTPUT: graph.Side.OUTPUT,
+}
+
+
+class StepDecoder:
+    """Decodes the steps of one session."""
+
+    def __init__(
+        self, locations: Sequence[intervention_pb2.SourceLocation], *, device: torch.device
+    ) -> None:
+        self._locations = [Location(at.file, at.line, at.source) for at in locations]
+        self._device = device
+
+    def step(self, step: session_pb2.Step) -> graph.Step:
+        """Decodes a step.
+
+        Raises:
+            VersionError: UNSUPPORTED_FEATURE for a step that the engine does not run.
+        """
+        location = self._location(step.location)
+        match step.WhichOneof("kind"):
+            case "trace":
+                return graph.Step(self._trace(step.trace), location)
+            case "log":
+                return graph.Step(graph.Log(self._values(step.log.values)), location)
+            case "exit":
+                return graph.Step(graph.Exit(), location)
+            case kind:
+                raise _unsupported(f"a step of kind {kind}", location)
+
+    def _trace(self, trace: trace_pb2.Trace) -> graph.Trace:
+        rows = tuple(tuple(row.token_ids) for invoke in trace.invokes for row in invoke.rows)
+        return graph.Trace(rows, tuple(self._node(node) for node in trace.nodes))
+
+    def _node(self, node: intervention_pb2.Node) -> graph.Node:
+        location = self._location(node.location)
+        return graph.Node(node.id, self._operation(node, location), location)
+
+    def _operation(self, node: intervention_pb2.Node, location: Location | None) -> graph.Operation:
+        match node.WhichOneof("operation"):
+            case "read":
+                return graph.Read(_hook_point(node.read.hook_point))
+            case "write":
+                return graph.Write(
+                    _hook_point(node.write.hook_point), self._value(node.write.value)
+                )
+            case "call":
+                call = node.call
+                return graph.Call(call.name, self._values(call.args), self._kwargs(call))
+            case "module_call":
+                apply = node.module_call
+                return graph.ModuleCall(
+                    apply.module_path, self._values(apply.args), self._kwargs(apply)
+                )
+            case "save":
+                return graph.Save(self._value(node.save.value), node.save.name)
+            case "log":
+                return graph.Log(self._values(node.log.values))
+            case kind:
+                raise _unsupported(f"an operation of kind {kind}", location)
+
+    def _kwargs(
+        self, call: intervention_pb2.Call | intervention_pb2.ModuleCall
+    ) -> dict[str, object]:
+        return {key: self._value(value) for key, value in call.kwargs.items()}
+
+    def _values(self, values: Sequence[value_pb2.Value]) -> tuple[object, ...]:
+        return tuple(self._value(value) for value in values)
+
+    def _value(self, value: value_pb2.Value) -> object:
+        return torch_codec.decode(value, resolve=graph.Ref, device=self._device)
+
+    def _location(self, index: int) -> Location | None:
+        return self._locations[index - 1] if index else None
+
+
+def _hook_point(point: intervention_pb2.HookPoint) -> graph.HookPoint:
+    return graph.HookPoint(point.module_path, _SIDES[point.side], point.call_index)
+
+
+def _unsupported(what: str, location: Location | None) -> Exception:
+    return error(
+        Reason.UNSUPPORTED_FEATURE,
+        f"this version of insitu does not run {what}; upgrade where the model runs",
+        location=location,
+    )

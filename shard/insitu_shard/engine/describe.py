@@ -1,0 +1,124 @@
+"""Describes a model's structure from its configuration alone: no weights are read."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+from transformers import __version__ as transformers_version
+
+from insitu_proto.v1 import model_pb2
+from insitu_shard.engine.measure import PROBE_SIZES, Measurement, block_paths, measure
+from insitu_wire.torch_codec import dtype_to_pb
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_log = logging.getLogger(__name__)
+
+
+def describe(
+    config: PretrainedConfig, *, name: str, dtype: torch.dtype, tokenizer_hash: str = ""
+) -> model_pb2.ModelDescription:
+    """Describes the module tree, with shapes for any input size where they can be known."""
+    module, measurements = measure_fake(config, dtype=dtype)
+    description = model_pb2.ModelDescription(
+        name=name,
+        config_json=json.dumps(config.to_dict(), default=str),
+        class_name=type(module).__name__,
+        dtype=dtype_to_pb(dtype),
+        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+        transformers_version=transformers_version,
+        tokenizer_hash=tokenizer_hash,
+    )
+    blocks = block_paths(module)
+    order = measurements[0].call_order if measurements else {}
+    for path, part in module.named_modules():
+        entry = description.modules.add(
+            path=path,
+            class_name=type(part).__name__,
+            detail=part.extra_repr(),
+            is_block=path in blocks,
+            call_order=order.get(path, 0),
+        )
+        if path in order:
+            _add_structures(entry, measurements)
+    return description
+
+
+def measure_fake(
+    config: PretrainedConfig, *, dtype: torch.dtype
+) -> tuple[torch.nn.Module, list[Measurement]]:
+    """Builds the whole model without memory and measures it, once a probe size.
+
+    Returns:
+        The model on the meta device and its measurements; none where its forward pass depends on
+        values.
+    """
+    with init_empty_weights(include_buffers=True):
+        module = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    if hasattr(module, "set_experts_implementation"):
+        # The grouped kernel has a fake version in bfloat16 only.
+        module.set_experts_implementation("batched_mm")
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return module, [measure(module, size, torch.device("meta")) for size in PROBE_SIZES]
+    except Exception as exception:  # noqa: BLE001 - any model file may do anything
+        _log.warning("%s has no known shapes: %s", type(module).__name__, exception)
+        return module, []
+
+
+def _add_structures(entry: model_pb2.Module, measurements: list[Measurement]) -> None:
+    outputs = [measurement.outputs.get(entry.path) for measurement in measurements]
+    if entry.is_block:
+        outputs = [out[0] if isinstance(out, tuple) else out for out in outputs]
+    entry.output.CopyFrom(_structure(outputs))
+    inputs = [measurement.inputs[entry.path] for measurement in measurements]
+    entry.args.CopyFrom(_structure([args for args, _ in inputs]))
+    entry.kwargs.CopyFrom(_structure([kwargs for _, kwargs in inputs]))
+
+
+def _structure(values: list[Any]) -> model_pb2.StructureSpec:
+    """Gives the structure that a value has in all probes."""
+    first = values[0]
+    if all(isinstance(value, torch.Tensor) for value in values):
+        if (tensor := _tensor(values)) is not None:
+            return model_pb2.StructureSpec(tensor=tensor)
+    elif all(isinstance(value, dict) and value.keys() == first.keys() for value in values):
+        items = [_structure([value[key] for value in values]) for key in first]
+        keys = [str(key) for key in first]
+        return model_pb2.StructureSpec(dict=model_pb2.StructureDict(keys=keys, items=items))
+    elif all(isinstance(value, tuple | list) and len(value) == len(first) for value in values):
+        parts = [_structure(list(item)) for item in zip(*values, strict=True)]
+        sequence = model_pb2.StructureList(items=parts)
+        if isinstance(first, tuple):
+            return model_pb2.StructureSpec(tuple=sequence)
+        return model_pb2.StructureSpec(list=sequence)
+    return model_pb2.StructureSpec(opaque=model_pb2.OpaqueSpec(class_name=type(first).__name__))
+
+
+def _tensor(tensors: list[torch.Tensor]) -> model_pb2.TensorSpec | None:
+    if len({tensor.ndim for tensor in tensors}) > 1:
+        return None
+    dimensions = [_dimension(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
+    known = [dimension for dimension in dimensions if dimension is not None]
+    if len(known) < len(dimensions):
+        return None
+    return model_pb2.TensorSpec(dtype=dtype_to_pb(tensors[0].dtype), dimensions=known)
+
+
+def _dimension(sizes: tuple[int, ...]) -> model_pb2.DimensionSpec | None:
+    """Finds what a size is made of: a constant, rows, tokens, or both."""
+    for batch_power, length_power in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        units = [batch**batch_power * length**length_power for batch, length in PROBE_SIZES]
+        factors = {size / unit for size, unit in zip(sizes, units, strict=True)}
+        if len(factors) == 1 and (factor := factors.pop()).is_integer():
+            return model_pb2.DimensionSpec(
+                factor=int(factor), batch_power=batch_power, length_power=length_power
+            )
+    return None

@@ -1,0 +1,35 @@
+"""What a segment tells while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TraceStarted:
+    """A trace starts."""
+
+    trace_number: int
+    """Number of the trace in the session, from 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """The session printed a message."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A value comes back to the user."""
+
+    node_id: int
+    """Id of the save node."""
+    name: str
+    """The user's variable, where it is known."""
+    value: object
+    """Tensors, numbers, strings, None, and lists, tuples and dicts of these; the receiver's own."""
+
+
+SegmentEvent = TraceStarted | Logged | Saved

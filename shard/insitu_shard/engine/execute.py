@@ -1,0 +1,158 @@
+"""Runs single nodes and keeps their values until the last use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from insitu_shard.engine.failures import raised
+from insitu_shard.engine.graph import (
+    Call,
+    Log,
+    ModuleCall,
+    Read,
+    Ref,
+    Save,
+    Write,
+    operands,
+    references,
+)
+from insitu_shard.engine.logs import format_values
+from insitu_shard.engine.operations import function
+from insitu_wire.errors import Error
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from insitu_shard.engine.boundary_value import InputValue, OutputValue
+    from insitu_shard.engine.graph import Node, NodeId, Operation
+    from insitu_shard.engine.model import LoadedModel
+    from insitu_shard.engine.plan import TracePlan
+
+
+class Executor:
+    """Runs the nodes of one trace, in whatever order it is told.
+
+    Attributes:
+        values: what nodes gave, until nothing of the trace uses it any more.
+        saved: values of save nodes.
+        logs: messages of log nodes.
+        done: nodes that ran.
+        is_calling_module: whether a module runs on a node's behalf, so that hooks stay silent.
+    """
+
+    def __init__(
+        self, plan: TracePlan, model: LoadedModel, earlier: Mapping[NodeId, object]
+    ) -> None:
+        self._plan = plan
+        self._model = model
+        self._earlier = earlier
+        self._num_uses = dict(plan.num_uses)
+        self._copies: dict[NodeId, dict[NodeId, object]] = {}
+        self.values: dict[NodeId, object] = {}
+        self.saved: dict[NodeId, object] = {}
+        self.logs: dict[NodeId, str] = {}
+        self.done: set[NodeId] = set()
+        self.is_calling_module = False
+
+    def run(self, node: Node, boundary_value: InputValue | OutputValue | None) -> None:
+        """Runs a node.
+
+        Args:
+            node: the node.
+            boundary_value: what the model holds at the node's boundary, if it has one.
+
+        Raises:
+            Error: what went wrong, with the node's location.
+        """
+        try:
+            value = self._apply(node, boundary_value)
+        except Error as err:
+            err.location = err.location or node.location
+            raise
+        except Exception as exception:
+            raise raised(exception, node, self._describable_operands(node)) from exception
+        self.done.add(node.id)
+        if self._num_uses.get(node.id) or node.id in self._plan.outliving:
+            self.values[node.id] = value
+        self._free_operands(node)
+
+    def _apply(self, node: Node, boundary_value: InputValue | OutputValue | None) -> object:
+        match node.operation:
+            case Read(hook_point=point):
+                assert boundary_value is not None
+                return boundary_value.read(point.side)
+            case Write(hook_point=point, value=value):
+                assert boundary_value is not None
+                boundary_value.write(point, self._resolve(value, node.id))
+                return None
+            case Call(name=name, args=args, kwargs=kwargs):
+                self._copy_for_earlier_readers(node)
+                arguments, keywords = self._resolve((args, dict(kwargs)), node.id)
+                return function(name)(*arguments, **keywords)
+            case ModuleCall(module_path=path, args=args, kwargs=kwargs):
+                return self._call_module(path, *self._resolve((args, dict(kwargs)), node.id))
+            case Save(value=value):
+                self.saved[node.id] = self._resolve(value, node.id)
+                return None
+            case Log(values=logged):
+                self.logs[node.id] = format_values(self._resolve(logged, node.id))
+                return None
+
+    def _call_module(self, path: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+        layouts = self._model.layouts
+        args, kwargs = layouts.at(path, is_input=True).scatter((args, kwargs))
+        self.is_calling_module = True
+        try:
+            result = self._model.modules[path](*args, **kwargs)
+        finally:
+            self.is_calling_module = False
+        return layouts.at(path, is_input=False).gather(result)
+
+    def _copy_for_earlier_readers(self, writer: Node) -> None:
+        """Before a write in place: copies what waiting, earlier-defined readers are to see."""
+        for reader_id in self._plan.readers_before.get(writer.id, ()):
+            if reader_id in self.done:
+                continue
+            copies = self._copies.setdefault(reader_id, {})
+            for used in references(list(operands(self._plan.nodes[reader_id].operation))):
+                if used in self.values and used not in copies:
+                    copies[used] = pytree.tree_map_only(
+                        torch.Tensor, torch.clone, self.values[used]
+                    )
+
+    def _free_operands(self, node: Node) -> None:
+        self._copies.pop(node.id, None)
+        for used in set(references(list(operands(node.operation)))) & self._num_uses.keys():
+            self._num_uses[used] -= 1
+            if not self._num_uses[used] and used not in self._plan.outliving:
+                self.values.pop(used, None)
+
+    def _resolve(self, value: Any, node_id: NodeId) -> Any:
+        """Puts values in the place of references."""
+        match value:
+            case Ref(node_id=used):
+                return self._value_of(used, node_id)
+            case list():
+                return [self._resolve(item, node_id) for item in value]
+            case tuple():
+                return tuple(self._resolve(item, node_id) for item in value)
+            case dict():
+                return {key: self._resolve(item, node_id) for key, item in value.items()}
+            case slice():
+                parts = (value.start, value.stop, value.step)
+                return slice(*(self._resolve(part, node_id) for part in parts))
+        return value
+
+    def _value_of(self, used: NodeId, reader: NodeId) -> object:
+        copies = self._copies.get(reader, {})
+        if used in copies:
+            return copies[used]
+        return self.values[used] if used in self._plan.nodes else self._earlier[used]
+
+    def _describable_operands(self, node: Node) -> tuple[object, ...]:
+        operation: Operation = node.operation
+        resolved: tuple[object, ...] = self._resolve(operands(operation), node.id)
+        return resolved

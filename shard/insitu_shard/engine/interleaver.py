@@ -1,0 +1,175 @@
+"""Runs the nodes of one trace inside the model's forward pass, each as soon as its values exist."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from insitu_shard.engine.boundary_value import InputValue, OutputValue
+from insitu_shard.engine.execute import Executor
+from insitu_shard.engine.failures import cyclic_write, not_reached
+from insitu_shard.engine.graph import Boundary, Write
+from insitu_wire.errors import Error
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from insitu_shard.engine.graph import Node, NodeId
+    from insitu_shard.engine.layout import BoundaryLayout
+    from insitu_shard.engine.model import LoadedModel
+    from insitu_shard.engine.plan import TracePlan
+
+
+class _EveryNodeRan(Exception):  # noqa: N818 - no error: it ends the pass when nothing needs the rest
+    pass
+
+
+class Interleaver:
+    """Runs one trace once.
+
+    An operation that raises does not end the pass: a rank that stopped alone would leave the others
+    waiting in their next collective. Its error is kept, and no node runs after it.
+
+    Attributes:
+        error: what the first failing operation raised, if one did.
+    """
+
+    def __init__(
+        self, plan: TracePlan, model: LoadedModel, earlier: Mapping[NodeId, object]
+    ) -> None:
+        self._plan = plan
+        self._model = model
+        self._executor = Executor(plan, model, earlier)
+        self._num_missing = {node_id: len(waits) for node_id, waits in plan.predecessors.items()}
+        self._ready: list[NodeId] = []
+        self._num_calls: dict[tuple[str, bool], int] = defaultdict(int)
+        self.error: Error | None = None
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Runs the forward pass with the trace's nodes in it."""
+        self._ready = [
+            node.id
+            for node in self._plan.nodes.values()
+            if node.boundary is None and not self._num_missing[node.id]
+        ]
+        with torch.no_grad():
+            self._run_ready(None, None)
+            hooks = self._install_hooks()
+            try:
+                self._model.module(**inputs, use_cache=False)
+            except _EveryNodeRan:
+                pass
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        unfinished = self._plan.nodes.keys() - self._executor.done
+        if unfinished and self.error is None:
+            self.error = not_reached(min(unfinished), self._plan)
+
+    @property
+    def saved(self) -> Mapping[NodeId, object]:
+        """Values of the save nodes that ran."""
+        return self._executor.saved
+
+    @property
+    def logs(self) -> Mapping[NodeId, str]:
+        """Messages of the log nodes that ran."""
+        return self._executor.logs
+
+    @property
+    def outliving(self) -> dict[NodeId, object]:
+        """Values that are needed after the trace."""
+        values = self._executor.values
+        return {key: values[key] for key in self._plan.outliving if key in values}
+
+    def _install_hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
+        hooks = []
+        for path, is_input in {(at.module_path, at.is_input) for at in self._plan.at_boundary}:
+            module = self._model.modules[path]
+            if is_input:
+                hooks.append(
+                    module.register_forward_pre_hook(self._input_hook(path), with_kwargs=True)
+                )
+            else:
+                hooks.append(module.register_forward_hook(self._output_hook(path)))
+        return hooks
+
+    def _input_hook(self, path: str) -> Any:
+        layout = self._model.layouts.at(path, is_input=True)
+
+        def hook(_: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+            if (boundary := self._arrive(path, is_input=True)) is None:
+                return None
+            value = InputValue(*layout.gather((args, kwargs)))
+            self._run_boundary(boundary, value)
+            if self._must_replace(boundary, layout):
+                return layout.scatter((value.args, value.kwargs))
+            return None
+
+        return hook
+
+    def _output_hook(self, path: str) -> Any:
+        layout = self._model.layouts.at(path, is_input=False)
+        is_block = path in self._model.block_paths
+
+        def hook(_: torch.nn.Module, __: object, result: object) -> Any:
+            if (boundary := self._arrive(path, is_input=False)) is None:
+                return None
+            value = OutputValue(layout.gather(result), is_block)
+            self._run_boundary(boundary, value)
+            if self._must_replace(boundary, layout):
+                return layout.scatter(value.result)
+            return None
+
+        return hook
+
+    def _arrive(self, path: str, *, is_input: bool) -> Boundary | None:
+        """Counts a call of a module; gives its boundary if nodes wait for it."""
+        if self._executor.is_calling_module:
+            return None
+        boundary = Boundary(path, is_input, self._num_calls[path, is_input])
+        self._num_calls[path, is_input] += 1
+        return boundary if boundary in self._plan.at_boundary and not self.error else None
+
+    def _must_replace(self, boundary: Boundary, layout: BoundaryLayout) -> bool:
+        """Whether the module's own value is to be replaced.
+
+        A write in place is in the model's tensor already, unless it went into a gathered copy.
+        """
+        writes = self._plan.due_at_boundary.get(boundary, ())
+        return bool(writes) and (
+            layout.is_sharded
+            or any(isinstance(self._plan.nodes[node].operation, Write) for node in writes)
+        )
+
+    def _run_boundary(self, boundary: Boundary, value: InputValue | OutputValue) -> None:
+        for node_id in self._plan.at_boundary[boundary]:
+            if not self._num_missing[node_id]:
+                heapq.heappush(self._ready, node_id)
+        self._run_ready(boundary, value)
+        writes = self._plan.due_at_boundary.get(boundary, ())
+        late = [node_id for node_id in writes if node_id not in self._executor.done]
+        if late and self.error is None:
+            self.error = cyclic_write(late[0], self._plan, self._executor.done)
+        if self._executor.done == self._plan.nodes.keys():
+            raise _EveryNodeRan
+
+    def _run_ready(self, boundary: Boundary | None, value: InputValue | OutputValue | None) -> None:
+        """Runs every node that can run now, in the order of definition."""
+        while self._ready and self.error is None:
+            node = self._plan.nodes[heapq.heappop(self._ready)]
+            try:
+                self._executor.run(node, value)
+            except Error as err:
+                self.error = err
+                return
+            for successor_id in self._plan.successors.get(node.id, ()):
+                self._num_missing[successor_id] -= 1
+                if self._can_run(self._plan.nodes[successor_id], boundary):
+                    heapq.heappush(self._ready, successor_id)
+
+    def _can_run(self, node: Node, boundary: Boundary | None) -> bool:
+        return not self._num_missing[node.id] and node.boundary in (None, boundary)

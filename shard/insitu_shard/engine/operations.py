@@ -1,0 +1,38 @@
+"""Resolves the names of the shared table to torch's functions, once."""
+
+from __future__ import annotations
+
+import operator
+from functools import cache
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from insitu_wire.errors import Reason, error
+from insitu_wire.operations import OPERATIONS, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def function(name: str) -> Callable[..., Any]:
+    """Gives the function of an operation.
+
+    Raises:
+        InvalidTraceError: UNKNOWN_OPERATION for a name that the table lacks.
+    """
+    try:
+        return _functions()[name]
+    except KeyError:
+        raise error(
+            Reason.UNKNOWN_OPERATION,
+            f"there is no operation {name!r}; the nearest are {', '.join(nearest(name)) or 'none'}",
+            operation=name,
+        ) from None
+
+
+@cache
+def _functions() -> dict[str, Callable[..., Any]]:
+    namespace = SimpleNamespace(torch=torch, operator=operator)
+    return {name: operator.attrgetter(name)(namespace) for name in OPERATIONS}

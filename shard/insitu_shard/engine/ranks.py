@@ -1,0 +1,59 @@
+"""The ranks of a shard group as the engine sees them: who I am, and the collectives it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process's place in its group; with one rank nothing is communicated."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. Every rank must call it."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags.item())
+
+    def gather(self, local: torch.Tensor, *, dim: int, full_size: int) -> torch.Tensor:
+        """Joins the ranks' chunks of a tensor along a dimension. Every rank must call it."""
+        sizes = _chunk_sizes(full_size, self.size)
+        widest = max(sizes)
+        padded = local.movedim(dim, 0).contiguous()
+        if missing := widest - padded.shape[0]:
+            padded = torch.cat([padded, padded.new_zeros(missing, *padded.shape[1:])])
+        chunks = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(chunks, padded)
+        full = torch.cat([chunk[:size] for chunk, size in zip(chunks, sizes, strict=True)])
+        return full.movedim(0, dim)
+
+    def local_chunk(self, full: torch.Tensor, *, dim: int) -> torch.Tensor:
+        """Gives this rank's chunk of a whole tensor."""
+        sizes = _chunk_sizes(full.shape[dim], self.size)
+        start = sum(sizes[: self.rank])
+        return full.narrow(dim, start, sizes[self.rank]).contiguous()
+
+    def chunk_size(self, full_size: int) -> int:
+        """Gives the size of this rank's chunk."""
+        return _chunk_sizes(full_size, self.size)[self.rank]
+
+
+def _chunk_sizes(full_size: int, num_ranks: int) -> list[int]:
+    """Splits as torch.chunk and DTensor do: all chunks alike but the last ones."""
+    widest = -(-full_size // num_ranks)
+    starts = [min(widest * rank, full_size) for rank in range(num_ranks + 1)]
+    return [end - start for start, end in pairwise(starts)]

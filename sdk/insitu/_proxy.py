@@ -9,7 +9,7 @@ an ordinary tensor.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch.utils import _pytree as pytree
@@ -113,9 +113,9 @@ class Proxy(torch.Tensor):
         return self
 
     def __iter__(self) -> Iterator[Proxy]:
-        return iter([self[index] for index in range(len(self))])
+        return iter([cast("Proxy", self[index]) for index in range(len(self))])
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return _describe(self)
 
     def __format__(self, format_spec: str) -> str:
@@ -174,7 +174,7 @@ class BlockProxy(Proxy):
 class BlockOutput(torch.Tensor):
     """A saved output of a decoder layer: its hidden state, where `[0]` is the whole of it too."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __getitem__(self, key: Any) -> torch.Tensor:
         hidden = self.as_subclass(torch.Tensor)

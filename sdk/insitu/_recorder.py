@@ -130,7 +130,8 @@ class TraceRecorder:
         location: Location,
     ) -> int:
         """Adds an operation and gives its node id."""
-        call = intervention_pb2.Call(name=name, **self._arguments(args, kwargs, location))
+        call = intervention_pb2.Call(name=name)
+        self._add_arguments(call, args, kwargs, location)
         node = self._add_node(location)
         node.call.CopyFrom(call)
         return node.id
@@ -143,9 +144,8 @@ class TraceRecorder:
         location: Location,
     ) -> int:
         """Adds the application of a module to values and gives its node id."""
-        call = intervention_pb2.ModuleCall(
-            module_path=module_path, **self._arguments(args, kwargs, location)
-        )
+        call = intervention_pb2.ModuleCall(module_path=module_path)
+        self._add_arguments(call, args, kwargs, location)
         node = self._add_node(location)
         node.module_call.CopyFrom(call)
         return node.id
@@ -165,14 +165,17 @@ class TraceRecorder:
         node = self._add_node(location)
         node.log.values.extend(encoded)
 
-    def _arguments(
-        self, args: Sequence[object], kwargs: Mapping[str, object], location: Location
-    ) -> dict[str, object]:
+    def _add_arguments(
+        self,
+        call: intervention_pb2.Call | intervention_pb2.ModuleCall,
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        location: Location,
+    ) -> None:
         encode = self.session_recorder.encode
-        return {
-            "args": [encode(arg, location) for arg in args],
-            "kwargs": {key: encode(value, location) for key, value in kwargs.items()},
-        }
+        call.args.extend(encode(arg, location) for arg in args)
+        for key, value in kwargs.items():
+            call.kwargs[key].CopyFrom(encode(value, location))
 
     def _add_node(self, location: Location) -> intervention_pb2.Node:
         recorder = self.session_recorder

@@ -24,7 +24,7 @@ class Unknown:
 
 _Tensor = torch.Tensor
 KNOWN_WITHOUT_RUNNING: dict[Callable[..., Any], Callable[..., Any]] = {
-    _Tensor.shape.__get__: lambda meta: meta.shape,
+    _Tensor.shape.__get__: lambda meta: meta.shape,  # type: ignore[attr-defined]
     _Tensor.dtype.__get__: lambda meta: meta.dtype,  # type: ignore[attr-defined]
     _Tensor.ndim.__get__: lambda meta: meta.ndim,  # type: ignore[attr-defined]
     # Wherever a session names a device, it means the one that the model is on.

@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import grpc
 
@@ -165,8 +165,9 @@ class RemoteBackend:
         try:
             yield self._stub(), ((API_KEY_METADATA, self._config.api_key),)
         except grpc.RpcError as rpc_error:
-            assert isinstance(rpc_error, grpc.Call)
-            raise from_rpc_error(rpc_error, address=self._endpoint) from None
+            # Every error that a stub raises is also the call that failed.
+            call = cast("grpc.Call", rpc_error)
+            raise from_rpc_error(call, address=self._endpoint) from None
 
     def _stub(self) -> SchedulerServiceStub:
         if self._channel is None or self._endpoint != self._config.endpoint:

@@ -1,8 +1,8 @@
 """The operations that a session may use: one table of names, shared by SDK and shards.
 
-The names are public ones of torch and of Python's operator module. What could read files, run code, hand out memory addresses or
-change the model is not here. Both ends resolve the names of this table once; a name that a user
-sends is only ever looked up in the table.
+The names are public ones of torch and of Python's operator module. What could read files, run code,
+hand out memory addresses or change the model is not here. Both ends resolve the names of this table
+once; a name that a user sends is only ever looked up in the table.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ KNOWN_WITHOUT_RUNNING: dict[Callable[..., Any], Callable[..., Any]] = {
     _Tensor.dtype.__get__: lambda meta: meta.dtype,  # type: ignore[attr-defined]
     _Tensor.ndim.__get__: lambda meta: meta.ndim,  # type: ignore[attr-defined]
     # Wherever a session names a device, it means the one that the model is on.
-    _Tensor.device.__get__: lambda _: torch.device("cpu"),  # type: ignore[attr-defined]
+    _Tensor.device.__get__: lambda _: torch.device("cpu"),
     _Tensor.size: _Tensor.size,
     _Tensor.dim: _Tensor.dim,
     _Tensor.numel: _Tensor.numel,

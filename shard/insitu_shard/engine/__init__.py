@@ -4,10 +4,11 @@ The shard service drives it on every rank of a group; the SDK's local backend dr
 """
 
 from insitu_shard.engine.describe import describe
-from insitu_shard.engine.events import Logged, Saved, SegmentEvent, TraceStarted
+from insitu_shard.engine.events import Finished, Logged, Saved, SegmentEvent, TraceStarted
 from insitu_shard.engine.handles import HandleStore
 from insitu_shard.engine.model import (
     LoadedModel,
+    check_ranks,
     load_config,
     load_model,
     resolve_model_folder,
@@ -15,6 +16,7 @@ from insitu_shard.engine.model import (
 from insitu_shard.engine.segment import SegmentRun
 
 __all__ = [
+    "Finished",
     "HandleStore",
     "LoadedModel",
     "Logged",
@@ -22,6 +24,7 @@ __all__ = [
     "SegmentEvent",
     "SegmentRun",
     "TraceStarted",
+    "check_ranks",
     "describe",
     "load_config",
     "load_model",

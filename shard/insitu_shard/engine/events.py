@@ -32,4 +32,12 @@ class Saved:
     """Tensors, numbers, strings, None, and lists, tuples and dicts of these; the receiver's own."""
 
 
-SegmentEvent = TraceStarted | Logged | Saved
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The segment ended well."""
+
+    has_exited: bool
+    """Whether session.exit was reached: nothing of the session may run after."""
+
+
+SegmentEvent = TraceStarted | Logged | Saved | Finished

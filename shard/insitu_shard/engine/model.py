@@ -100,7 +100,7 @@ def load_model(
     ranks = ranks or Ranks()
     device = device or torch.device("cpu")
     config = load_config(folder)
-    _check_ranks(config, ranks.size)
+    check_ranks(config, ranks.size)
     options = (
         {"distributed_config": DistributedConfig(tp_size=ranks.size)} if ranks.size > 1 else {}
     )
@@ -140,8 +140,12 @@ def load_config(folder: Path) -> PretrainedConfig:
         ) from exception
 
 
-def _check_ranks(config: PretrainedConfig, num_ranks: int) -> None:
-    """Refuses what would only fail in the first forward pass."""
+def check_ranks(config: PretrainedConfig, num_ranks: int) -> None:
+    """Refuses a number of ranks that would only fail in the first forward pass.
+
+    Raises:
+        ConfigurationError: the model can not be split so; the message names what is possible.
+    """
     if num_ranks == 1:
         return
     heads: int = config.num_attention_heads

@@ -1,0 +1,115 @@
+"""The `insitu` command and its subcommands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from typing import Annotated
+
+import typer
+
+from insitu._config import CONFIG, DEFAULT_ENDPOINT
+from insitu_wire.errors import Error
+from insitu_wire.paths import state_folder
+
+app = typer.Typer(
+    name="insitu",
+    help="Look inside large language models where they run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_DEFAULT_PORT = int(DEFAULT_ENDPOINT.rpartition(":")[2])
+
+
+@app.command()
+def up(
+    model: Annotated[
+        list[str], typer.Option(help="Model to serve, as ID or ID=PATH; may be repeated.")
+    ],
+    tp: Annotated[
+        int, typer.Option(envvar="INSITU_TP", help="Ranks to split each model over.")
+    ] = 1,
+    port: Annotated[
+        int, typer.Option(envvar="INSITU_PORT", help="The scheduler's port; 0 takes a free one.")
+    ] = _DEFAULT_PORT,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(envvar="INSITU_DATA_DIR", help="Folder of the journal and of results."),
+    ] = None,
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="INSITU_API_KEYS_FILE",
+            help="File of lines USER:KEY; without one any key is accepted, on loopback only.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(envvar="INSITU_DTYPE", help="Element type of weights; default: as stored."),
+    ] = "",
+) -> None:
+    """Starts a server on this machine: a scheduler and a shard group for each model."""
+    from insitu.cli._up import Deployment, UpConfig
+
+    config = UpConfig(
+        models=tuple(model),
+        tp=tp,
+        port=port,
+        data_dir=(data_dir or state_folder()).absolute(),
+        api_keys_file=api_keys_file,
+        dtype=dtype,
+    )
+    raise typer.Exit(Deployment(config).run())
+
+
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=_PASS_ON)
+def scheduler(context: typer.Context) -> None:
+    """Starts a scheduler alone (`insitu scheduler --help` tells its flags)."""
+    _become("insitu_scheduler", context.args)
+
+
+@app.command(context_settings=_PASS_ON)
+def shard(context: typer.Context) -> None:
+    """Starts a shard group alone (`insitu shard --help` tells its flags)."""
+    _become("insitu_shard", context.args)
+
+
+@app.command(name="demo-model")
+def demo_model() -> None:
+    """Writes the demo model, SmolLM2-135M-Instruct, to the cache once, and prints its folder."""
+    from insitu.cli._demo_model import prepare_demo_model
+
+    print(prepare_demo_model())
+
+
+@app.command()
+def status() -> None:
+    """Shows the server's models, shard groups and queues."""
+    from insitu.backends.remote import RemoteBackend
+    from insitu.cli._status import show
+
+    backend = RemoteBackend(CONFIG)
+    try:
+        show(backend.server_state(), CONFIG.endpoint)
+    finally:
+        backend.close()
+
+
+def _become(module: str, arguments: list[str]) -> None:
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+
+
+def main() -> None:
+    """Runs the command; an error of ours is one message on standard error and exit status 1."""
+    try:
+        app()
+    except Error as err:
+        print(f"insitu: {err}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,128 @@
+"""Starts a shard group: `python -m insitu_shard --model NAME=PATH --scheduler HOST:PORT`.
+
+Called by hand it checks what can be checked before, and then has torchrun's agent start this module
+again, once a rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+from typing import Annotated
+
+import typer
+
+from insitu_shard.config import ShardConfig, parse_model
+from insitu_wire.errors import Error, Reason, error
+
+
+def run(
+    model: Annotated[
+        str, typer.Option(envvar="INSITU_MODEL", help="Model to serve, as NAME or NAME=PATH.")
+    ],
+    scheduler: Annotated[
+        str, typer.Option(envvar="INSITU_SCHEDULER", help="host:port of the scheduler.")
+    ] = "127.0.0.1:7433",
+    tp: Annotated[int, typer.Option(envvar="INSITU_TP", help="Ranks to split the model over.")] = 1,
+    host: Annotated[
+        str, typer.Option(envvar="INSITU_HOST", help="Address to listen on.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(envvar="INSITU_PORT", help="Port to listen on; 0 takes a free one.")
+    ] = 0,
+    advertise_address: Annotated[
+        str,
+        typer.Option(
+            envvar="INSITU_ADVERTISE_ADDRESS",
+            help="host:port under which the scheduler reaches this group, if not where it listens.",
+        ),
+    ] = "",
+    metrics_port: Annotated[
+        int,
+        typer.Option(envvar="INSITU_METRICS_PORT", help="Port of /metrics; 0 a free one, -1 none."),
+    ] = -1,
+    dtype: Annotated[
+        str,
+        typer.Option(envvar="INSITU_DTYPE", help="Element type of weights; default: as stored."),
+    ] = "",
+) -> None:
+    """Serves one model by a group of ranks until SIGTERM or Ctrl-C."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    name, path = parse_model(model)
+    try:
+        config = ShardConfig(
+            model=name,
+            model_path=path,
+            scheduler=scheduler,
+            host=host,
+            port=port,
+            advertise_address=advertise_address,
+            metrics_port=metrics_port if metrics_port >= 0 else None,
+            num_ranks=tp,
+            dtype=dtype,
+        )
+        if "RANK" in os.environ:
+            from insitu_shard.server import run_rank
+
+            run_rank(config, rank=int(os.environ["RANK"]))
+        else:
+            _check_model(config)
+            _launch_ranks(config)
+    except Error as err:
+        typer.echo(f"insitu shard: {err}", err=True)
+        raise typer.Exit(1) from err
+
+
+def _check_model(config: ShardConfig) -> None:
+    """Refuses before any rank is started what every rank would refuse."""
+    from insitu_shard.engine import check_ranks, load_config, resolve_model_folder
+
+    check_ranks(load_config(resolve_model_folder(config.model_path)), config.num_ranks)
+
+
+def _launch_ranks(config: ShardConfig) -> None:
+    """Starts this module once a rank under torchrun's agent, and waits for all of them.
+
+    Raises:
+        Error: a rank failed; what it printed says why.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.num_ranks)))
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.num_ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(launch, sys.executable)("-m", "insitu_shard", *sys.argv[1:])
+    except SignalException:
+        # The agent has passed the signal on, and all ranks have ended.
+        return
+    except ChildFailedError as exception:
+        rank, failure = exception.get_first_failure()
+        raise error(
+            Reason.REPLICA_LOST,
+            f"rank {rank} of {config.num_ranks} ended with status {failure.exitcode}; what it "
+            "printed above says why",
+            rank=rank,
+            status=failure.exitcode,
+        ) from None
+
+
+def main() -> None:
+    """Runs the command."""
+    typer.run(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Settings of a shard group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from insitu_wire.errors import Reason, error
+
+
+@dataclass(frozen=True, slots=True)
+class ShardConfig:
+    """Settings of one rank; the same on all ranks of a group."""
+
+    model: str
+    """Name by which sessions ask for the model."""
+    model_path: str
+    """Folder of its safetensors files, or a Hugging Face hub id."""
+    scheduler: str
+    """host:port of the scheduler that the group registers with."""
+    host: str = "127.0.0.1"
+    """Address that the leader listens on."""
+    port: int = 0
+    """Port that the leader listens on; 0 takes a free one."""
+    advertise_address: str = ""
+    """host:port under which the scheduler reaches the leader; by default host and port."""
+    metrics_port: int | None = None
+    """Port of the leader's /metrics; 0 takes a free one, None serves none."""
+    num_ranks: int = 1
+    """Ranks that the model is split over."""
+    dtype: str = ""
+    """Element type of the weights, such as "bfloat16"; by default as stored."""
+    collective_timeout_seconds: float = 60.0
+    """How long a rank waits for the others inside a forward pass before the group gives up."""
+    grace_seconds: float = 30.0
+    """How long a running segment may still take once the group is told to stop."""
+
+    def __post_init__(self) -> None:
+        if self.num_ranks < 1:
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                f"--tp is {self.num_ranks}; it is the number of ranks, 1 or more",
+                numRanks=self.num_ranks,
+            )
+
+
+def parse_model(text: str) -> tuple[str, str]:
+    """Splits "NAME=PATH" or "NAME" into name and path; the name is its own path by default."""
+    name, _, path = text.partition("=")
+    return name, path or name

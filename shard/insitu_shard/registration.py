@@ -1,0 +1,77 @@
+"""Keeps the group registered with the scheduler for as long as it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+import grpc
+
+from insitu_proto.v1 import placement_pb2, registry_service_pb2, registry_service_pb2_grpc
+from insitu_wire.limits import CHANNEL_OPTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+_log = logging.getLogger(__name__)
+
+_FIRST_RETRY_SECONDS = 0.2
+_LAST_RETRY_SECONDS = 5.0
+
+
+class Registration:
+    """A stream to the scheduler, opened again whenever it breaks."""
+
+    def __init__(self, scheduler: str, group: placement_pb2.ShardGroup) -> None:
+        self._scheduler = scheduler
+        self._group = group
+        self._keep_alive_seconds = 1.0
+        self._draining = asyncio.Event()
+
+    async def run(self) -> None:
+        """Stays registered until cancelled."""
+        delay = _FIRST_RETRY_SECONDS
+        while True:
+            try:
+                async with grpc.aio.insecure_channel(
+                    self._scheduler, options=CHANNEL_OPTIONS
+                ) as channel:
+                    stub = registry_service_pb2_grpc.RegistryServiceStub(channel)
+                    async for response in stub.RegisterGroup(self._requests()):
+                        delay = _FIRST_RETRY_SECONDS
+                        self._granted(response.lease)
+            except grpc.aio.AioRpcError as rpc_error:
+                _log.warning(
+                    "the scheduler at %s does not keep us registered: %s; trying again in %.1f s",
+                    self._scheduler, rpc_error.details(), delay,
+                )  # fmt: skip
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, _LAST_RETRY_SECONDS)
+
+    def drain(self) -> None:
+        """Tells the scheduler to send nothing new."""
+        self._draining.set()
+
+    def _granted(self, lease: placement_pb2.Lease) -> None:
+        self._keep_alive_seconds = lease.ttl.ToTimedelta().total_seconds() / 3
+
+    async def _requests(self) -> AsyncIterator[registry_service_pb2.RegisterGroupRequest]:
+        yield registry_service_pb2.RegisterGroupRequest(group=self._group)
+        while True:
+            was_draining = self._draining.is_set()
+            if was_draining:
+                await asyncio.sleep(self._keep_alive_seconds)
+            else:
+                await _wait(self._draining, self._keep_alive_seconds)
+            keep_alive = registry_service_pb2.KeepAlive(is_draining=self._draining.is_set())
+            yield registry_service_pb2.RegisterGroupRequest(keep_alive=keep_alive)
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    """Waits for an event, but no longer than some seconds."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return

@@ -1,0 +1,129 @@
+"""One rank's life: join the group, load the model, lead or follow, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import uuid
+from typing import TYPE_CHECKING
+
+import grpc
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from insitu_proto.v1 import placement_pb2, shard_service_pb2, shard_service_pb2_grpc
+from insitu_shard.engine import load_model, resolve_model_folder
+from insitu_shard.group import CommandChannel, Leader, follow, join_group
+from insitu_shard.metrics import ShardMetrics
+from insitu_shard.registration import Registration
+from insitu_shard.service import ShardServicer
+from insitu_wire.errors import Reason, error
+from insitu_wire.interceptor import ErrorInterceptor
+from insitu_wire.limits import SERVER_OPTIONS
+
+if TYPE_CHECKING:
+    from insitu_shard.config import ShardConfig
+    from insitu_shard.engine import LoadedModel
+
+_log = logging.getLogger(__name__)
+
+_SERVICE_NAME = shard_service_pb2.DESCRIPTOR.services_by_name["ShardService"].full_name
+
+
+def run_rank(config: ShardConfig, rank: int) -> None:
+    """Runs this process's rank until it is told to stop.
+
+    Raises:
+        Error: the group can not start, or was lost.
+    """
+    ranks = join_group(config, rank)
+    channel = CommandChannel(ranks)
+    if not ranks.is_leader:
+        # The leader alone is told when to stop; it tells the others after what runs has ended.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    model = load_model(
+        config.model,
+        resolve_model_folder(config.model_path),
+        ranks=ranks,
+        dtype=getattr(torch, config.dtype) if config.dtype else None,
+    )
+    if ranks.is_leader:
+        asyncio.run(_lead(config, model, channel))
+    else:
+        follow(model, channel)
+
+
+async def _lead(config: ShardConfig, model: LoadedModel, channel: CommandChannel) -> None:
+    leader = Leader(model, channel)
+    metrics = ShardMetrics(model.name, leader.handles)
+    stopping = asyncio.Event()
+    is_lost = False
+
+    def lost() -> None:
+        nonlocal is_lost
+        is_lost = True
+        stopping.set()
+
+    servicer = ShardServicer(leader, model.describe(), metrics, lost)
+    server, health, address = await _start(config, servicer)
+    if config.metrics_port is not None:
+        httpd, _ = start_http_server(
+            config.metrics_port, addr=config.host, registry=metrics.registry
+        )
+        _log.info("metrics are at http://%s:%d/metrics", config.host, httpd.server_port)
+    _stop_on_signals(stopping)
+    registration = Registration(config.scheduler, _shard_group(config, address))
+    registering = asyncio.create_task(registration.run())
+    _log.info("%s is served at %s over %d rank(s)", model.name, address, config.num_ranks)
+    await stopping.wait()
+    if is_lost:
+        raise error(Reason.REPLICA_LOST, f"the shard group of {model.name} lost a rank")
+    registration.drain()
+    await health.enter_graceful_shutdown()
+    await server.stop(config.grace_seconds)
+    registering.cancel()
+    await asyncio.to_thread(servicer.stop)
+
+
+async def _start(
+    config: ShardConfig, servicer: ShardServicer
+) -> tuple[grpc.aio.Server, health_aio.HealthServicer, str]:
+    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+    shard_service_pb2_grpc.add_ShardServiceServicer_to_server(servicer, server)
+    health = health_aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    names = (_SERVICE_NAME, reflection.SERVICE_NAME, "grpc.health.v1.Health")
+    reflection.enable_server_reflection(names, server)
+    try:
+        port = server.add_insecure_port(f"{config.host}:{config.port}")
+    except RuntimeError as exception:
+        raise error(
+            Reason.INVALID_CONFIGURATION,
+            f"can not listen on {config.host}:{config.port}; choose a free port with --port, or 0",
+            host=config.host,
+            port=config.port,
+        ) from exception
+    await server.start()
+    for name in ("", _SERVICE_NAME):
+        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return server, health, f"{config.host}:{port}"
+
+
+def _stop_on_signals(stopping: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+
+
+def _shard_group(config: ShardConfig, address: str) -> placement_pb2.ShardGroup:
+    return placement_pb2.ShardGroup(
+        group_id=uuid.uuid4().hex,
+        model=config.model,
+        address=config.advertise_address or address,
+        num_ranks=config.num_ranks,
+    )

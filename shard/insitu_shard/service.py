@@ -1,0 +1,140 @@
+"""The gRPC service of a shard group's leader."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from insitu_proto.v1 import shard_service_pb2, shard_service_pb2_grpc
+from insitu_shard.codec import to_responses
+from insitu_shard.engine import Finished, SegmentEvent, TraceStarted
+from insitu_wire.errors import Error, to_failure
+from insitu_wire.limits import CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    import grpc
+
+    from insitu_proto.v1 import model_pb2
+    from insitu_shard.group import Leader
+    from insitu_shard.metrics import ShardMetrics
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+_log = logging.getLogger(__name__)
+
+
+class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
+    """Runs segments one at a time on the group's own thread, in the order of arrival."""
+
+    def __init__(
+        self,
+        leader: Leader,
+        description: model_pb2.ModelDescription,
+        metrics: ShardMetrics,
+        on_lost: Callable[[], None],
+    ) -> None:
+        """Makes the service.
+
+        Args:
+            leader: runs segments on all ranks.
+            description: the model's.
+            metrics: where segments are counted.
+            on_lost: called when the group can not go on.
+        """
+        self._on_lost = on_lost
+        self._leader = leader
+        self._description = description
+        self._metrics = metrics
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+
+    async def DescribeModel(
+        self, request: shard_service_pb2.DescribeModelRequest, context: Context
+    ) -> shard_service_pb2.DescribeModelResponse:
+        """Describes the model."""
+        return shard_service_pb2.DescribeModelResponse(description=self._description)
+
+    async def FetchTokenizer(
+        self, request: shard_service_pb2.FetchTokenizerRequest, context: Context
+    ) -> AsyncIterator[shard_service_pb2.FetchTokenizerResponse]:
+        """Streams the tokenizer's files."""
+        for path in self._leader.model.tokenizer_files:
+            content = await asyncio.to_thread(path.read_bytes)
+            for start in range(0, max(len(content), 1), CHUNK_BYTES):
+                yield shard_service_pb2.FetchTokenizerResponse(
+                    file_name=path.name, data=content[start : start + CHUNK_BYTES]
+                )
+
+    async def RunSegment(
+        self, request: shard_service_pb2.RunSegmentRequest, context: Context
+    ) -> AsyncIterator[shard_service_pb2.RunSegmentResponse]:
+        """Runs a segment and streams what happens."""
+        loop = asyncio.get_running_loop()
+        responses: asyncio.Queue[SegmentEvent | Error] = asyncio.Queue()
+        cancelled = threading.Event()
+
+        def run() -> None:
+            for event in self._run(request, cancelled):
+                loop.call_soon_threadsafe(responses.put_nowait, event)
+
+        running = loop.run_in_executor(self._thread, run)
+        running.add_done_callback(self._check)
+        try:
+            while True:
+                event = await responses.get()
+                if isinstance(event, Error):
+                    yield shard_service_pb2.RunSegmentResponse(failure=to_failure(event))
+                    return
+                for response in to_responses(event):
+                    yield response
+                if isinstance(event, Finished):
+                    return
+        finally:
+            cancelled.set()
+            await asyncio.shield(running)
+
+    async def ReleaseSession(
+        self, request: shard_service_pb2.ReleaseSessionRequest, context: Context
+    ) -> shard_service_pb2.ReleaseSessionResponse:
+        """Frees all values of a session."""
+        loop = asyncio.get_running_loop()
+        releasing = loop.run_in_executor(self._thread, self._leader.release, request.session_id)
+        releasing.add_done_callback(self._check)
+        return shard_service_pb2.ReleaseSessionResponse(num_values=await releasing)
+
+    def stop(self) -> None:
+        """Waits for what runs, and ends the followers."""
+        self._thread.submit(self._leader.stop).result()
+        self._thread.shutdown()
+
+    def _run(
+        self, request: shard_service_pb2.RunSegmentRequest, cancelled: threading.Event
+    ) -> Iterator[SegmentEvent | Error]:
+        """Yields the segment's events, the last being its end or its error. Engine's thread."""
+        started = time.monotonic()
+        outcome = "completed"
+        try:
+            run = self._leader.run_segment(
+                request.session_id, request.segment, is_cancelled=cancelled.is_set
+            )
+            for event in run:
+                if isinstance(event, TraceStarted):
+                    self._metrics.trace_started()
+                yield event
+        except Error as err:
+            outcome = "failed"
+            yield err
+        if cancelled.is_set():
+            outcome = "cancelled"
+        self._metrics.segment_ended(outcome, time.monotonic() - started)
+
+    def _check(self, finished: asyncio.Future[Any]) -> None:
+        """Gives up the group on what no session can cause, such as a lost rank."""
+        if not finished.cancelled() and (exception := finished.exception()) is not None:
+            _log.critical("the shard group is lost", exc_info=exception)
+            self._on_lost()

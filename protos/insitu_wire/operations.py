@@ -115,6 +115,8 @@ _IN_PLACE_OPERATORS = {
 
 _VIEWS = {
     "getitem",
+    "__pos__",
+    "alpha_dropout",
     "__getitem__", "T", "mT", "H", "mH", "real", "imag", "broadcast_to", "chunk", "conj",
     "contiguous", "detach", "diagonal", "expand", "expand_as", "flatten", "movedim", "moveaxis",
     "narrow", "permute", "positive", "ravel", "reshape", "reshape_as", "select", "split", "squeeze",

@@ -121,29 +121,6 @@ class Proxy(torch.Tensor):
     def __format__(self, format_spec: str) -> str:
         return _describe(self)
 
-    def __bool__(self) -> bool:
-        raise _not_here(self._origin, "whether it is true")
-
-    def __int__(self) -> int:
-        raise _not_here(self._origin, "its number")
-
-    def __float__(self) -> float:
-        raise _not_here(self._origin, "its number")
-
-    def __index__(self) -> int:
-        raise _not_here(self._origin, "its number")
-
-    def tolist(self) -> Any:
-        """Raises ValueNotAvailableError: the elements are not here."""
-        raise _not_here(self._origin, "its elements")
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """Raises ValueNotAvailableError: the elements are not here."""
-        raise _not_here(self._origin, "its elements")
-
-    def __array__(self, dtype: object = None) -> Any:
-        raise _not_here(self._origin, "its elements")
-
 
 class BlockProxy(Proxy):
     """The output of a decoder layer: its hidden state, [batch, length, hidden].
@@ -219,6 +196,19 @@ class ProxyDict(dict[str, Any]):
             raise AttributeError(f"{self._origin} has {', '.join(self)}, and no {name}") from None
 
 
+_NEEDS_ELEMENTS = {
+    torch.Tensor.__bool__,
+    torch.Tensor.__int__,
+    torch.Tensor.__float__,
+    torch.Tensor.__complex__,
+    torch.Tensor.__index__,
+    torch.Tensor.__array__,
+    torch.Tensor.numpy,
+    torch.Tensor.tolist,
+}
+"""What gives Python or numpy the elements themselves."""
+
+
 def wrap(structure: Any, origin: Origin, kind: type[Proxy] | None = None) -> Any:
     """Puts proxies in the place of meta tensors, and of `UNKNOWN`, in a structure."""
     match structure:
@@ -256,7 +246,8 @@ def fill(target: Any, value: Any) -> None:
     """Makes saved proxies their values, in place."""
     match target:
         case Proxy():
-            tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+            # A tensor object of its own: the same value may have been saved under two names.
+            tensor = torch.as_tensor(value).detach()
             if isinstance(target, BlockProxy):
                 tensor = tensor.as_subclass(BlockOutput)
             torch.utils.swap_tensors(target, tensor)
@@ -276,7 +267,7 @@ def _record(
     recorder = origin.recorder
     for proxy in proxies:
         if proxy._origin.recorder.state != "recording":
-            raise _not_here(proxy._origin, "its elements")
+            raise _not_here(proxy._origin)
         if proxy._origin.recorder is not recorder:
             raise error(
                 Reason.UNKNOWN_REFERENCE,
@@ -284,6 +275,8 @@ def _record(
                 "the value there and use the saved tensor here",
                 location=location,
             )
+    if func in _NEEDS_ELEMENTS:
+        raise _not_here(origin)
     name = operation_name(func, location)
     args, kwargs = _on_the_models_device(name, args, kwargs)
     structure = infer(func, name, pytree.tree_map(_to_meta, (args, kwargs)), location)
@@ -316,7 +309,7 @@ def _save(value: Any, origin: Origin) -> None:
     recorder = origin.recorder
     location = user_location()
     if recorder.state != "recording" or recorder.last_trace is None:
-        raise _not_here(origin, "it")
+        raise _not_here(origin)
     if any(saved is value for saved in recorder.saved.values()):
         return
     name = assigned_name(location) or assigned_name(origin.location)
@@ -334,10 +327,10 @@ def _describe(proxy: Proxy) -> str:
 def _missing(origin: Origin) -> str:
     if origin.recorder.state == "done":
         return f"{origin} was not saved: call .save() on it inside the session"
-    return f"{origin} is not here before the session has run"
+    return f"{origin} has no elements before the session has run"
 
 
-def _not_here(origin: Origin, what: str) -> Exception:
+def _not_here(origin: Origin) -> Exception:
     if origin.recorder.state == "done":
         message = (
             f"{origin} was not saved, so it stayed where the model runs; call .save() on it inside "
@@ -345,9 +338,8 @@ def _not_here(origin: Origin, what: str) -> Exception:
         )
     else:
         message = (
-            f"{origin} is not here before the session has run, and neither is {what}; use it after "
-            "the block, with .save() inside. What must depend on it inside: use operations such as "
-            "torch.where"
+            f"{origin} has no elements before the session has run; call .save() on it and use it "
+            "after the block, or use operations that run with the session, such as torch.where"
         )
     return error(
         Reason.VALUE_NOT_AVAILABLE,

@@ -60,11 +60,13 @@ class ModuleTree:
             f"  ({name}): " + self.render(f"{path}.{name}" if path else name).replace("\n", "\n  ")
             for name in names
         ]
-        return "\n".join([f"{module.class_name}(", *_folded(lines), ")"])
+        if module.class_name == "ModuleList":
+            lines = _folded(lines)
+        return "\n".join([f"{module.class_name}(", *lines, ")"])
 
 
 def _folded(lines: list[str]) -> list[str]:
-    """Draws runs of equal children once, as "(0-29): 30 x ...": so does torch."""
+    """Draws runs of equal children once, as "(0-29): 30 x ..."."""
     folded: list[str] = []
     start = 0
     while start < len(lines):

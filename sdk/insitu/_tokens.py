@@ -45,7 +45,7 @@ def token_rows(
 def _rows(prompt: Any, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> list[Any]:
     match prompt:
         case str():
-            return [tokenizer()(prompt)["input_ids"]] if prompt else []
+            return [tokenizer()(prompt)["input_ids"] if prompt else []]
         case Mapping() if "input_ids" in prompt:
             return _without_padding(prompt["input_ids"], prompt.get("attention_mask"))
         case torch.Tensor():
@@ -54,7 +54,7 @@ def _rows(prompt: Any, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> list
             return [list(prompt)]
         case [_, *_]:
             return [row for item in prompt for row in _rows(item, tokenizer)]
-    return []
+    return [[]]
 
 
 def _without_padding(ids: Any, mask: Any) -> list[list[int]]:

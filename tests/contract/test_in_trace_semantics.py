@@ -1,0 +1,139 @@
+"""What the order of definition inside a trace means: hazards, views, cycles, liveness."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from insitu import InvalidTraceError, LanguageModel
+from support.tiny_models import TinyModels
+
+IDS = [5, 9, 17, 23]
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyModels) -> LanguageModel:
+    return LanguageModel(str(tiny.folder("llama")))
+
+
+def test_definition_order_is_free_where_nothing_is_written(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        late = model.model.layers[2].output[0]
+        early = model.model.layers[0].output[0]
+        total = (late + early).save()
+        first = early.save()
+        last = late.save()
+    assert torch.equal(total, first + last)
+
+
+def test_a_read_after_a_write_sees_it_and_one_before_does_not(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        before = model.model.layers[1].output[0].clone().save()
+        model.model.layers[1].output[0][:] = 0
+        after = model.model.layers[1].output[0].clone().save()
+    assert before.abs().sum() > 0
+    assert after.abs().sum() == 0
+
+
+def test_writes_to_one_module_happen_in_order(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        model.model.layers[1].output[0][:] = 1
+        model.model.layers[1].output[0][:] += 2
+        model.model.layers[1].output = model.model.layers[1].output[0] * 5
+        result = model.model.layers[1].output[0].save()
+    assert torch.equal(result, torch.full_like(result, 15))
+
+
+def test_a_waiting_reader_sees_what_was_there_when_it_was_defined(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        clean = model.model.layers[1].output[0].clone().save()
+        # Needs layer 2, so it runs after the write that is defined below it.
+        mixed = model.model.layers[1].output[0] + model.model.layers[2].output[0]
+        model.model.layers[1].output[0][:] = 0
+        last = model.model.layers[2].output[0].save()
+        mixed.save()
+    assert torch.equal(mixed, clean + last)
+
+
+def test_a_write_to_a_value_of_an_earlier_trace_is_seen_by_later_reads(
+    model: LanguageModel,
+) -> None:
+    with model.session():
+        with model.trace(IDS):
+            hidden = model.model.layers[1].output[0]
+        with model.trace(IDS):
+            hidden[:] = model.model.layers[0].output[0]
+            total = hidden.sum().save()
+            expected = model.model.layers[0].output[0].sum().save()
+    assert torch.equal(total, expected)
+
+
+def test_a_write_that_needs_a_later_module_names_both_lines(model: LanguageModel) -> None:
+    with pytest.raises(InvalidTraceError, match=r"model.layers.2.output") as raised:
+        with model.trace(IDS):
+            late = model.model.layers[2].output[0]
+            model.model.layers[0].output[0][:] = late
+    assert raised.value.reason == "CYCLIC_TRACE"
+    assert raised.value.location is not None
+    assert raised.value.location.source == "model.model.layers[0].output[0][:] = late"
+    assert "late = model.model.layers[2].output[0]" in str(raised.value)
+
+
+def test_a_module_that_is_not_called_is_named(model: LanguageModel, tiny: TinyModels) -> None:
+    gpt2 = LanguageModel(str(tiny.folder("gpt2")))
+    with pytest.raises(InvalidTraceError, match="never reached") as raised:
+        with gpt2.trace(IDS):
+            gpt2.transformer.h.output.save()
+    assert raised.value.reason == "HOOK_POINT_NOT_REACHED"
+
+
+def test_a_module_is_applied_to_a_value_without_firing_hooks(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        lens = model.lm_head(model.model.norm(model.model.layers[2].output[0])).save()
+        logits = model.lm_head.output.save()
+    assert torch.equal(lens, logits)
+
+
+def test_inputs_are_read_and_written(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        args, kwargs = model.model.layers[1].inputs
+        assert model.model.layers[1].input.shape == (1, len(IDS), 64)
+        entering = args[0].save()
+        leaving = model.model.layers[0].output[0].save()
+        model.model.layers[1].input = model.model.layers[1].input * 0
+        zeroed = model.model.layers[1].input_layernorm.input.save()
+        assert "position_ids" in kwargs
+    assert torch.equal(entering, leaving)
+    assert zeroed.abs().sum() == 0
+
+
+def test_structures_come_back_whole(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        attention = model.model.layers[0].self_attn.output
+        attention[0][:] *= 2
+        attention.save()
+        top = torch.topk(model.lm_head.output, 3)
+        values = top.values.save()
+        indices = top.indices.save()
+        output = model.output.save()
+    assert attention[0].shape == (1, len(IDS), 64)
+    assert attention[1] is None
+    assert torch.equal(values, output.logits.topk(3).values)
+    assert torch.equal(indices, output.logits.topk(3).indices)
+
+
+def test_values_of_unknown_shape_are_recorded_all_the_same(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        logits = model.lm_head.output[0, -1]
+        positive = logits[logits > 0].save()
+        kept = logits.save()
+    assert torch.equal(positive, kept[kept > 0])
+
+
+def test_a_saved_value_is_not_what_later_traces_write_to(model: LanguageModel) -> None:
+    with model.session():
+        with model.trace(IDS):
+            hidden = model.model.layers[1].output[0].save()
+        with model.trace(IDS):
+            hidden[:] = 0
+    assert hidden.abs().sum() > 0

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+
+from insitu_proto.v1 import error_reason_pb2
+from insitu_wire.errors import (
+    DOMAIN,
+    Error,
+    Location,
+    Reason,
+    error,
+    from_failure,
+    status_code,
+    to_failure,
+    to_status,
+)
+
+
+def test_every_reason_of_the_contract_has_a_code_and_an_exception() -> None:
+    contract = {name.removeprefix("ERROR_REASON_") for name in error_reason_pb2.ErrorReason.keys()}  # noqa: SIM118
+    assert set(Reason) == contract - {"UNSPECIFIED"}
+    for reason in Reason:
+        assert status_code(reason) is not None
+        assert isinstance(error(reason, "text"), Error)
+
+
+def test_an_unknown_module_is_also_an_attribute_error() -> None:
+    assert isinstance(error(Reason.UNKNOWN_MODULE_PATH, "text"), AttributeError)
+
+
+def test_a_failure_survives_the_wire() -> None:
+    sent = error(
+        Reason.SHAPE_MISMATCH,
+        "does not fit",
+        location=Location("cell.py", 7, "x[0] = y"),
+        trace_number=2,
+        remote_traceback="RuntimeError: no",
+        expected=[1, 2],
+    )
+    received = from_failure(to_failure(sent))
+    assert type(received) is type(sent)
+    assert str(received) == str(sent)
+    assert received.metadata == {"expected": "[1, 2]"}
+
+
+def test_a_status_carries_reason_domain_and_every_dynamic_part() -> None:
+    from google.rpc import error_details_pb2
+
+    status = to_status(error(Reason.QUEUE_FULL, "full", limit=3))
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    assert (info.reason, info.domain, dict(info.metadata)) == ("QUEUE_FULL", DOMAIN, {"limit": "3"})
+
+
+@pytest.mark.parametrize("part", ["does not fit", "trace 2", "cell.py:7", "x[0] = y"])
+def test_the_text_of_an_error_names_the_users_line(part: str) -> None:
+    err = error(
+        Reason.SHAPE_MISMATCH,
+        "does not fit",
+        location=Location("cell.py", 7, "x[0] = y"),
+        trace_number=2,
+    )
+    assert part in str(err)

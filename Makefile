@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PROTOS := $(sort $(wildcard protos/insitu_proto/v1/*.proto))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fmt lint types arch protos protos-check clean
+.PHONY: help setup demo test check bench fmt lint types arch protos protos-check clean
 
 help: ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,15 @@ demo: setup ## Starts a server with a small real model, runs the first session a
 
 test: setup ## Runs all tests.
 	$(BIN)/python -m pytest
+
+bench: setup .venv-nnsight/.installed ## Measures, side by side with plain transformers and nnsight.
+	$(BIN)/python benchmarks/first_session.py
+
+.venv-nnsight/.installed:
+	$(PYTHON) -m venv .venv-nnsight
+	.venv-nnsight/bin/pip install --quiet torch==2.13.0
+	.venv-nnsight/bin/pip install --quiet nnsight==0.8.1 transformers==5.23.0 accelerate==1.15.0
+	touch $@
 
 check: lint types arch protos-check test ## Everything that a change must pass.
 
@@ -59,4 +68,4 @@ protos-check: protos
 	  else echo 'no origin/main to compare the contract with'; fi
 
 clean: ## Removes the virtual environment and caches.
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .venv-nnsight .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

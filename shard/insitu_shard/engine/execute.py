@@ -13,11 +13,11 @@ from insitu_shard.engine.graph import (
     Log,
     ModuleCall,
     Read,
-    Ref,
     Save,
     Write,
     operands,
     references,
+    resolve,
 )
 from insitu_shard.engine.logs import format_values
 from insitu_shard.engine.operations import function
@@ -130,21 +130,9 @@ class Executor:
             if not self._num_uses[used] and used not in self._plan.outliving:
                 self.values.pop(used, None)
 
-    def _resolve(self, value: Any, node_id: NodeId) -> Any:
-        """Puts values in the place of references."""
-        match value:
-            case Ref(node_id=used):
-                return self._value_of(used, node_id)
-            case list():
-                return [self._resolve(item, node_id) for item in value]
-            case tuple():
-                return tuple(self._resolve(item, node_id) for item in value)
-            case dict():
-                return {key: self._resolve(item, node_id) for key, item in value.items()}
-            case slice():
-                parts = (value.start, value.stop, value.step)
-                return slice(*(self._resolve(part, node_id) for part in parts))
-        return value
+    def _resolve(self, value: Any, reader: NodeId) -> Any:
+        """Puts values in the place of references, as a node is to see them."""
+        return resolve(value, lambda used: self._value_of(used, reader))
 
     def _value_of(self, used: NodeId, reader: NodeId) -> object:
         copies = self._copies.get(reader, {})

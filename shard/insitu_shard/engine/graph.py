@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from insitu_wire.errors import Location
 
@@ -173,3 +173,20 @@ def references(value: object) -> Iterator[NodeId]:
         case slice():
             for part in (value.start, value.stop, value.step):
                 yield from references(part)
+
+
+def resolve(value: Any, value_of: Callable[[NodeId], object]) -> Any:
+    """Puts values in the place of references, however deep."""
+    match value:
+        case Ref(node_id=node_id):
+            return value_of(node_id)
+        case list():
+            return [resolve(item, value_of) for item in value]
+        case tuple():
+            return tuple(resolve(item, value_of) for item in value)
+        case dict():
+            return {key: resolve(item, value_of) for key, item in value.items()}
+        case slice():
+            parts = (value.start, value.stop, value.step)
+            return slice(*(resolve(part, value_of) for part in parts))
+    return value

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from insitu_shard.engine.codec import StepDecoder
 from insitu_shard.engine.events import Logged, Saved, SegmentEvent, TraceStarted
-from insitu_shard.engine.graph import Exit, Log, Save, Trace, operands, references
+from insitu_shard.engine.graph import Exit, Log, Save, Trace, operands, references, resolve
 from insitu_shard.engine.handles import compact
 from insitu_shard.engine.inputs import model_inputs
 from insitu_shard.engine.interleaver import Interleaver
@@ -69,7 +69,7 @@ class SegmentRun:
                 yield TraceStarted(self._trace_number)
                 yield from self._run_trace(step.kind, self._used_later[index])
             case Log(values=logged):
-                yield Logged(format_values(self._resolve(logged)))
+                yield Logged(format_values(resolve(logged, self._values.__getitem__)))
             case Exit():
                 self.has_exited = True
         for node_id in self._values.keys() - self._used_later[index]:
@@ -98,12 +98,6 @@ class SegmentRun:
             operation = plan.nodes[node_id].operation
             name = operation.name if isinstance(operation, Save) else ""
             yield Saved(node_id, name, release(value))
-
-    def _resolve(self, logged: tuple[object, ...]) -> tuple[object, ...]:
-        return tuple(
-            self._values[next(references(value))] if list(references(value)) else value
-            for value in logged
-        )
 
 
 def _copied(value: object) -> object:

@@ -1,1 +1,1 @@
-"""x."""
+"""The scheduler: admits sessions, orders them, and has shard groups run them."""

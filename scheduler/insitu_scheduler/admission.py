@@ -1,0 +1,133 @@
+"""Lets a session in: checked first, then in the journal, then in the queue."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import uuid
+from typing import TYPE_CHECKING
+
+from insitu_scheduler import events
+from insitu_scheduler.dispatch import LiveSession
+from insitu_scheduler.events import EventLog
+from insitu_scheduler.journal import AcceptedSession
+from insitu_scheduler.queue import SessionId
+from insitu_scheduler.segments import cut
+from insitu_scheduler.validation import check_size, validate
+from insitu_wire.errors import Reason, error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    from insitu_proto.v1.scheduler_service_pb2 import SubmitSessionRequest
+    from insitu_proto.v1.session_pb2 import Session
+    from insitu_scheduler.dispatch import Dispatcher
+    from insitu_scheduler.journal import Journal, KnownRequest
+    from insitu_scheduler.metrics import SchedulerMetrics
+    from insitu_scheduler.models import ModelCatalog
+
+    T = TypeVar("T")
+
+_MAX_REQUEST_ID = 128
+# Work on larger sessions would hold up the event loop.
+_MAX_INLINE_BYTES = 256 * 1024
+
+
+class Admission:
+    """Decides on submissions."""
+
+    def __init__(
+        self,
+        catalog: ModelCatalog,
+        journal: Journal,
+        dispatcher: Dispatcher,
+        metrics: SchedulerMetrics,
+        *,
+        max_session_bytes: int,
+    ) -> None:
+        self._catalog = catalog
+        self._journal = journal
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._max_session_bytes = max_session_bytes
+
+    async def submit(self, user: str, request: SubmitSessionRequest) -> SessionId:
+        """Accepts a session, or finds the one that the request id was used for before.
+
+        Raises:
+            Error: why it is refused; nothing of it is kept then.
+        """
+        _check_request_id(request.request_id)
+        session = request.session
+        check_size(session, self._max_session_bytes)
+        payload, digest = await _off_loop(session, lambda: _encode(session))
+        known = await self._journal.find_request(user, request.request_id)
+        if known is not None:
+            return _same_session(known, digest, request.request_id)
+        models = self._catalog.served()
+        await _off_loop(session, lambda: validate(session, models))
+        accepted = AcceptedSession(
+            session_id=SessionId(str(uuid.uuid4())),
+            request_id=request.request_id,
+            user=user,
+            model=cut(session)[0].model,
+            payload=payload,
+            payload_digest=digest,
+        )
+        # What the journal has must be queued, even if the client goes away between the two.
+        return await asyncio.shield(
+            asyncio.create_task(self._accept(accepted, session, is_detached=request.is_detached))
+        )
+
+    async def _accept(
+        self, accepted: AcceptedSession, session: Session, *, is_detached: bool
+    ) -> SessionId:
+        position = self._dispatcher.reserve(accepted.model)
+        log = EventLog(accepted.session_id, accepted.user)
+        for event in (events.received(), events.approved(), events.queued(position)):
+            log.show(log.stamp(event))
+        try:
+            known = await self._journal.accept(accepted, log.events)
+        finally:
+            self._dispatcher.unreserve()
+        if known.session_id != accepted.session_id:
+            return _same_session(known, accepted.payload_digest, accepted.request_id)
+        live = LiveSession(log, session, accepted.model)
+        self._dispatcher.enqueue(live, position=position, is_detached=is_detached)
+        self._metrics.accepted(accepted.model or "")
+        return accepted.session_id
+
+
+async def _off_loop(session: Session, work: Callable[[], T]) -> T:
+    """Does work on a session, on a thread if the session is large."""
+    if session.ByteSize() <= _MAX_INLINE_BYTES:
+        return work()
+    return await asyncio.to_thread(work)
+
+
+def _encode(session: Session) -> tuple[bytes, bytes]:
+    payload = session.SerializeToString(deterministic=True)
+    return payload, hashlib.sha256(payload).digest()
+
+
+def _check_request_id(request_id: str) -> None:
+    if not 0 < len(request_id) <= _MAX_REQUEST_ID:
+        raise error(
+            Reason.MALFORMED_SESSION,
+            f"the request id has {len(request_id)} characters; it must have 1 to "
+            f"{_MAX_REQUEST_ID}, and be new for each session: use a UUID",
+            length=len(request_id),
+        )
+
+
+def _same_session(known: KnownRequest, digest: bytes, request_id: str) -> SessionId:
+    if known.payload_digest != digest:
+        raise error(
+            Reason.REQUEST_ID_REUSED,
+            f"request id {request_id!r} was used before for a different session, "
+            f"{known.session_id}; take a new id for each session",
+            requestId=request_id,
+            sessionId=known.session_id,
+        )
+    return known.session_id

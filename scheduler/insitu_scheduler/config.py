@@ -1,0 +1,93 @@
+"""Settings of a scheduler."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from insitu_wire.errors import Reason, error
+from insitu_wire.limits import MAX_MESSAGE_BYTES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_SESSION_BYTES = MAX_MESSAGE_BYTES - 64 * 1024
+"""Largest session that fits into a message, with room for what surrounds it there."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Settings of one scheduler."""
+
+    data_dir: Path
+    """Folder of the journal and of results; made if missing, used by one scheduler at a time."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 7433
+    """Port to listen on; 0 takes a free one."""
+    metrics_port: int | None = 0
+    """Port of /metrics; 0 takes a free one, None serves none."""
+    api_keys_file: Path | None = None
+    """File of lines USER:KEY; without one any key is accepted, on a loopback host only."""
+    max_session_bytes: int = MAX_SESSION_BYTES
+    """Largest session, in bytes."""
+    max_queued_sessions: int = 10_000
+    """Sessions that may wait; more are refused with QUEUE_FULL."""
+    lease_ttl_seconds: float = 10.0
+    """How long a shard group may be silent before it is given up."""
+    orphan_grace_seconds: float = 5.0
+    """How long an attached session lives without anybody watching it, also before the first."""
+    grace_seconds: float = 10.0
+    """How long running sessions and downloads may still take once the scheduler is told to stop."""
+
+    def __post_init__(self) -> None:
+        _check_port("--port", self.port)
+        if self.metrics_port is not None:
+            _check_port("--metrics-port", self.metrics_port)
+        if not 0 < self.max_session_bytes <= MAX_SESSION_BYTES:
+            allowed = f"1 to {MAX_SESSION_BYTES}"
+            raise _unusable("--max-session-bytes", self.max_session_bytes, allowed)
+        if self.max_queued_sessions < 1:
+            raise _unusable("--max-queued-sessions", self.max_queued_sessions, "1 or more")
+        if not self.lease_ttl_seconds > 0:
+            raise _unusable("--lease-ttl-seconds", self.lease_ttl_seconds, "more than 0")
+        for flag, seconds in (
+            ("--orphan-grace-seconds", self.orphan_grace_seconds),
+            ("--grace-seconds", self.grace_seconds),
+        ):
+            if not seconds >= 0:
+                raise _unusable(flag, seconds, "0 or more")
+        if self.api_keys_file is None and not _is_loopback(self.host):
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                f"--host is {self.host}, which other machines reach, and there is no key file; "
+                "give one with --api-keys-file (lines USER:KEY), or listen on 127.0.0.1",
+                host=self.host,
+            )
+
+
+def endpoint(host: str, port: int) -> str:
+    """Writes a host and port as gRPC and URLs take them."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _check_port(flag: str, port: int) -> None:
+    if not 0 <= port <= 65535:
+        raise _unusable(flag, port, "0 (a free one) to 65535")
+
+
+def _unusable(flag: str, value: float, allowed: str) -> Exception:
+    return error(
+        Reason.INVALID_CONFIGURATION,
+        f"{flag} is {value}; it must be {allowed}",
+        setting=flag,
+        value=value,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,310 @@
+"""Owns the queue and the groups, and brings sessions and free groups together.
+
+All state is touched from the event loop only, between two awaits: no locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from insitu_scheduler import events
+from insitu_scheduler.positions import PositionAnnouncer
+from insitu_scheduler.queue import WaitingSession
+from insitu_scheduler.runner import SessionRun
+from insitu_scheduler.segments import count_traces, cut, estimate_cost
+from insitu_scheduler.shards import replica_lost
+from insitu_scheduler.watchers import Watchers
+from insitu_wire.errors import Error, Reason, error
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from insitu_proto.v1.event_pb2 import Event
+    from insitu_proto.v1.session_pb2 import Session
+    from insitu_scheduler.events import EventBook, EventLog
+    from insitu_scheduler.metrics import SchedulerMetrics
+    from insitu_scheduler.queue import SessionId, SessionQueue
+    from insitu_scheduler.registry import Group, LeaseId, Registry
+    from insitu_scheduler.results import ResultStore
+    from insitu_scheduler.shards import ShardClient
+
+_log = logging.getLogger(__name__)
+
+_RELEASE_SECONDS = 60.0
+# From a group that is lost, or when the scheduler stops.
+_QUICK_RELEASE_SECONDS = 2.0
+
+
+@dataclass(slots=True)
+class LiveSession:
+    """A session that waits or runs."""
+
+    log: EventLog
+    session: Session
+    model: str | None
+    work: asyncio.Task[None] | None = None
+    """What runs it; None while it waits."""
+    lease_id: LeaseId | None = None
+    """The group that runs it; None while it waits."""
+    verdict: Event | None = None
+    """How it is to end, once its work has been stopped from outside."""
+
+    def stop(self, verdict: Event) -> None:
+        """Stops its work; the first verdict stands."""
+        if self.work is not None and self.verdict is None:
+            self.verdict = verdict
+            self.work.cancel()
+
+
+class Dispatcher:
+    """The one owner of what waits and what runs."""
+
+    def __init__(
+        self,
+        queue: SessionQueue,
+        registry: Registry,
+        book: EventBook,
+        results: ResultStore,
+        metrics: SchedulerMetrics,
+        *,
+        max_queued: int,
+        orphan_grace_seconds: float,
+    ) -> None:
+        self.watchers = Watchers(orphan_grace_seconds, self._cancel_orphan)
+        self._queue = queue
+        self._registry = registry
+        self._book = book
+        self._results = results
+        self._metrics = metrics
+        self._max_queued = max_queued
+        self._positions = PositionAnnouncer(queue, self._show_position)
+        self._live: dict[SessionId, LiveSession] = {}
+        self._clients: dict[LeaseId, ShardClient] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._num_reserved = 0
+        self._is_stopping = False
+
+    def reserve(self, model: str | None) -> int:
+        """Keeps a place for a session that is about to be accepted, and gives its position.
+
+        Raises:
+            CapacityError: QUEUE_FULL.
+            UnavailableError: SHUTTING_DOWN.
+        """
+        if self._is_stopping:
+            raise _shutting_down()
+        if len(self._queue) + self._num_reserved >= self._max_queued:
+            raise error(
+                Reason.QUEUE_FULL,
+                f"{self._max_queued:,} sessions wait already, and the queue takes no more; "
+                "try again later",
+                maxQueuedSessions=self._max_queued,
+            )
+        self._num_reserved += 1
+        return self._queue.num_ahead(model) + self._num_reserved
+
+    def unreserve(self) -> None:
+        """Gives a reserved place back, whether or not its session comes."""
+        self._num_reserved -= 1
+
+    def enqueue(self, live: LiveSession, *, position: int, is_detached: bool) -> None:
+        """Takes in a session that the journal has, shown to its user at a position."""
+        session_id = live.log.session_id
+        self._live[session_id] = live
+        self._book.add(live.log)
+        if self._is_stopping:
+            self._spawn(self._end(live, events.failed(_shutting_down())))
+            return
+        if not is_detached:
+            self.watchers.attach(session_id)
+        self._queue.push(
+            WaitingSession(
+                session_id,
+                user=live.log.user,
+                model=live.model,
+                estimated_cost=estimate_cost(live.session),
+                enqueued_at=time.monotonic(),
+            )
+        )
+        self._positions.pushed(session_id, position)
+        self._queue_changed(live.model)
+        self._match()
+
+    async def cancel(self, session_id: SessionId) -> None:
+        """Cancels a session: one that waits ends at once, one that runs before its next trace."""
+        live = self._live.get(session_id)
+        if live is None:
+            return
+        if live.work is not None:
+            live.stop(events.cancelled())
+            return
+        self._withdraw(live)
+        await asyncio.shield(self._spawn(self._end(live, events.cancelled())))
+
+    def join(self, group: Group, client: ShardClient) -> None:
+        """Takes in a group that has just been granted its lease."""
+        self._clients[group.lease_id] = client
+        self._groups_changed(group.model)
+        self._match()
+
+    def lose(self, group: Group) -> None:
+        """Gives up a group whose lease is gone, and with it the session that it runs."""
+        client = self._clients.pop(group.lease_id)
+        self._groups_changed(group.model)
+        for live in self._live.values():
+            if live.lease_id == group.lease_id:
+                live.stop(events.failed(replica_lost()))
+                return  # its run closes the connection, after it has released its values
+        self._spawn(client.close())
+
+    def count(self, model: str) -> tuple[int, int]:
+        """Counts the sessions that wait and that run on a model's groups."""
+        leases = {group.lease_id for group in self._registry if group.model == model}
+        running = sum(live.lease_id in leases for live in self._live.values())
+        return self._queue.num_waiting(model), running
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Ends what waits, gives what runs some time, and ends that too."""
+        self._is_stopping = True
+        for live in list(self._live.values()):
+            if live.work is None:
+                self._withdraw(live)
+                self._spawn(self._end(live, events.failed(_shutting_down())))
+        await self._settle(grace_seconds)
+        for live in self._live.values():
+            live.stop(events.failed(_shutting_down()))
+        await self._settle(_QUICK_RELEASE_SECONDS)
+        for client in self._clients.values():
+            await client.close()
+        await self._settle(None)
+
+    def _match(self) -> None:
+        """Gives every free group the next session that it can run."""
+        if self._is_stopping:
+            return
+        for group in self._registry.ready():
+            if waiting := self._queue.pop(group.model):
+                self._registry.take(group.lease_id)
+                self._metrics.dispatched(group.model, time.monotonic() - waiting.enqueued_at)
+                self._positions.left(waiting.session_id)
+                self._queue_changed(waiting.model)
+                self._groups_changed(group.model)
+                self._start(self._live[waiting.session_id], group)
+
+    def _start(self, live: LiveSession, group: Group) -> None:
+        client = self._clients[group.lease_id]
+        run = SessionRun(
+            log=live.log,
+            session=live.session,
+            segments=cut(live.session),
+            num_traces=count_traces(live.session),
+            book=self._book,
+            writer=self._results.writer(live.log.session_id),
+        )
+        live.lease_id = group.lease_id
+        live.work = asyncio.create_task(run.run(client))
+        self._spawn(self._see_through(live, live.work, group, client))
+
+    async def _see_through(
+        self, live: LiveSession, work: asyncio.Task[None], group: Group, client: ShardClient
+    ) -> None:
+        """Waits for a session's work, ends it, and has its group take the next."""
+        started = time.monotonic()
+        event = await _ending(live, work)
+        self._metrics.executed(group.model, _outcome(event), time.monotonic() - started)
+        is_held = group.lease_id in self._registry and not self._is_stopping
+        timeout_seconds = _RELEASE_SECONDS if is_held else _QUICK_RELEASE_SECONDS
+        releasing = asyncio.create_task(
+            client.release(live.log.session_id, timeout_seconds=timeout_seconds)
+        )
+        try:
+            await self._end(live, event)
+        finally:
+            await releasing
+            await self._free(group, client)
+
+    async def _free(self, group: Group, client: ShardClient) -> None:
+        if group.lease_id not in self._registry:
+            await client.close()
+            return
+        self._registry.free(group.lease_id)
+        self._groups_changed(group.model)
+        self._match()
+
+    async def _end(self, live: LiveSession, event: Event) -> None:
+        self._live.pop(live.log.session_id, None)
+        self.watchers.forget(live.log.session_id)
+        if await self._book.end(live.log, event):
+            self._metrics.finished(live.model or "", _outcome(event))
+
+    def _withdraw(self, live: LiveSession) -> None:
+        self._queue.remove(live.log.session_id)
+        self._positions.left(live.log.session_id)
+        self._queue_changed(live.model)
+
+    def _cancel_orphan(self, session_id: SessionId) -> None:
+        _log.info("session %s is cancelled: nobody watches it", session_id)
+        self._spawn(self.cancel(session_id))
+
+    def _show_position(self, session_id: SessionId, position: int) -> None:
+        self._book.publish(self._live[session_id].log, events.queued(position))
+
+    def _queue_changed(self, model: str | None) -> None:
+        oldest = self._queue.oldest(model)
+        self._metrics.queue_changed(
+            model or "", self._queue.num_waiting(model), oldest.enqueued_at if oldest else None
+        )
+
+    def _groups_changed(self, model: str) -> None:
+        ready = sum(group.model == model for group in self._registry.ready())
+        self._metrics.groups_changed(model, ready)
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (exception := task.exception()) is not None:
+            _log.critical("the dispatcher met a flaw", exc_info=exception)
+
+    async def _settle(self, timeout_seconds: float | None) -> None:
+        if self._background:
+            await asyncio.wait(self._background, timeout=timeout_seconds)
+
+
+async def _ending(live: LiveSession, work: asyncio.Task[None]) -> Event:
+    """Waits for a session's work and tells how it ended."""
+    try:
+        await work
+    except asyncio.CancelledError:
+        return live.verdict or events.cancelled()
+    except Error as err:
+        return events.failed(err)
+    except Exception:  # noqa: BLE001 - the owner answers for what nobody foresaw
+        session_id = live.log.session_id
+        _log.exception("session %s met a flaw of the scheduler", session_id)
+        flaw = error(
+            Reason.INTERNAL,
+            f"the server met a flaw of its own; its log has it under {session_id}",
+            logId=session_id,
+        )
+        return events.failed(flaw)
+    return events.completed()
+
+
+def _outcome(event: Event) -> str:
+    return events.kind_name(event).lower()
+
+
+def _shutting_down() -> Error:
+    return error(
+        Reason.SHUTTING_DOWN,
+        "the server is stopping; submit the session again once it is back",
+    )

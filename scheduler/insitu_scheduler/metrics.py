@@ -1,0 +1,127 @@
+"""What the scheduler measures. Labels are few: models that were ever served, reasons, outcomes."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+
+from insitu_scheduler.config import endpoint
+from insitu_wire.errors import Reason, error
+
+if TYPE_CHECKING:
+    from threading import Thread
+    from wsgiref.simple_server import WSGIServer
+
+_SECONDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600,
+    1800, 3600,
+)  # fmt: skip
+
+
+class SchedulerMetrics:
+    """The metrics of one scheduler; sessions that any model's group can run have model ""."""
+
+    def __init__(self, version: str) -> None:
+        self.registry = CollectorRegistry()
+        self._queue_latency = Histogram(
+            "insitu_queue_latency_seconds",
+            "Time from a session's acceptance to its dispatch to a shard group.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._execution_latency = Histogram(
+            "insitu_execution_latency_seconds",
+            "Time from a session's dispatch to its end.",
+            ["model", "outcome"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._accepted = self._counter("accepted", "Sessions that were accepted.", "model")
+        self._finished = self._counter("finished", "Sessions that ended.", "model", "outcome")
+        self._rejected = self._counter("rejected", "Submissions that were refused.", "reason")
+        self._queue_length = self._gauge("insitu_queue_sessions", "Sessions that wait.")
+        self._oldest_age = self._gauge(
+            "insitu_queue_oldest_age_seconds", "How long the session has waited that waits longest."
+        )
+        self._ready_groups = self._gauge(
+            "insitu_ready_groups", "Shard groups that could take a session."
+        )
+        self._oldest: dict[str, float | None] = {}
+        Info("insitu_build", "What runs.", registry=self.registry).info({"version": version})
+
+    def accepted(self, model: str) -> None:
+        """Counts a session that is in the journal."""
+        self._accepted.labels(model).inc()
+
+    def rejected(self, reason: Reason) -> None:
+        """Counts a submission that was refused."""
+        self._rejected.labels(reason).inc()
+
+    def dispatched(self, model: str, queue_seconds: float) -> None:
+        """Records how long a session waited."""
+        self._queue_latency.labels(model).observe(queue_seconds)
+
+    def executed(self, model: str, outcome: str, seconds: float) -> None:
+        """Records how long a session ran."""
+        self._execution_latency.labels(model, outcome).observe(seconds)
+
+    def finished(self, model: str, outcome: str) -> None:
+        """Counts a session that ended; outcome is "completed", "error" or "cancelled"."""
+        self._finished.labels(model, outcome).inc()
+
+    def queue_changed(self, model: str, num_waiting: int, oldest_at: float | None) -> None:
+        """Records a queue's length, and since when (monotonic) its oldest session waits."""
+        self._queue_length.labels(model).set(num_waiting)
+        if model not in self._oldest:
+            self._oldest_age.labels(model).set_function(lambda: self._age(model))
+        self._oldest[model] = oldest_at
+
+    def groups_changed(self, model: str, num_ready: int) -> None:
+        """Records how many groups of a model are free."""
+        self._ready_groups.labels(model).set(num_ready)
+
+    def _age(self, model: str) -> float:
+        """Gives the age at the time of a scrape, on the scraping thread."""
+        oldest_at = self._oldest[model]
+        return time.monotonic() - oldest_at if oldest_at is not None else 0.0
+
+    def _counter(self, verb: str, text: str, *labels: str) -> Counter:
+        return Counter(f"insitu_sessions_{verb}_total", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, ["model"], registry=self.registry)
+
+
+class MetricsServer:
+    """Serves /metrics over HTTP on a thread of its own."""
+
+    def __init__(self, metrics: SchedulerMetrics, host: str, port: int) -> None:
+        """Starts to serve.
+
+        Raises:
+            ConfigurationError: the port can not be used.
+        """
+        self._server: WSGIServer
+        self._thread: Thread
+        try:
+            self._server, self._thread = start_http_server(
+                port, addr=host, registry=metrics.registry
+            )
+        except OSError as exception:
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                f"can not serve metrics on {host}:{port} ({exception.strerror}); choose a free "
+                "port with --metrics-port, or 0",
+                host=host,
+                port=port,
+            ) from exception
+        self.address = endpoint(host, self._server.server_port)
+
+    def stop(self) -> None:
+        """Stops serving and frees the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

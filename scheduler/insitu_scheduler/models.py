@@ -1,0 +1,102 @@
+"""What the scheduler knows of the models that are served: their structure and tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from insitu_wire.errors import Error, Reason, error
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from insitu_proto.v1.model_pb2 import ModelDescription
+    from insitu_scheduler.registry import Registry
+
+_MAX_NAMES_IN_MESSAGE = 20
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFile:
+    """One file of a tokenizer."""
+
+    name: str
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A model's structure, as its shard group described it."""
+
+    description: ModelDescription
+    tokenizer_files: tuple[TokenizerFile, ...]
+    module_paths: frozenset[str]
+    vocabulary_size: int | None
+    """Number of token ids; None where the configuration does not tell."""
+
+    @classmethod
+    def from_description(
+        cls, description: ModelDescription, tokenizer_files: tuple[TokenizerFile, ...]
+    ) -> KnownModel:
+        """Takes out of a description what sessions are checked against."""
+        return cls(
+            description=description,
+            tokenizer_files=tokenizer_files,
+            module_paths=frozenset(module.path for module in description.modules),
+            vocabulary_size=_vocabulary_size(description.config_json),
+        )
+
+
+class ModelCatalog:
+    """The models that some group with a lease holds."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._known: dict[str, KnownModel] = {}
+
+    def add(self, model: KnownModel) -> None:
+        """Learns a model, or what has changed of it."""
+        self._known[model.description.name] = model
+
+    def tokenizer_files(self, tokenizer_hash: str) -> tuple[TokenizerFile, ...] | None:
+        """Gives the files of a tokenizer that is known already."""
+        for model in self._known.values():
+            if model.description.tokenizer_hash == tokenizer_hash:
+                return model.tokenizer_files
+        return None
+
+    def served(self) -> Mapping[str, KnownModel]:
+        """Gives the models that are served now, by name."""
+        return {name: self._known[name] for name in sorted(self._registry.replicas())}
+
+    def find(self, name: str) -> KnownModel:
+        """Gives a model that is served.
+
+        Raises:
+            NotFoundError: MODEL_NOT_FOUND.
+        """
+        served = self.served()
+        if name not in served:
+            raise model_not_found(name, served)
+        return served[name]
+
+
+def model_not_found(name: str, served: Mapping[str, object]) -> Error:
+    """Makes the error for a model that no group holds."""
+    names = ", ".join(list(served)[:_MAX_NAMES_IN_MESSAGE])
+    return error(
+        Reason.MODEL_NOT_FOUND,
+        f"no shard group serves a model named {name[:200]!r}; served are: {names or 'none yet'}",
+        model=name[:200],
+        served=names,
+    )
+
+
+def _vocabulary_size(config_json: str) -> int | None:
+    try:
+        config = json.loads(config_json or "{}")
+    except json.JSONDecodeError:
+        return None
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    return size if isinstance(size, int) else None

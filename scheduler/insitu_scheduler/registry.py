@@ -1,0 +1,118 @@
+"""Which shard groups there are, and which of them are free. Pure: clock and ids are arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, NewType
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LeaseId = NewType("LeaseId", str)
+
+
+class GroupState(Enum):
+    """Says in which state a shard group is; the names of `insitu.v1.ShardGroupState`."""
+
+    READY = "READY"
+    BUSY = "BUSY"
+    DRAINING = "DRAINING"
+
+
+@dataclass(slots=True)
+class Group:
+    """A shard group that holds a lease."""
+
+    lease_id: LeaseId
+    group_id: str
+    model: str
+    address: str
+    num_ranks: int
+    expires_at: float
+    is_busy: bool = False
+    is_draining: bool = False
+
+    @property
+    def state(self) -> GroupState:
+        """What the group can do now."""
+        if self.is_draining:
+            return GroupState.DRAINING
+        return GroupState.BUSY if self.is_busy else GroupState.READY
+
+
+class Registry:
+    """The leases, in the order in which their groups became free."""
+
+    def __init__(self, *, ttl_seconds: float) -> None:
+        self.ttl_seconds = ttl_seconds
+        self._groups: dict[LeaseId, Group] = {}
+
+    def grant(
+        self,
+        lease_id: LeaseId,
+        *,
+        group_id: str,
+        model: str,
+        address: str,
+        num_ranks: int,
+        now: float,
+    ) -> Group:
+        """Grants a lease to a group."""
+        expires_at = now + self.ttl_seconds
+        group = Group(lease_id, group_id, model, address, num_ranks, expires_at)
+        self._groups[lease_id] = group
+        return group
+
+    def keep_alive(self, lease_id: LeaseId, *, now: float, is_draining: bool = False) -> bool:
+        """Renews a lease; False if it is not held any more. Draining is for good."""
+        group = self._groups.get(lease_id)
+        if group is None:
+            return False
+        group.expires_at = now + self.ttl_seconds
+        group.is_draining |= is_draining
+        return True
+
+    def revoke(self, lease_id: LeaseId) -> Group | None:
+        """Takes a lease away; None if it is not held any more."""
+        return self._groups.pop(lease_id, None)
+
+    def expire(self, now: float) -> list[Group]:
+        """Takes away the leases whose time is over, and gives their groups."""
+        late = [group for group in self._groups.values() if group.expires_at <= now]
+        for group in late:
+            del self._groups[group.lease_id]
+        return late
+
+    def holder(self, group_id: str) -> Group | None:
+        """Gives the lease that a group of this id holds already."""
+        return next((group for group in self if group.group_id == group_id), None)
+
+    def take(self, lease_id: LeaseId) -> None:
+        """Marks a group as busy with a session."""
+        self._groups[lease_id].is_busy = True
+
+    def free(self, lease_id: LeaseId) -> None:
+        """Marks a group as free again; one whose lease is gone stays gone."""
+        if group := self._groups.pop(lease_id, None):
+            group.is_busy = False
+            self._groups[lease_id] = group
+
+    def ready(self) -> list[Group]:
+        """Gives the groups that can take a session, the longest free first."""
+        return [group for group in self if group.state is GroupState.READY]
+
+    def replicas(self) -> dict[str, int]:
+        """Counts the groups of each model that is served."""
+        counts: dict[str, int] = {}
+        for group in self:
+            counts[group.model] = counts.get(group.model, 0) + 1
+        return counts
+
+    def __contains__(self, lease_id: object) -> bool:
+        """Whether a lease is held."""
+        return lease_id in self._groups
+
+    def __iter__(self) -> Iterator[Group]:
+        """Yields the groups."""
+        return iter(list(self._groups.values()))

@@ -1,0 +1,185 @@
+"""Saved values on disk: one file a session, written as values arrive, read back in chunks."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO
+
+from insitu_proto.v1.result_pb2 import SavedValue
+from insitu_wire.errors import Error, Reason, error
+from insitu_wire.limits import CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Sequence
+    from pathlib import Path
+
+    from insitu_scheduler.queue import SessionId
+
+# A record is the header's length, the header (a SavedValue), and as many bytes as it announces.
+_LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredValue:
+    """A saved value and where its data begins in the session's file."""
+
+    header: SavedValue
+    offset: int
+
+
+class ResultStore:
+    """The results of all sessions, in a folder of their own each.
+
+    A process that dies loses nothing that was written; a machine that loses power may.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def writer(self, session_id: SessionId) -> ResultWriter:
+        """Begins to write a session's values; its file is made with the first."""
+        return ResultWriter(self._path(session_id))
+
+    async def list_values(self, session_id: SessionId) -> list[StoredValue]:
+        """Gives the values that a session has saved completely."""
+        return await asyncio.to_thread(_scan, self._path(session_id))
+
+    async def read(
+        self, session_id: SessionId, values: Sequence[StoredValue]
+    ) -> AsyncIterator[SavedValue | bytes]:
+        """Yields each value's header followed by its data, in chunks of at most 1 MiB."""
+        batches = _batches(self._path(session_id), values)
+        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+            for part in batch:
+                yield part
+
+    def _path(self, session_id: SessionId) -> Path:
+        return self._folder / session_id / "values.bin"
+
+
+class ResultWriter:
+    """Appends values to one session's file, checking that they are what was announced."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._buffer: list[bytes] = []
+        self._buffered_bytes = 0
+        self._header = SavedValue()
+        self._received_bytes = 0
+        self._crc32 = 0
+
+    async def begin(self, header: SavedValue) -> None:
+        """Starts a value.
+
+        Raises:
+            InternalError: CHECKSUM_MISMATCH if the value before is not complete.
+        """
+        self.check_complete()
+        self._header, self._received_bytes, self._crc32 = header, 0, 0
+        encoded = header.SerializeToString()
+        await self._append(_LENGTH.pack(len(encoded)) + encoded)
+
+    async def write(self, data: bytes) -> None:
+        """Adds bytes to the value that was begun last.
+
+        Raises:
+            InternalError: CHECKSUM_MISMATCH if they are more, or others, than announced.
+        """
+        self._received_bytes += len(data)
+        self._crc32 = zlib.crc32(data, self._crc32)
+        if self._received_bytes > self._header.num_bytes:
+            raise self._mismatch(f"{self._received_bytes} bytes or more")
+        if self._received_bytes == self._header.num_bytes and self._crc32 != self._header.crc32:
+            raise self._mismatch(f"CRC-32 {self._crc32:#010x}")
+        await self._append(data)
+
+    def check_complete(self) -> None:
+        """Checks that all of the last value has come.
+
+        Raises:
+            InternalError: CHECKSUM_MISMATCH if not.
+        """
+        if self._received_bytes != self._header.num_bytes:
+            raise self._mismatch(f"{self._received_bytes} bytes")
+
+    async def close(self) -> None:
+        """Writes what is buffered; a value that is not complete will not be read back."""
+        if self._buffer or self._file:
+            await asyncio.to_thread(self._flush_and_close)
+
+    async def _append(self, data: bytes) -> None:
+        self._buffer.append(data)
+        self._buffered_bytes += len(data)
+        if self._buffered_bytes >= CHUNK_BYTES:
+            await asyncio.to_thread(self._flush)
+
+    def _flush(self) -> None:
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("wb")
+        self._file.writelines(self._buffer)
+        self._buffer, self._buffered_bytes = [], 0
+
+    def _flush_and_close(self) -> None:
+        self._flush()
+        if self._file is not None:
+            self._file.close()
+
+    def _mismatch(self, got: str) -> Error:
+        header = self._header
+        return error(
+            Reason.CHECKSUM_MISMATCH,
+            f"saved value {header.node_id} came with {got}; {header.num_bytes} bytes with CRC-32 "
+            f"{header.crc32:#010x} were announced; run the session again",
+            nodeId=header.node_id,
+        )
+
+
+def _scan(path: Path) -> list[StoredValue]:
+    if not path.exists():
+        return []
+    values: list[StoredValue] = []
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        while len(length := file.read(_LENGTH.size)) == _LENGTH.size:
+            encoded = file.read(_LENGTH.unpack(length)[0])
+            if len(encoded) < _LENGTH.unpack(length)[0]:
+                break
+            header = SavedValue.FromString(encoded)
+            offset = file.tell()
+            if offset + header.num_bytes > size:
+                break
+            values.append(StoredValue(header, offset))
+            file.seek(header.num_bytes, 1)
+    return values
+
+
+def _batches(path: Path, values: Sequence[StoredValue]) -> Iterator[list[SavedValue | bytes]]:
+    """Groups small values, so that each costs no turn of a thread of its own."""
+    batch: list[SavedValue | bytes] = []
+    batch_bytes = 0
+    for part in _parts(path, values):
+        batch.append(part)
+        batch_bytes += len(part) if isinstance(part, bytes) else part.ByteSize()
+        if batch_bytes >= CHUNK_BYTES:
+            yield batch
+            batch, batch_bytes = [], 0
+    yield batch
+
+
+def _parts(path: Path, values: Sequence[StoredValue]) -> Iterator[SavedValue | bytes]:
+    if not values:
+        return
+    with path.open("rb") as file:
+        for value in values:
+            yield value.header
+            file.seek(value.offset)
+            left = value.header.num_bytes
+            while left:
+                data = file.read(min(left, CHUNK_BYTES))
+                left -= len(data)
+                yield data

@@ -1,0 +1,93 @@
+"""Runs one session on one shard group, and passes on what happens."""
+
+from __future__ import annotations
+
+import time
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from insitu_proto.v1.shard_service_pb2 import Segment
+from insitu_scheduler import events
+from insitu_scheduler.shards import replica_lost
+from insitu_wire.errors import from_failure
+
+if TYPE_CHECKING:
+    from insitu_proto.v1.session_pb2 import Session
+    from insitu_proto.v1.shard_service_pb2 import RunSegmentResponse
+    from insitu_scheduler.events import EventBook, EventLog
+    from insitu_scheduler.results import ResultWriter
+    from insitu_scheduler.segments import SegmentRange
+    from insitu_scheduler.shards import ShardClient
+
+_ANNOUNCE_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class SessionRun:
+    """One session while it runs."""
+
+    log: EventLog
+    session: Session
+    segments: list[SegmentRange]
+    num_traces: int
+    book: EventBook
+    writer: ResultWriter
+    has_started: bool = field(default=False, init=False)
+    """Whether the first RUNNING event has been shown."""
+    announced_at: float | None = field(default=None, init=False)
+    """When a trace was announced last, in seconds of the monotonic clock."""
+
+    async def run(self, shard: ShardClient) -> None:
+        """Runs the segments in order, to the end or to session.exit().
+
+        Raises:
+            Error: why the session failed. What it had saved before stays.
+        """
+        try:
+            for segment in self.segments:
+                if await self._run_segment(shard, segment):
+                    return
+        finally:
+            await self.writer.close()
+
+    async def _run_segment(self, shard: ShardClient, segment: SegmentRange) -> bool:
+        """Runs a segment; gives whether session.exit() was reached."""
+        message = Segment(
+            steps=self.session.steps[segment.start : segment.stop],
+            locations=self.session.locations,
+            first_trace_number=segment.first_trace_number,
+        )
+        async with aclosing(shard.run_segment(self.log.session_id, message)) as responses:
+            async for response in responses:
+                self._announce(response)
+                if response.WhichOneof("kind") == "finished":
+                    self.writer.check_complete()
+                    return response.finished.has_exited
+                await self._pass_on(response)
+        raise replica_lost()
+
+    async def _pass_on(self, response: RunSegmentResponse) -> None:
+        match response.WhichOneof("kind"):
+            case "log_line":
+                self.book.publish(self.log, events.logged(response.log_line.message))
+            case "saved_value":
+                await self.writer.begin(response.saved_value)
+            case "data":
+                await self.writer.write(response.data)
+            case "failure":
+                raise from_failure(response.failure)
+
+    def _announce(self, response: RunSegmentResponse) -> None:
+        """Tells that the session runs, and, at most once a second, which trace starts."""
+        if response.HasField("trace_started"):
+            now = time.monotonic()
+            if self.announced_at is None or now - self.announced_at >= _ANNOUNCE_SECONDS:
+                self.announced_at = now
+                self._show_running(response.trace_started.trace_number)
+        elif not self.has_started:
+            self._show_running(0)
+
+    def _show_running(self, trace_number: int) -> None:
+        self.has_started = True
+        self.book.publish(self.log, events.running(trace_number, self.num_traces))

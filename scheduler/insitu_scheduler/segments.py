@@ -1,0 +1,55 @@
+"""Cuts a session into segments: runs of consecutive steps on one model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from insitu_proto.v1.session_pb2 import Session, Step
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRange:
+    """Says which steps of a session make a segment."""
+
+    model: str | None
+    """The model that they need; None if any will do, as for log and exit alone."""
+    start: int
+    """Index of the first step."""
+    stop: int
+    """Index after the last step."""
+    first_trace_number: int
+    """Number of the segment's first trace in the session, from 1."""
+
+
+def cut(session: Session) -> list[SegmentRange]:
+    """Cuts a session's steps, in order; a step that needs no model joins the one before it."""
+    segments: list[SegmentRange] = []
+    model: str | None = None
+    start, first_trace, traces = 0, 1, 0
+    for index, step in enumerate(session.steps):
+        wanted = _model(step)
+        if wanted is not None and model is not None and wanted != model:
+            segments.append(SegmentRange(model, start, index, first_trace))
+            start, first_trace = index, traces + 1
+        if wanted is not None:
+            model = wanted
+            traces += 1
+    segments.append(SegmentRange(model, start, len(session.steps), first_trace))
+    return segments
+
+
+def count_traces(session: Session) -> int:
+    """Counts a session's traces."""
+    return sum(step.HasField("trace") for step in session.steps)
+
+
+def estimate_cost(session: Session) -> float:
+    """Gives what a session is expected to cost: the tokens that go through the model."""
+    rows = (row for step in session.steps for invoke in step.trace.invokes for row in invoke.rows)
+    return float(sum(len(row.token_ids) for row in rows))
+
+
+def _model(step: Step) -> str | None:
+    return step.trace.model if step.HasField("trace") else None

@@ -1,0 +1,169 @@
+"""Wires the scheduler's parts, and gives them one lifetime."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from insitu_proto.v1 import (
+    registry_service_pb2,
+    registry_service_pb2_grpc,
+    scheduler_service_pb2,
+    scheduler_service_pb2_grpc,
+)
+from insitu_scheduler.admission import Admission
+from insitu_scheduler.auth import open_authenticator
+from insitu_scheduler.config import endpoint
+from insitu_scheduler.data_dir import DataDir
+from insitu_scheduler.dispatch import Dispatcher
+from insitu_scheduler.events import EventBook
+from insitu_scheduler.journal import Journal
+from insitu_scheduler.metrics import MetricsServer, SchedulerMetrics
+from insitu_scheduler.models import ModelCatalog
+from insitu_scheduler.queue import FifoQueue
+from insitu_scheduler.registry import Registry
+from insitu_scheduler.registry_service import RegistryServicer
+from insitu_scheduler.results import ResultStore
+from insitu_scheduler.service import SchedulerServicer
+from insitu_wire.errors import Reason, error
+from insitu_wire.interceptor import ErrorInterceptor
+from insitu_wire.limits import SERVER_OPTIONS
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from insitu_scheduler.config import SchedulerConfig
+
+_log = logging.getLogger(__name__)
+
+_SERVICE_NAMES = (
+    scheduler_service_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name,
+    registry_service_pb2.DESCRIPTOR.services_by_name["RegistryService"].full_name,
+)
+
+
+class Server:
+    """A scheduler that serves between start() and stop(), or inside `async with`."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._cleanup = AsyncExitStack()
+        self.address = ""
+        self.metrics_address: str | None = None
+
+    async def start(self) -> None:
+        """Starts to serve.
+
+        Raises:
+            ConfigurationError: a port, the data folder or the key file can not be used.
+        """
+        async with AsyncExitStack() as cleanup:
+            await self._start(cleanup)
+            self._cleanup = cleanup.pop_all()
+        _log.info("insitu scheduler is listening at %s", self.address)
+
+    async def stop(self) -> None:
+        """Refuses what is new, lets end what runs within the grace, and gives up everything."""
+        await self._cleanup.aclose()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.stop()
+
+    async def _start(self, cleanup: AsyncExitStack) -> None:
+        """Starts the parts; each is stopped in the reverse order."""
+        config = self._config
+        authenticator = open_authenticator(config.api_keys_file)
+        data_dir = DataDir(config.data_dir)
+        cleanup.callback(data_dir.close)
+        version = importlib.metadata.version("insitu")
+        metrics = SchedulerMetrics(version)
+        if config.metrics_port is not None:
+            metrics_server = MetricsServer(metrics, config.host, config.metrics_port)
+            cleanup.callback(metrics_server.stop)
+            self.metrics_address = metrics_server.address
+        journal = Journal(data_dir.journal_path)
+        await journal.open()
+        cleanup.push_async_callback(journal.close)
+        book = EventBook(journal)
+        if count := await book.end_interrupted():
+            _log.warning("%d sessions were left unfinished by the last scheduler; ended", count)
+        registry = Registry(ttl_seconds=config.lease_ttl_seconds)
+        catalog = ModelCatalog(registry)
+        results = ResultStore(data_dir.results_path)
+        dispatcher = Dispatcher(
+            FifoQueue(),
+            registry,
+            book,
+            results,
+            metrics,
+            max_queued=config.max_queued_sessions,
+            orphan_grace_seconds=config.orphan_grace_seconds,
+        )
+        admission = Admission(
+            catalog, journal, dispatcher, metrics, max_session_bytes=config.max_session_bytes
+        )
+        scheduler_servicer = SchedulerServicer(
+            authenticator=authenticator,
+            admission=admission,
+            book=book,
+            dispatcher=dispatcher,
+            results=results,
+            catalog=catalog,
+            registry=registry,
+            metrics=metrics,
+            version=version,
+            max_session_bytes=config.max_session_bytes,
+        )
+        registry_servicer = RegistryServicer(registry, catalog, dispatcher)
+        await self._serve(cleanup, scheduler_servicer, registry_servicer, dispatcher)
+        data_dir.publish(self.address, self.metrics_address)
+
+    async def _serve(
+        self,
+        cleanup: AsyncExitStack,
+        scheduler_servicer: SchedulerServicer,
+        registry_servicer: RegistryServicer,
+        dispatcher: Dispatcher,
+    ) -> None:
+        server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        health_servicer = health_aio.HealthServicer()
+        scheduler_service_pb2_grpc.add_SchedulerServiceServicer_to_server(
+            scheduler_servicer, server
+        )
+        registry_service_pb2_grpc.add_RegistryServiceServicer_to_server(registry_servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        names = (*_SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        self.address = endpoint(self._config.host, self._bind(server))
+        grace_seconds = self._config.grace_seconds
+        cleanup.push_async_callback(server.stop, grace_seconds)
+        await server.start()
+        cleanup.push_async_callback(registry_servicer.stop)
+        cleanup.push_async_callback(dispatcher.stop, grace_seconds)
+        registry_servicer.start()
+        for name in ("", *_SERVICE_NAMES):
+            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        cleanup.push_async_callback(health_servicer.enter_graceful_shutdown)
+
+    def _bind(self, server: grpc.aio.Server) -> int:
+        host, port = self._config.host, self._config.port
+        try:
+            return server.add_insecure_port(endpoint(host, port))
+        except RuntimeError as exception:
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                f"can not listen on {host}:{port}; choose a free port with --port, or 0",
+                host=host,
+                port=port,
+            ) from exception

@@ -1,0 +1,205 @@
+"""The scheduler's gRPC service for clients: decode, call, encode."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from insitu_proto.v1 import scheduler_service_pb2 as pb
+from insitu_proto.v1 import scheduler_service_pb2_grpc
+from insitu_proto.v1.event_pb2 import EventKind
+from insitu_proto.v1.placement_pb2 import ShardGroup, ShardGroupState
+from insitu_scheduler.auth import api_key
+from insitu_scheduler.queue import SessionId
+from insitu_wire.errors import Error, Reason, error
+from insitu_wire.limits import CHUNK_BYTES
+from insitu_wire.operations import OPERATIONS_VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    import grpc
+
+    from insitu_proto.v1.event_pb2 import Event
+    from insitu_scheduler.admission import Admission
+    from insitu_scheduler.auth import Authenticator
+    from insitu_scheduler.dispatch import Dispatcher
+    from insitu_scheduler.events import EventBook, EventLog
+    from insitu_scheduler.metrics import SchedulerMetrics
+    from insitu_scheduler.models import ModelCatalog
+    from insitu_scheduler.registry import Group, Registry
+    from insitu_scheduler.results import ResultStore, StoredValue
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
+    """Answers clients, each by its API key."""
+
+    def __init__(
+        self,
+        *,
+        authenticator: Authenticator,
+        admission: Admission,
+        book: EventBook,
+        dispatcher: Dispatcher,
+        results: ResultStore,
+        catalog: ModelCatalog,
+        registry: Registry,
+        metrics: SchedulerMetrics,
+        version: str,
+        max_session_bytes: int,
+    ) -> None:
+        self._authenticator = authenticator
+        self._admission = admission
+        self._book = book
+        self._dispatcher = dispatcher
+        self._results = results
+        self._catalog = catalog
+        self._registry = registry
+        self._metrics = metrics
+        self._version = version
+        self._max_session_bytes = max_session_bytes
+
+    async def SubmitSession(
+        self, request: pb.SubmitSessionRequest, context: Context
+    ) -> pb.SubmitSessionResponse:
+        """Submits a session."""
+        try:
+            user = self._authenticate(context)
+            session_id = await self._admission.submit(user, request)
+        except Error as err:
+            self._metrics.rejected(err.reason)
+            raise
+        return pb.SubmitSessionResponse(session_id=session_id)
+
+    async def WatchSession(
+        self, request: pb.WatchSessionRequest, context: Context
+    ) -> AsyncIterator[pb.WatchSessionResponse]:
+        """Streams a session's events."""
+        log = await self._own_log(request.session_id, context)
+        self._dispatcher.watchers.join(log.session_id)
+        try:
+            async for event in log.follow(request.after_sequence):
+                yield pb.WatchSessionResponse(event=event)
+        finally:
+            self._dispatcher.watchers.leave(log.session_id)
+
+    async def FetchResult(
+        self, request: pb.FetchResultRequest, context: Context
+    ) -> AsyncIterator[pb.FetchResultResponse]:
+        """Streams a session's saved values."""
+        log = await self._own_log(request.session_id, context)
+        if not log.has_ended:
+            raise _result_not_found(log, "it has not ended; watch it until it has")
+        stored = await self._results.list_values(log.session_id)
+        values = _select(log, stored, request.node_ids)
+        summary = pb.ResultSummary(
+            num_values=len(values), num_bytes=sum(value.header.num_bytes for value in values)
+        )
+        yield pb.FetchResultResponse(summary=summary)
+        async for part in self._results.read(log.session_id, values):
+            if isinstance(part, bytes):
+                yield pb.FetchResultResponse(data=part)
+            else:
+                yield pb.FetchResultResponse(saved_value=part)
+
+    async def CancelSession(
+        self, request: pb.CancelSessionRequest, context: Context
+    ) -> pb.CancelSessionResponse:
+        """Cancels a session."""
+        log = await self._own_log(request.session_id, context)
+        had_ended = log.is_closing
+        await self._dispatcher.cancel(log.session_id)
+        return pb.CancelSessionResponse(had_ended=had_ended)
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: Context
+    ) -> pb.ListModelsResponse:
+        """Lists the models that are served."""
+        self._authenticate(context)
+        replicas = sorted(self._registry.replicas().items())
+        models = [pb.ServedModel(name=name, num_replicas=count) for name, count in replicas]
+        return pb.ListModelsResponse(models=models)
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        """Describes a model's structure."""
+        self._authenticate(context)
+        return pb.GetModelResponse(description=self._catalog.find(request.name).description)
+
+    async def DownloadTokenizer(
+        self, request: pb.DownloadTokenizerRequest, context: Context
+    ) -> AsyncIterator[pb.DownloadTokenizerResponse]:
+        """Streams the files of a model's tokenizer."""
+        self._authenticate(context)
+        for file in self._catalog.find(request.name).tokenizer_files:
+            for start in range(0, max(len(file.content), 1), CHUNK_BYTES):
+                data = file.content[start : start + CHUNK_BYTES]
+                yield pb.DownloadTokenizerResponse(file_name=file.name, data=data)
+
+    async def GetServerState(
+        self, request: pb.GetServerStateRequest, context: Context
+    ) -> pb.GetServerStateResponse:
+        """Tells the server's version, limits, shard groups and queues."""
+        self._authenticate(context)
+        return pb.GetServerStateResponse(
+            version=self._version,
+            operations_version=OPERATIONS_VERSION,
+            max_session_bytes=self._max_session_bytes,
+            groups=[_group_state(group) for group in self._registry],
+            queues=[self._queue_state(model) for model in sorted(self._registry.replicas())],
+        )
+
+    def _queue_state(self, model: str) -> pb.QueueState:
+        num_waiting, num_running = self._dispatcher.count(model)
+        return pb.QueueState(model=model, num_waiting=num_waiting, num_running=num_running)
+
+    def _authenticate(self, context: Context) -> str:
+        return self._authenticator.user(api_key(context.invocation_metadata()))
+
+    async def _own_log(self, session_id: str, context: Context) -> EventLog:
+        """Gives the events of a session of the caller's own."""
+        user = self._authenticate(context)
+        log = await self._book.find(SessionId(session_id))
+        if log.user != user:
+            raise error(
+                Reason.PERMISSION_DENIED,
+                f"session {log.session_id} is another user's; use the API key that submitted it",
+                sessionId=log.session_id,
+            )
+        return log
+
+
+def _select(
+    log: EventLog, stored: Sequence[StoredValue], node_ids: Sequence[int]
+) -> list[StoredValue]:
+    """Picks the values that were asked for; all, if none was."""
+    saved = {value.header.node_id for value in stored}
+    if missing := [node_id for node_id in node_ids if node_id not in saved]:
+        raise _result_not_found(log, f"it saved nothing under node {missing[0]}")
+    if not stored and not _completed(log.last):
+        raise _result_not_found(log, "it ended before it had saved anything")
+    return [value for value in stored if not node_ids or value.header.node_id in node_ids]
+
+
+def _completed(event: Event) -> bool:
+    return event.kind == EventKind.EVENT_KIND_COMPLETED
+
+
+def _result_not_found(log: EventLog, problem: str) -> Error:
+    return error(
+        Reason.RESULT_NOT_FOUND,
+        f"session {log.session_id} has no such result: {problem}",
+        sessionId=log.session_id,
+    )
+
+
+def _group_state(group: Group) -> pb.GroupState:
+    return pb.GroupState(
+        group=ShardGroup(
+            group_id=group.group_id,
+            model=group.model,
+            address=group.address,
+            num_ranks=group.num_ranks,
+        ),
+        state=ShardGroupState.Value(f"SHARD_GROUP_STATE_{group.state.value}"),
+    )

@@ -1,0 +1,108 @@
+"""The scheduler's side of the shard service."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import grpc
+
+from insitu_proto.v1 import shard_service_pb2, shard_service_pb2_grpc
+from insitu_scheduler.models import TokenizerFile
+from insitu_wire.errors import Error, Reason, error, from_rpc_error
+from insitu_wire.limits import CHANNEL_OPTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from insitu_proto.v1.model_pb2 import ModelDescription
+    from insitu_proto.v1.shard_service_pb2 import RunSegmentResponse, Segment
+    from insitu_scheduler.queue import SessionId
+
+_log = logging.getLogger(__name__)
+
+_DESCRIBE_SECONDS = 60.0
+
+
+class ShardClient:
+    """One open connection to the leader of a shard group."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = shard_service_pb2_grpc.ShardServiceStub(self._channel)
+
+    async def describe(self, model: str) -> ModelDescription:
+        """Asks for the model's structure.
+
+        Raises:
+            Error: the group does not answer.
+        """
+        request = shard_service_pb2.DescribeModelRequest(model=model)
+        try:
+            response = await self._stub.DescribeModel(request, timeout=_DESCRIBE_SECONDS)
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._lost(rpc_error) from rpc_error
+        return response.description
+
+    async def fetch_tokenizer(self, model: str) -> tuple[TokenizerFile, ...]:
+        """Asks for the files of the model's tokenizer.
+
+        Raises:
+            Error: the group does not answer.
+        """
+        request = shard_service_pb2.FetchTokenizerRequest(model=model)
+        files: dict[str, list[bytes]] = {}
+        try:
+            async for part in self._stub.FetchTokenizer(request, timeout=_DESCRIBE_SECONDS):
+                files.setdefault(part.file_name, []).append(part.data)
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._lost(rpc_error) from rpc_error
+        return tuple(TokenizerFile(name, b"".join(parts)) for name, parts in files.items())
+
+    async def run_segment(
+        self, session_id: SessionId, segment: Segment
+    ) -> AsyncGenerator[RunSegmentResponse]:
+        """Runs a segment and yields what happens; closing the iterator cancels it.
+
+        Raises:
+            Error: REPLICA_LOST if the group is gone, INTERNAL if it met a flaw of its own.
+        """
+        request = shard_service_pb2.RunSegmentRequest(session_id=session_id, segment=segment)
+        call = self._stub.RunSegment(request)
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._lost(rpc_error) from rpc_error
+        finally:
+            call.cancel()
+
+    async def release(self, session_id: SessionId, *, timeout_seconds: float) -> None:
+        """Frees a session's values; a group that is gone has freed them in its own way."""
+        request = shard_service_pb2.ReleaseSessionRequest(session_id=session_id)
+        try:
+            await self._stub.ReleaseSession(request, timeout=timeout_seconds)
+        except grpc.aio.AioRpcError as rpc_error:
+            _log.warning(
+                "the shard group at %s did not release session %s: %s",
+                self._address, session_id, rpc_error.details(),
+            )  # fmt: skip
+
+    async def close(self) -> None:
+        """Closes the connection, and with it what still runs over it."""
+        await self._channel.close()
+
+    def _lost(self, rpc_error: grpc.aio.AioRpcError) -> Error:
+        if rpc_error.code() is grpc.StatusCode.INTERNAL:
+            return from_rpc_error(rpc_error, address=self._address)
+        _log.warning("the shard group at %s is lost: %s", self._address, rpc_error.details())
+        return replica_lost()
+
+
+def replica_lost() -> Error:
+    """Makes the error of a session whose shard group went away."""
+    return error(
+        Reason.REPLICA_LOST,
+        "the shard group that ran the session was lost; submit the session again",
+    )

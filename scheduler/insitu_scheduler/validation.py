@@ -1,0 +1,268 @@
+"""Checks a session before it is accepted, trusting nothing in it."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from insitu_proto.v1.intervention_pb2 import HookSide
+from insitu_proto.v1.trace_pb2 import TraceMode
+from insitu_scheduler.models import model_not_found
+from insitu_scheduler.value_checks import ValueChecker
+from insitu_wire import operations
+from insitu_wire.errors import Error, InvalidTraceError, Location, Reason, error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from insitu_proto.v1.intervention_pb2 import Call, HookPoint, Node
+    from insitu_proto.v1.session_pb2 import Session, Step
+    from insitu_proto.v1.trace_pb2 import Trace
+    from insitu_proto.v1.value_pb2 import Value
+    from insitu_scheduler.models import KnownModel
+
+MAX_STEPS = 10_000
+MAX_NODES = 100_000
+# Errors travel in HTTP/2 headers, which take a few kilobytes.
+_MAX_QUOTED = 200
+_WITHOUT_VALUE = ("write", "save", "log")
+
+
+def validate(session: Session, models: Mapping[str, KnownModel]) -> None:
+    """Checks that a session can run on the models that are served.
+
+    Raises:
+        Error: the first thing that is wrong, at the user's line where it is known.
+    """
+    _Validation(session, models).run()
+
+
+def check_size(session: Session, max_bytes: int) -> None:
+    """Refuses a session that is too large.
+
+    Raises:
+        CapacityError: REQUEST_TOO_LARGE.
+    """
+    _check_limit("bytes", session.ByteSize(), max_bytes)
+
+
+class _Validation:
+    """One pass over a session, in its order."""
+
+    def __init__(self, session: Session, models: Mapping[str, KnownModel]) -> None:
+        self._session = session
+        self._models = models
+        self._model: KnownModel | None = None
+        self._nodes: dict[int, str] = {}
+        self._last_id = 0
+        self._all_ids = frozenset(node.id for step in session.steps for node in step.trace.nodes)
+        self._location: Location | None = None
+        self._owner = ""
+        self._values = ValueChecker(self._check_reference)
+
+    def run(self) -> None:
+        steps = self._session.steps
+        if not steps:
+            raise _malformed("the session has no steps; give it a trace, a log or an exit")
+        _check_limit("steps", len(steps), MAX_STEPS)
+        _check_limit("nodes", sum(len(step.trace.nodes) for step in steps), MAX_NODES)
+        if not self._models:
+            raise error(
+                Reason.MODEL_NOT_FOUND,
+                "no model is served yet, so no session can run; start a shard group",
+            )
+        for number, step in enumerate(steps, start=1):
+            try:
+                self._check_step(number, step)
+            except Error as err:
+                err.location = err.location or self._location
+                raise
+
+    def _check_step(self, number: int, step: Step) -> None:
+        self._owner = f"step {number}"
+        self._location = self._find_location(step.location)
+        match step.WhichOneof("kind"):
+            case "trace":
+                self._check_trace(step.trace)
+            case "log":
+                self._check_values(step.log.values)
+            case "exit":
+                return
+            case None:
+                raise _unsupported(f"{self._owner} is of a kind that it does not know")
+            case kind:
+                raise _unsupported(f"{self._owner} is a {kind}, which it can not run yet")
+
+    def _check_trace(self, trace: Trace) -> None:
+        if trace.mode == TraceMode.TRACE_MODE_UNSPECIFIED:
+            raise _malformed(f"the trace of {self._owner} has no mode; set it to forward")
+        if trace.mode != TraceMode.TRACE_MODE_FORWARD:
+            raise _unsupported(f"{self._owner} generates, and it runs single forward passes only")
+        model = self._find_model(trace.model)
+        self._check_rows(trace, model.vocabulary_size)
+        step_location = self._location
+        for node in trace.nodes:
+            self._check_node(node, model)
+        self._location = step_location
+
+    def _find_model(self, name: str) -> KnownModel:
+        if name not in self._models:
+            raise model_not_found(name, self._models)
+        model = self._models[name]
+        if self._model is not None and self._model is not model:
+            first = self._model.description.name
+            raise _unsupported(
+                f"the session uses two models, {first!r} and {name!r}, and it runs sessions of "
+                "one model only; submit a session for each"
+            )
+        self._model = model
+        return model
+
+    def _check_rows(self, trace: Trace, vocabulary_size: int | None) -> None:
+        if not trace.invokes:
+            raise _malformed(f"the trace of {self._owner} has no input; give it an invoke")
+        for number, invoke in enumerate(trace.invokes, start=1):
+            if not invoke.rows or not all(row.token_ids for row in invoke.rows):
+                raise _malformed(
+                    f"invoke {number} of {self._owner} is empty or has an empty row; "
+                    "each row needs a token"
+                )
+            largest = max(max(row.token_ids) for row in invoke.rows)
+            if vocabulary_size is not None and largest >= vocabulary_size:
+                raise _malformed(
+                    f"token id {largest} of {self._owner} is not in the model's vocabulary; "
+                    f"ids go from 0 to {vocabulary_size - 1}",
+                    tokenId=largest,
+                    vocabularySize=vocabulary_size,
+                )
+
+    def _check_node(self, node: Node, model: KnownModel) -> None:
+        self._owner = f"node {node.id}"
+        self._location = self._find_location(node.location)
+        if node.id <= self._last_id:
+            raise _malformed(
+                f"node {node.id} comes after node {self._last_id}; ids start at 1 and increase",
+                nodeId=node.id,
+                previousNodeId=self._last_id,
+            )
+        self._check_operation(node, model)
+        self._last_id = node.id
+        self._nodes[node.id] = node.WhichOneof("operation") or ""
+
+    def _check_operation(self, node: Node, model: KnownModel) -> None:
+        match node.WhichOneof("operation"):
+            case "read":
+                self._check_hook_point(node.read.hook_point, model)
+            case "write":
+                self._check_hook_point(node.write.hook_point, model)
+                self._check_values([node.write.value])
+            case "call":
+                self._check_call(node.call)
+            case "module_call":
+                self._check_path(node.module_call.module_path, model)
+                self._check_arguments(node.module_call.args, node.module_call.kwargs)
+            case "save":
+                self._check_values([node.save.value])
+            case "log":
+                self._check_values(node.log.values)
+            case None:
+                raise _unsupported(f"{self._owner} is an operation that it does not know")
+            case kind:
+                raise _unsupported(f"{self._owner} is a {kind}, which it can not run yet")
+
+    def _check_hook_point(self, hook_point: HookPoint, model: KnownModel) -> None:
+        if hook_point.side == HookSide.HOOK_SIDE_UNSPECIFIED:
+            raise _malformed(f"{self._owner} names no side; use input, inputs or output")
+        if hook_point.side not in HookSide.values():
+            raise _unsupported(
+                f"{self._owner} names side {hook_point.side}, which it does not know"
+            )
+        self._check_path(hook_point.module_path, model)
+
+    def _check_path(self, path: str, model: KnownModel) -> None:
+        if path in model.module_paths:
+            return
+        path = path[:_MAX_QUOTED]
+        nearest = difflib.get_close_matches(path, model.module_paths, n=3)
+        hint = f"the nearest are {', '.join(nearest)}" if nearest else "print(model) shows them all"
+        raise error(
+            Reason.UNKNOWN_MODULE_PATH,
+            f"{model.description.name} has no module {path!r}; {hint}",
+            modulePath=path,
+            model=model.description.name,
+            nearest=", ".join(nearest),
+        )
+
+    def _check_call(self, call: Call) -> None:
+        if call.name not in operations.OPERATIONS:
+            name = call.name[:_MAX_QUOTED]
+            nearest = ", ".join(operations.nearest(name))
+            hint = f"the nearest are {nearest}" if nearest else "none in the table is like it"
+            raise error(
+                Reason.UNKNOWN_OPERATION,
+                f"{name!r} is not an operation that may run on the server; {hint}",
+                operation=name,
+                nearest=nearest,
+            )
+        self._check_arguments(call.args, call.kwargs)
+
+    def _check_arguments(self, args: Iterable[Value], kwargs: Mapping[str, Value]) -> None:
+        self._check_values(args)
+        self._check_values(kwargs.values())
+
+    def _check_values(self, values: Iterable[Value]) -> None:
+        for value in values:
+            self._values.check(value, self._owner)
+
+    def _check_reference(self, node_id: int) -> None:
+        kind = self._nodes.get(node_id)
+        if kind is not None and kind not in _WITHOUT_VALUE:
+            return
+        if kind is not None:
+            problem = f"which is a {kind} and has no value"
+        elif node_id in self._all_ids:
+            problem = "which is defined later, or is itself"
+        else:
+            problem = "which the session does not have"
+        raise error(
+            Reason.UNKNOWN_REFERENCE,
+            f"{self._owner} refers to node {node_id}, {problem}; refer to a value defined before",
+            nodeId=node_id,
+            referrer=self._owner,
+        )
+
+    def _find_location(self, index: int) -> Location | None:
+        locations = self._session.locations
+        if index > len(locations):
+            raise _malformed(
+                f"{self._owner} has location {index}, and the session has {len(locations)}",
+                locationIndex=index,
+            )
+        if index == 0:
+            return None
+        where = locations[index - 1]
+        return Location(where.file[-_MAX_QUOTED:], where.line, where.source[:_MAX_QUOTED])
+
+
+def _check_limit(unit: str, count: int, limit: int) -> None:
+    if count > limit:
+        raise error(
+            Reason.REQUEST_TOO_LARGE,
+            f"the session has {count:,} {unit} and the server takes at most {limit:,}; send fewer "
+            "or smaller tensors, or several sessions",
+            unit=unit,
+            count=count,
+            limit=limit,
+        )
+
+
+def _malformed(message: str, **metadata: str | int) -> Error:
+    texts = {key: str(value) for key, value in metadata.items()}
+    return InvalidTraceError(message, reason=Reason.MALFORMED_SESSION, metadata=texts)
+
+
+def _unsupported(problem: str) -> Error:
+    return error(
+        Reason.UNSUPPORTED_FEATURE,
+        f"the server can not run this session: {problem}; a newer version of insitu may",
+    )

@@ -1,0 +1,133 @@
+"""Checks the values of a session: tensors, containers and references."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from insitu_wire.dtypes import DTYPE_NAMES, num_bytes
+from insitu_wire.errors import Error, InvalidTraceError, Reason, error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from insitu_proto.v1.tensor_pb2 import Dtype, Tensor
+    from insitu_proto.v1.value_pb2 import DictValue, Value
+
+MAX_RANK = 16
+MAX_DEPTH = 32
+MAX_VALUES = 1_000_000
+_KEY_KINDS = ("none", "bool_value", "int_value", "float_value", "str_value", "tuple")
+
+
+class ValueChecker:
+    """Checks all values of one session, and counts them."""
+
+    def __init__(self, check_reference: Callable[[int], None]) -> None:
+        """Makes the checker.
+
+        Args:
+            check_reference: raises if the value of a node can not be used.
+        """
+        self._check_reference = check_reference
+        self._num_values = 0
+
+    def check(self, value: Value, owner: str, *, depth: int = 1) -> None:
+        """Checks a value and all inside it; `owner` is named in errors.
+
+        Raises:
+            Error: what is wrong with it.
+        """
+        self._count(owner, depth)
+        match value.WhichOneof("kind"):
+            case None:
+                raise _unsupported(f"{owner} has a value of a kind that the server does not know")
+            case "reference":
+                self._check_reference(value.reference.node_id)
+            case "tensor":
+                _check_tensor(value.tensor, owner)
+            case "dtype":
+                _check_dtype(value.dtype, owner)
+            case "dict":
+                _check_keys(value.dict, owner)
+        for part in _parts(value):
+            self.check(part, owner, depth=depth + 1)
+
+    def _count(self, owner: str, depth: int) -> None:
+        self._num_values += 1
+        if depth > MAX_DEPTH:
+            raise _malformed(f"{owner} has values nested deeper than {MAX_DEPTH}; nest them less")
+        if self._num_values > MAX_VALUES:
+            raise error(
+                Reason.REQUEST_TOO_LARGE,
+                f"the session has more than {MAX_VALUES:,} values; make tensors of long lists",
+                limit=MAX_VALUES,
+            )
+
+
+def _parts(value: Value) -> Iterable[Value]:
+    match value.WhichOneof("kind"):
+        case "list":
+            return value.list.items
+        case "tuple":
+            return value.tuple.items
+        case "dict":
+            return [part for item in value.dict.items for part in (item.key, item.value)]
+        case "slice":
+            parts = value.slice
+            return [getattr(parts, n) for n in ("start", "stop", "step") if parts.HasField(n)]
+    return ()
+
+
+def _check_tensor(tensor: Tensor, owner: str) -> None:
+    _check_dtype(tensor.dtype, owner)
+    shape = list(tensor.shape)
+    if len(shape) > MAX_RANK:
+        raise _malformed(f"{owner} has a tensor of {len(shape)} dimensions; at most {MAX_RANK}")
+    if any(size < 0 for size in shape):
+        raise _malformed(f"{owner} has a tensor of shape {shape}; sizes are 0 or more")
+    content = tensor.WhichOneof("content")
+    if content == "content_hash":
+        raise _unsupported(
+            f"{owner} has a tensor by content hash, which the server can not use yet"
+        )
+    if content != "data":
+        raise _malformed(f"{owner} has a tensor without elements; send them as data")
+    if len(tensor.data) != num_bytes(tensor):
+        raise _malformed(
+            f"{owner} has a tensor of shape {shape} and type {DTYPE_NAMES[tensor.dtype]} with "
+            f"{len(tensor.data)} bytes of elements; it needs {num_bytes(tensor)}",
+            numBytes=len(tensor.data),
+        )
+
+
+def _check_dtype(dtype: Dtype.ValueType, owner: str) -> None:
+    if dtype not in DTYPE_NAMES:
+        raise _malformed(
+            f"{owner} has the element type number {dtype}; use one of "
+            f"{', '.join(DTYPE_NAMES.values())}",
+            dtype=dtype,
+        )
+
+
+def _check_keys(value: DictValue, owner: str) -> None:
+    seen: set[bytes] = set()
+    for item in value.items:
+        kind = item.key.WhichOneof("kind")
+        if kind not in _KEY_KINDS:
+            raise _malformed(
+                f"{owner} has a dict with a {kind} as key; keys are None, bools, numbers, strings "
+                "and tuples of these"
+            )
+        encoded = item.key.SerializeToString(deterministic=True)
+        if encoded in seen:
+            raise _malformed(f"{owner} has a dict with one key twice; keys are unique")
+        seen.add(encoded)
+
+
+def _malformed(message: str, **metadata: str | int) -> Error:
+    texts = {key: str(value) for key, value in metadata.items()}
+    return InvalidTraceError(message, reason=Reason.MALFORMED_SESSION, metadata=texts)
+
+
+def _unsupported(message: str) -> Error:
+    return error(Reason.UNSUPPORTED_FEATURE, f"{message}; a newer version of insitu may")

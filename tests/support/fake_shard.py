@@ -1,0 +1,181 @@
+"""A real gRPC shard service that plays scripts instead of running a model."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from insitu_proto.v1 import model_pb2, registry_service_pb2_grpc, shard_service_pb2_grpc, value_pb2
+from insitu_proto.v1.placement_pb2 import ShardGroup
+from insitu_proto.v1.registry_service_pb2 import KeepAlive, RegisterGroupRequest
+from insitu_proto.v1.result_pb2 import SavedValue
+from insitu_proto.v1.shard_service_pb2 import (
+    DescribeModelResponse,
+    FetchTokenizerResponse,
+    LogLine,
+    ReleaseSessionResponse,
+    RunSegmentRequest,
+    RunSegmentResponse,
+    SegmentFinished,
+    TraceStarted,
+)
+from insitu_proto.v1.tensor_pb2 import Dtype, Tensor
+from insitu_wire.interceptor import ErrorInterceptor
+from insitu_wire.limits import CHUNK_BYTES, SERVER_OPTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    Script = Callable[[RunSegmentRequest], AsyncIterator[RunSegmentResponse]]
+
+MODEL = "tiny/model"
+VOCABULARY = 100
+
+
+def describe(name: str = MODEL) -> model_pb2.ModelDescription:
+    """Describes a model of two layers."""
+    paths = ["", "model", "model.layers", "model.layers.0", "model.layers.1", "lm_head"]
+    return model_pb2.ModelDescription(
+        name=name,
+        config_json=f'{{"vocab_size": {VOCABULARY}}}',
+        class_name="TinyForCausalLM",
+        modules=[model_pb2.Module(path=path) for path in paths],
+        tokenizer_hash="0" * 64,
+    )
+
+
+def trace_started(number: int) -> RunSegmentResponse:
+    return RunSegmentResponse(trace_started=TraceStarted(trace_number=number))
+
+
+def log_line(message: str) -> RunSegmentResponse:
+    return RunSegmentResponse(log_line=LogLine(message=message))
+
+
+def finished(*, has_exited: bool = False) -> RunSegmentResponse:
+    return RunSegmentResponse(finished=SegmentFinished(has_exited=has_exited))
+
+
+def saved(node_id: int, data: bytes, *, crc32: int | None = None) -> list[RunSegmentResponse]:
+    """A saved tensor of bytes, and its data in chunks."""
+    tensor = Tensor(dtype=Dtype.DTYPE_UINT8, shape=[len(data)], data_offset=0)
+    header = SavedValue(
+        node_id=node_id,
+        name=f"v{node_id}",
+        value=value_pb2.Value(tensor=tensor),
+        num_bytes=len(data),
+        crc32=zlib.crc32(data) if crc32 is None else crc32,
+    )
+    chunks = [data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES)]
+    return [
+        RunSegmentResponse(saved_value=header),
+        *(RunSegmentResponse(data=chunk) for chunk in chunks),
+    ]
+
+
+async def as_described(request: RunSegmentRequest) -> AsyncIterator[RunSegmentResponse]:
+    """Starts each trace, prints each log step, saves four bytes a save node."""
+    number = request.segment.first_trace_number
+    for step in request.segment.steps:
+        if step.HasField("trace"):
+            yield trace_started(number)
+            number += 1
+        for value in step.log.values:
+            yield log_line(value.str_value)
+        for node in step.trace.nodes:
+            if node.HasField("save"):
+                for response in saved(node.id, bytes([node.id] * 4)):
+                    yield response
+        if step.HasField("exit"):
+            yield finished(has_exited=True)
+            return
+    yield finished()
+
+
+@dataclass
+class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
+    """One shard group: a context manager that serves, and registers where it is told to."""
+
+    scheduler: str
+    model: str = MODEL
+    script: Script = as_described
+    group_id: str = "group-1"
+    requests: list[RunSegmentRequest] = field(default_factory=list)
+    released: list[str] = field(default_factory=list)
+    num_cancelled: int = 0
+    tokenizer_fetches: int = 0
+    address: str = ""
+
+    def __post_init__(self) -> None:
+        self.running = asyncio.Event()
+        self.registered = asyncio.Event()
+        self.silent = False
+
+    async def __aenter__(self) -> FakeShard:
+        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        shard_service_pb2_grpc.add_ShardServiceServicer_to_server(self, self._server)
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        await self._server.start()
+        self._registration = asyncio.create_task(self._register())
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.leave()
+        await self._server.stop(None)
+
+    async def ready(self) -> FakeShard:
+        """Waits for the lease."""
+        async with asyncio.timeout(5):
+            await self.registered.wait()
+        return self
+
+    async def leave(self) -> None:
+        """Ends the registration, as a process that dies does."""
+        self._registration.cancel()
+        await asyncio.wait([self._registration])
+
+    async def _register(self) -> None:
+        group = ShardGroup(
+            group_id=self.group_id, model=self.model, address=self.address, num_ranks=1
+        )
+        async with grpc.aio.insecure_channel(self.scheduler) as channel:
+            stub = registry_service_pb2_grpc.RegistryServiceStub(channel)
+            call = stub.RegisterGroup()
+            await call.write(RegisterGroupRequest(group=group))
+            while (response := await call.read()) is not grpc.aio.EOF:
+                self.registered.set()
+                await asyncio.sleep(response.lease.ttl.ToTimedelta().total_seconds() / 4)
+                while self.silent:
+                    await asyncio.sleep(0.02)
+                await call.write(RegisterGroupRequest(keep_alive=KeepAlive()))
+
+    async def DescribeModel(self, request: Any, context: Any) -> DescribeModelResponse:
+        return DescribeModelResponse(description=describe(self.model))
+
+    async def FetchTokenizer(
+        self, request: Any, context: Any
+    ) -> AsyncIterator[FetchTokenizerResponse]:
+        self.tokenizer_fetches += 1
+        yield FetchTokenizerResponse(file_name="tokenizer.json", data=b"{")
+        yield FetchTokenizerResponse(file_name="tokenizer.json", data=b"}")
+        yield FetchTokenizerResponse(file_name="empty.txt", data=b"")
+
+    async def RunSegment(
+        self, request: RunSegmentRequest, context: Any
+    ) -> AsyncIterator[RunSegmentResponse]:
+        self.requests.append(request)
+        self.running.set()
+        try:
+            async for response in self.script(request):
+                yield response
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+
+    async def ReleaseSession(self, request: Any, context: Any) -> ReleaseSessionResponse:
+        self.released.append(request.session_id)
+        return ReleaseSessionResponse(num_values=0)

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from insitu_proto.v1 import model_pb2, registry_service_pb2_grpc, shard_service_pb2_grpc, value_pb2
+from insitu_proto.v1.intervention_pb2 import HookPoint, HookSide, Log, Node, Read, Save
 from insitu_proto.v1.placement_pb2 import ShardGroup
 from insitu_proto.v1.registry_service_pb2 import KeepAlive, RegisterGroupRequest
 from insitu_proto.v1.result_pb2 import SavedValue
+from insitu_proto.v1.session_pb2 import Session, Step
 from insitu_proto.v1.shard_service_pb2 import (
     DescribeModelResponse,
     FetchTokenizerResponse,
@@ -24,6 +26,7 @@ from insitu_proto.v1.shard_service_pb2 import (
     TraceStarted,
 )
 from insitu_proto.v1.tensor_pb2 import Dtype, Tensor
+from insitu_proto.v1.trace_pb2 import Invoke, TokenRow, Trace, TraceMode
 from insitu_wire.interceptor import ErrorInterceptor
 from insitu_wire.limits import CHUNK_BYTES, SERVER_OPTIONS
 
@@ -34,6 +37,34 @@ if TYPE_CHECKING:
 
 MODEL = "tiny/model"
 VOCABULARY = 100
+
+
+def read(node_id: int, path: str = "lm_head", **fields: Any) -> Node:
+    hook_point = HookPoint(module_path=path, side=HookSide.HOOK_SIDE_OUTPUT)
+    return Node(id=node_id, read=Read(hook_point=hook_point), **fields)
+
+
+def reference(node_id: int) -> value_pb2.Value:
+    return value_pb2.Value(reference=value_pb2.Reference(node_id=node_id))
+
+
+def save(node_id: int, of: int, **fields: Any) -> Node:
+    return Node(id=node_id, save=Save(value=reference(of)), **fields)
+
+
+def trace(*nodes: Node, model: str = MODEL) -> Step:
+    invoke = Invoke(rows=[TokenRow(token_ids=[1, 2, 3])])
+    mode = TraceMode.TRACE_MODE_FORWARD
+    return Step(trace=Trace(model=model, mode=mode, invokes=[invoke], nodes=nodes))
+
+
+def log(text: str) -> Step:
+    return Step(log=Log(values=[value_pb2.Value(str_value=text)]))
+
+
+def saving(node_id: int = 1) -> Session:
+    """A session of one trace that saves one value, under the id after node_id."""
+    return Session(steps=[trace(read(node_id), save(node_id + 1, of=node_id))])
 
 
 def describe(name: str = MODEL) -> model_pb2.ModelDescription:
@@ -107,13 +138,14 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
     requests: list[RunSegmentRequest] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
     num_cancelled: int = 0
-    tokenizer_fetches: int = 0
+    num_tokenizer_fetches: int = 0
     address: str = ""
 
     def __post_init__(self) -> None:
         self.running = asyncio.Event()
         self.registered = asyncio.Event()
-        self.silent = False
+        self.may_keep_alive = asyncio.Event()
+        self.may_keep_alive.set()
 
     async def __aenter__(self) -> FakeShard:
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
@@ -149,8 +181,7 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
             while (response := await call.read()) is not grpc.aio.EOF:
                 self.registered.set()
                 await asyncio.sleep(response.lease.ttl.ToTimedelta().total_seconds() / 4)
-                while self.silent:
-                    await asyncio.sleep(0.02)
+                await self.may_keep_alive.wait()
                 await call.write(RegisterGroupRequest(keep_alive=KeepAlive()))
 
     async def DescribeModel(self, request: Any, context: Any) -> DescribeModelResponse:
@@ -159,7 +190,7 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
     async def FetchTokenizer(
         self, request: Any, context: Any
     ) -> AsyncIterator[FetchTokenizerResponse]:
-        self.tokenizer_fetches += 1
+        self.num_tokenizer_fetches += 1
         yield FetchTokenizerResponse(file_name="tokenizer.json", data=b"{")
         yield FetchTokenizerResponse(file_name="tokenizer.json", data=b"}")
         yield FetchTokenizerResponse(file_name="empty.txt", data=b"")

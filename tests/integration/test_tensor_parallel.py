@@ -1,0 +1,112 @@
+"""Shard groups of several ranks give what one process gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from insitu import CONFIG, InvalidTraceError, LanguageModel
+from support.tiny_models import TinyModels
+from support.up import Up, insitu
+
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+IDS = [5, 9, 17, 23, 42]
+
+
+def _model(up: Up, name: str, monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
+    monkeypatch.setenv("INSITU_ENDPOINT", up.endpoint)
+    monkeypatch.setattr(CONFIG, "_api_key", "tests")
+    return LanguageModel(name)
+
+
+def test_three_ranks_give_the_tokens_of_one(
+    demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(model: LanguageModel, *, remote: bool) -> list[torch.Tensor]:
+        with model.session(remote=remote):
+            with model.trace("The Eiffel Tower is in the city of"):
+                hs_29 = model.model.layers[29].output[0][:, -1, :]
+                t1 = model.lm_head.output.argmax(dim=-1).save()
+            with model.trace("Buckingham Palace is in the city of"):
+                model.model.layers[1].output[0][:, -1, :] = hs_29[:]
+                t2 = model.lm_head.output.argmax(dim=-1).save()
+        return [t1, t2]
+
+    expected = run(LanguageModel(str(demo_folder)), remote=False)
+    with Up(tmp_path, [f"{NAME}={demo_folder}"], ["--tp", "3"]) as up:
+        assert sum("RANK" in p.environ() for p in up.descendants()) == 3
+        actual = run(_model(up, NAME, monkeypatch), remote=True)
+    assert all(map(torch.equal, actual, expected))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Up:
+    models = [f"tiny/llama={tiny.folder('llama')}"]
+    with Up(tmp_path_factory.mktemp("tp2"), models, ["--tp", "2"]) as up:
+        yield up
+
+
+def _everywhere(model: LanguageModel, *, remote: bool) -> dict[str, torch.Tensor]:
+    """Reads and writes where tensor parallelism splits the model and where it does not."""
+    saved = {}
+    with model.session(remote=remote):
+        with model.trace(IDS):
+            layer = model.model.layers[1]
+            saved["gate"] = layer.mlp.gate_proj.output.save()
+            saved["o_input"] = layer.self_attn.o_proj.input.save()
+            layer.mlp.up_proj.output[:, -1, 60:70] = 0.5
+            layer.self_attn.q_proj.output = layer.self_attn.q_proj.output.flip(-1)
+            layer.mlp.down_proj.input = layer.mlp.down_proj.input - layer.mlp.down_proj.input.mean()
+            kept = layer.output[0][:, -1, :]
+            saved["lens"] = model.lm_head(model.model.norm(layer.output[0])).save()
+            saved["projected"] = layer.mlp.gate_proj(layer.output[0]).save()
+            saved["logits"] = model.lm_head.output.save()
+        with model.trace(IDS[::-1]):
+            model.model.layers[0].output[0][:, -1, :] = kept
+            saved["patched"] = model.lm_head.output.save()
+    return saved
+
+
+def test_two_ranks_show_and_take_whole_tensors_everywhere(
+    two_ranks: Up, tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _everywhere(LanguageModel(str(tiny.folder("llama"))), remote=False)
+    actual = _everywhere(_model(two_ranks, "tiny/llama", monkeypatch), remote=True)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_failing_trace_leaves_the_group_alive(
+    two_ranks: Up, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _model(two_ranks, "tiny/llama", monkeypatch)
+    with pytest.raises(InvalidTraceError) as raised:
+        with model.session(remote=True):
+            with model.trace(IDS):
+                saved = model.lm_head.output.save()
+            with model.trace(IDS):
+                positive = model.lm_head.output[model.lm_head.output > 0]
+                model.model.layers[0].output = positive
+    assert raised.value.trace_number == 2
+    assert raised.value.location is not None
+    assert raised.value.location.source == "model.model.layers[0].output = positive"
+    assert saved.shape == (1, len(IDS), 256)
+    with model.trace(IDS, remote=True):
+        again = model.lm_head.output.save()
+    assert torch.equal(again, saved)
+
+
+def test_ranks_that_do_not_divide_the_heads_are_refused_before_anything_runs(
+    demo_folder: Path, tmp_path: Path
+) -> None:
+    done = insitu(
+        "up", "--model", f"{NAME}={demo_folder}", "--tp", "2",
+        "--port", "0", "--data-dir", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "9 attention heads and 3 key-value heads" in done.stderr
+    assert "use one of 1, 3" in done.stderr
+    assert "is ready" not in done.stdout
+    assert "Traceback" not in done.stderr

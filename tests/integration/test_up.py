@@ -1,0 +1,218 @@
+"""`insitu up` and the commands around it, as real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from insitu import CONFIG, LanguageModel
+from support.tiny_models import TinyModels
+from support.up import INSITU, Up, insitu, run_python
+
+IDS = [5, 9, 17, 23]
+
+
+@pytest.fixture(scope="module")
+def up(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Up:
+    models = [f"tiny/{family}={tiny.folder(family)}" for family in ("llama", "gpt2")]
+    with Up(tmp_path_factory.mktemp("up"), models) as server:
+        yield server
+
+
+@pytest.fixture
+def model(up: Up, monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
+    monkeypatch.setenv("INSITU_ENDPOINT", up.endpoint)
+    monkeypatch.setattr(CONFIG, "_api_key", "tests")
+    return LanguageModel("tiny/llama")
+
+
+def test_status_lists_models_groups_and_queues(up: Up) -> None:
+    done = insitu("status", INSITU_ENDPOINT=up.endpoint, INSITU_API_KEY="t", COLUMNS="150")
+    assert done.returncode == 0, done.stderr
+    assert "tiny/llama" in done.stdout
+    assert "tiny/gpt2" in done.stdout
+    assert "ready" in done.stdout
+
+
+def test_status_without_a_server_names_the_address_it_tried() -> None:
+    done = insitu("status", INSITU_ENDPOINT="127.0.0.1:1", INSITU_API_KEY="t")
+    assert done.returncode == 1
+    assert "127.0.0.1:1" in done.stderr
+    assert "insitu up" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_metrics_show_the_queue_latency(up: Up, model: LanguageModel) -> None:
+    with model.trace(IDS, remote=True):
+        model.lm_head.output.argmax(-1).save()
+    with urllib.request.urlopen(f"http://{up.metrics_address}/metrics") as response:
+        scheduler = response.read().decode()
+    assert 'insitu_queue_latency_seconds_bucket{le="0.001",model="tiny/llama"}' in scheduler
+    shard = next(
+        line.partition("metrics are at ")[2]
+        for line in up.log.splitlines()
+        if "insitu_shard.server" in line and "metrics are at" in line
+    )
+    with urllib.request.urlopen(shard) as response:
+        assert "insitu_shard_handle_bytes" in response.read().decode()
+
+
+def test_ctrl_c_and_sigterm_end_every_process_and_free_the_port(
+    tiny: TinyModels, tmp_path: Path
+) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with Up(tmp_path / number.name, [f"tiny={tiny.folder('llama')}"]) as up:
+            started = up.descendants()
+            assert len(started) >= 3, "scheduler, agent and rank"
+            up.process.send_signal(number)
+            assert up.process.wait(60) == 0
+            _, left = psutil.wait_procs(started, timeout=5)
+            assert not left
+            host, _, port = up.endpoint.partition(":")
+            with socket.socket() as connection:
+                assert connection.connect_ex((host, int(port))) != 0
+
+
+def test_a_killed_up_leaves_no_process(tiny: TinyModels, tmp_path: Path) -> None:
+    with Up(tmp_path, [f"tiny={tiny.folder('llama')}"]) as up:
+        started = up.descendants()
+        up.process.kill()
+        up.process.wait()
+        _, left = psutil.wait_procs(started, timeout=30)
+        assert not left
+
+
+def test_a_rank_that_dies_ends_everything_and_says_so(tiny: TinyModels, tmp_path: Path) -> None:
+    with Up(tmp_path, [f"tiny={tiny.folder('llama')}"]) as up:
+        started = up.descendants()
+        rank = next(process for process in started if "RANK" in process.environ())
+        rank.kill()
+        assert up.process.wait(60) == 1
+        _, left = psutil.wait_procs(started, timeout=5)
+        assert not left
+        assert "the shard group of tiny ended" in up.log
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model", "x=/nowhere/at/all"], ["/nowhere/at/all", "insitu demo-model"]),
+        (["--model", "{folder}", "--tp", "0"], ["--tp is 0"]),
+        (["--model", "{folder}", "--api-keys-file", "/nowhere/keys"], ["/nowhere/keys"]),
+    ],
+    ids=["no model", "no ranks", "no key file"],
+)
+def test_what_can_not_start_says_why_and_leaves_nothing(
+    flags: list[str], says: list[str], tiny: TinyModels, tmp_path: Path
+) -> None:
+    before = set(psutil.pids())
+    flags = [flag.replace("{folder}", str(tiny.folder("llama"))) for flag in flags]
+    done = insitu("up", *flags, "--port", "0", "--data-dir", str(tmp_path))
+    assert done.returncode == 1
+    assert "is ready" not in done.stdout
+    assert "Traceback" not in done.stderr
+    for part in says:
+        assert part in done.stderr
+    ours = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before]
+    assert not [p for p in ours if any("insitu_" in word for word in p.info["cmdline"] or [])]
+
+
+def test_a_port_in_use_is_named(up: Up, tiny: TinyModels, tmp_path: Path) -> None:
+    port = up.endpoint.rpartition(":")[2]
+    folder = str(tiny.folder("llama"))
+    done = insitu("up", "--model", folder, "--port", port, "--data-dir", str(tmp_path))
+    assert done.returncode == 1
+    assert port in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_client_that_is_gone_in_the_middle_cancels_its_session_and_holds_up_nobody(
+    up: Up, model: LanguageModel, tmp_path: Path
+) -> None:
+    script = tmp_path / "client.py"
+    script.write_text(
+        "import insitu, sys\n"
+        "model = insitu.LanguageModel('tiny/llama')\n"
+        "with model.session(remote=True):\n"
+        "    for _ in range(9000):\n"
+        "        with model.trace([5, 9, 17]):\n"
+        "            hidden = model.model.layers[1].output[0]\n"
+        "            model.model.layers[2].output[0][:] = hidden\n"
+    )
+    environment = {**os.environ, "INSITU_ENDPOINT": up.endpoint, "INSITU_API_KEY": "gone"}
+    with subprocess.Popen(
+        [sys.executable, str(script)], stderr=subprocess.PIPE, text=True, env=environment
+    ) as client:
+        assert client.stderr is not None
+        for line in client.stderr:
+            if " - RUNNING: " in line:
+                break
+        client.kill()
+    killed_at = time.monotonic()
+    with model.trace(IDS, remote=True):
+        tokens = model.lm_head.output.argmax(-1).save()
+    assert tokens.shape == (1, 4)
+    assert time.monotonic() - killed_at < 60
+    import sqlite3
+
+    with sqlite3.connect(up.data_dir / "journal.sqlite") as connection:
+        states = [state for (state,) in connection.execute("SELECT state FROM sessions")]
+    connection.close()
+    assert "CANCELLED" in states
+
+
+def test_ctrl_c_in_a_blocking_session_cancels_it(up: Up, tmp_path: Path) -> None:
+    script = tmp_path / "client.py"
+    script.write_text(
+        "import insitu\n"
+        "model = insitu.LanguageModel('tiny/llama')\n"
+        "with model.session(remote=True):\n"
+        "    for _ in range(9000):\n"
+        "        with model.trace([5, 9, 17]):\n"
+        "            model.model.layers[2].output[0][:] = 0\n"
+    )
+    environment = {**os.environ, "INSITU_ENDPOINT": up.endpoint, "INSITU_API_KEY": "ctrl-c"}
+    with subprocess.Popen(
+        [sys.executable, str(script)], stderr=subprocess.PIPE, text=True, env=environment
+    ) as client:
+        assert client.stderr is not None
+        for line in client.stderr:
+            if " - RUNNING: " in line:
+                break
+        client.send_signal(signal.SIGINT)
+        rest = client.stderr.read()
+    assert "KeyboardInterrupt" in rest
+    import sqlite3
+
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with sqlite3.connect(up.data_dir / "journal.sqlite") as connection:
+            query = "SELECT state FROM sessions ORDER BY created_at DESC LIMIT 1"
+            (state,) = connection.execute(query).fetchone()
+        connection.close()
+        if state == "CANCELLED":
+            return
+        time.sleep(0.1)
+    pytest.fail(f"the session is {state}")
+
+
+def test_help_is_documentation() -> None:
+    for command in (["--help"], ["up", "--help"], ["scheduler", "--help"], ["shard", "--help"]):
+        done = run_python([*INSITU, *command], COLUMNS="200")
+        assert done.returncode == 0, done.stderr
+    assert "INSITU_MODEL" in done.stdout
+
+
+def test_demo_model_prints_its_folder_last(demo_folder: Path) -> None:
+    done = insitu("demo-model")
+    assert Path(done.stdout.splitlines()[-1]) == demo_folder
+    assert (demo_folder / "model.safetensors").is_file()

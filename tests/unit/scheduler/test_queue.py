@@ -1,0 +1,63 @@
+"""The order in which waiting sessions run."""
+
+from __future__ import annotations
+
+import pytest
+
+from insitu_scheduler.queue import FifoQueue, SessionId, WaitingSession
+
+
+def waiting(name: str, model: str | None = "a") -> WaitingSession:
+    return WaitingSession(SessionId(name), "ann", model, estimated_cost=1.0, enqueued_at=0.0)
+
+
+@pytest.fixture
+def queue() -> FifoQueue:
+    return FifoQueue()
+
+
+def test_sessions_of_a_model_leave_in_the_order_in_which_they_came(queue: FifoQueue) -> None:
+    for name in ("1", "2", "3"):
+        queue.push(waiting(name))
+    left = [queue.pop("a") for _ in range(4)]
+    assert [session.session_id if session else None for session in left] == ["1", "2", "3", None]
+
+
+def test_a_model_is_never_given_the_session_of_another(queue: FifoQueue) -> None:
+    queue.push(waiting("1", "b"))
+    assert queue.pop("a") is None
+    assert queue.pop("b") == waiting("1", "b")
+
+
+def test_a_session_for_any_model_takes_its_turn_in_every_line(queue: FifoQueue) -> None:
+    for name, model in (("1", "a"), ("2", None), ("3", "b"), ("4", "a")):
+        queue.push(waiting(name, model))
+    assert dict(queue.positions()) == {"1": 1, "2": 2, "3": 2, "4": 3}
+    first = queue.pop("b")
+    assert first is not None
+    assert first.session_id == "2"
+    assert dict(queue.positions()) == {"1": 1, "3": 1, "4": 2}
+
+
+def test_a_removed_session_is_gone_and_others_move_up(queue: FifoQueue) -> None:
+    for name in ("1", "2", "3"):
+        queue.push(waiting(name))
+    assert queue.remove(SessionId("2")) == waiting("2")
+    assert queue.remove(SessionId("2")) is None
+    assert dict(queue.positions()) == {"1": 1, "3": 2}
+    assert len(queue) == queue.num_waiting("a") == 2
+
+
+def test_a_newcomer_is_told_how_many_are_ahead_of_it(queue: FifoQueue) -> None:
+    for name, model in (("1", "a"), ("2", None), ("3", "b")):
+        queue.push(waiting(name, model))
+    assert [queue.num_ahead(model) for model in ("a", "b", "c", None)] == [2, 2, 1, 3]
+
+
+def test_the_oldest_of_a_line_is_its_head(queue: FifoQueue) -> None:
+    queue.push(waiting("1"))
+    queue.push(waiting("2"))
+    assert queue.oldest("a") == waiting("1")
+    queue.pop("a")
+    queue.pop("a")
+    assert queue.oldest("a") is None

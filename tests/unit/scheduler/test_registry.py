@@ -1,0 +1,76 @@
+"""Leases of shard groups, on a clock of the test's own."""
+
+from __future__ import annotations
+
+import pytest
+
+from insitu_scheduler.registry import Group, GroupState, LeaseId, Registry
+
+
+@pytest.fixture
+def registry() -> Registry:
+    return Registry(ttl_seconds=10)
+
+
+def grant(registry: Registry, name: str, model: str = "a", *, now: float = 0) -> Group:
+    return registry.grant(
+        LeaseId(name), group_id=f"group-{name}", model=model, address="x:1", num_ranks=2, now=now
+    )
+
+
+def test_a_lease_lasts_for_its_ttl_after_each_keep_alive(registry: Registry) -> None:
+    group = grant(registry, "1", now=100)
+    assert registry.expire(109.9) == []
+    assert registry.keep_alive(group.lease_id, now=109)
+    assert registry.expire(118.9) == []
+    assert registry.expire(119) == [group]
+    assert group.lease_id not in registry
+
+
+def test_an_expired_or_revoked_lease_can_not_be_kept_alive(registry: Registry) -> None:
+    group = grant(registry, "1")
+    registry.expire(11)
+    assert not registry.keep_alive(group.lease_id, now=11)
+    other = grant(registry, "2")
+    assert registry.revoke(other.lease_id) is other
+    assert registry.revoke(other.lease_id) is None
+    assert not registry.keep_alive(other.lease_id, now=1)
+
+
+def test_a_busy_group_is_not_ready_until_it_is_freed(registry: Registry) -> None:
+    group = grant(registry, "1")
+    registry.take(group.lease_id)
+    assert (group.state, registry.ready()) == (GroupState.BUSY, [])
+    registry.free(group.lease_id)
+    assert (group.state, registry.ready()) == (GroupState.READY, [group])
+
+
+def test_the_group_that_was_free_longest_comes_first(registry: Registry) -> None:
+    first, second = grant(registry, "1"), grant(registry, "2")
+    registry.take(first.lease_id)
+    registry.free(first.lease_id)
+    assert registry.ready() == [second, first]
+
+
+def test_a_draining_group_takes_nothing_new_and_never_returns(registry: Registry) -> None:
+    group = grant(registry, "1")
+    registry.keep_alive(group.lease_id, now=1, is_draining=True)
+    registry.keep_alive(group.lease_id, now=2)
+    assert (group.state, registry.ready()) == (GroupState.DRAINING, [])
+
+
+def test_freeing_a_group_whose_lease_is_gone_does_not_bring_it_back(registry: Registry) -> None:
+    group = grant(registry, "1")
+    registry.take(group.lease_id)
+    registry.revoke(group.lease_id)
+    registry.free(group.lease_id)
+    assert registry.ready() == []
+
+
+def test_replicas_are_counted_by_model_and_found_by_group(registry: Registry) -> None:
+    grant(registry, "1")
+    grant(registry, "2")
+    third = grant(registry, "3", "b")
+    assert registry.replicas() == {"a": 2, "b": 1}
+    assert registry.holder("group-3") is third
+    assert registry.holder("group-4") is None

@@ -1,0 +1,108 @@
+"""Saved values come back as they were written, or not at all."""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING
+
+import pytest
+
+from insitu_proto.v1.result_pb2 import SavedValue
+from insitu_scheduler.queue import SessionId
+from insitu_scheduler.results import ResultStore
+from insitu_wire.errors import InternalError
+from insitu_wire.limits import CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SESSION = SessionId("s1")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ResultStore:
+    return ResultStore(tmp_path)
+
+
+def header(node_id: int, data: bytes) -> SavedValue:
+    return SavedValue(node_id=node_id, num_bytes=len(data), crc32=zlib.crc32(data))
+
+
+async def write(store: ResultStore, values: dict[int, bytes]) -> None:
+    writer = store.writer(SESSION)
+    for node_id, data in values.items():
+        await writer.begin(header(node_id, data))
+        for start in range(0, len(data), CHUNK_BYTES):
+            await writer.write(data[start : start + CHUNK_BYTES])
+    writer.check_complete()
+    await writer.close()
+
+
+async def read(store: ResultStore) -> tuple[dict[int, bytes], int]:
+    """Gives the values, and the size of the largest chunk."""
+    values: dict[int, bytes] = {}
+    largest, node_id = 0, 0
+    async for part in store.read(SESSION, await store.list_values(SESSION)):
+        if isinstance(part, bytes):
+            values[node_id] += part
+            largest = max(largest, len(part))
+        else:
+            node_id = part.node_id
+            values[node_id] = b""
+    return values, largest
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {1: b"abc"},
+        {1: b""},
+        {node_id: bytes([node_id]) * 10 for node_id in range(200)},
+        {1: b"x" * (2 * CHUNK_BYTES + 5), 2: b"small", 3: b"y" * CHUNK_BYTES},
+    ],
+    ids=["one", "empty", "many", "large"],
+)
+async def test_values_come_back_in_order_and_in_chunks(
+    store: ResultStore, values: dict[int, bytes]
+) -> None:
+    await write(store, values)
+    found, largest_chunk = await read(store)
+    assert list(found.items()) == list(values.items())
+    assert largest_chunk <= CHUNK_BYTES
+
+
+async def test_a_session_that_saved_nothing_has_no_file(store: ResultStore, tmp_path: Path) -> None:
+    await write(store, {})
+    assert await store.list_values(SESSION) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_value_cut_short_is_left_out_and_those_before_it_stay(store: ResultStore) -> None:
+    writer = store.writer(SESSION)
+    await writer.begin(header(1, b"whole"))
+    await writer.write(b"whole")
+    await writer.begin(header(2, b"half of it"))
+    await writer.write(b"half")
+    await writer.close()
+    assert (await read(store))[0] == {1: b"whole"}
+
+
+async def test_other_bytes_than_announced_are_refused(store: ResultStore) -> None:
+    writer = store.writer(SESSION)
+    await writer.begin(header(1, b"abc"))
+    with pytest.raises(InternalError, match="saved value 1 came with CRC-32"):
+        await writer.write(b"abd")
+
+
+async def test_more_bytes_than_announced_are_refused(store: ResultStore) -> None:
+    writer = store.writer(SESSION)
+    await writer.begin(header(1, b"abc"))
+    with pytest.raises(InternalError, match="4 bytes or more; 3 bytes"):
+        await writer.write(b"abcd")
+
+
+async def test_a_value_must_be_complete_before_the_next(store: ResultStore) -> None:
+    writer = store.writer(SESSION)
+    await writer.begin(header(1, b"abc"))
+    with pytest.raises(InternalError, match="came with 0 bytes"):
+        await writer.begin(header(2, b""))

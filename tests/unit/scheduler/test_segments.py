@@ -1,0 +1,32 @@
+"""Sessions are cut where the model changes, and nowhere else."""
+
+from __future__ import annotations
+
+from insitu_proto.v1.session_pb2 import Exit, Session, Step
+from insitu_scheduler.segments import SegmentRange, count_traces, cut, estimate_cost
+from support.fake_shard import log, trace
+
+EXIT = Step(exit=Exit())
+
+
+def test_a_session_on_one_model_is_one_segment_with_its_logs_and_exit() -> None:
+    session = Session(steps=[log("x"), trace(), log("y"), trace(), EXIT])
+    assert cut(session) == [SegmentRange("tiny/model", 0, 5, 1)]
+    assert count_traces(session) == 2
+
+
+def test_a_session_without_traces_needs_no_certain_model() -> None:
+    assert cut(Session(steps=[log("x"), EXIT])) == [SegmentRange(None, 0, 2, 1)]
+
+
+def test_a_log_joins_the_segment_before_it_where_the_model_changes() -> None:
+    session = Session(steps=[trace(model="a"), log("x"), trace(model="b"), trace(model="a")])
+    assert cut(session) == [
+        SegmentRange("a", 0, 2, 1),
+        SegmentRange("b", 2, 3, 2),
+        SegmentRange("a", 3, 4, 3),
+    ]
+
+
+def test_the_expected_cost_grows_with_the_tokens() -> None:
+    assert estimate_cost(Session(steps=[trace(), log("x"), trace()])) == 6.0

@@ -8,9 +8,9 @@ import uuid
 from typing import TYPE_CHECKING
 
 from insitu_scheduler import events
-from insitu_scheduler.dispatch import LiveSession
 from insitu_scheduler.events import EventLog
 from insitu_scheduler.journal import AcceptedSession
+from insitu_scheduler.live_session import LiveSession
 from insitu_scheduler.queue import SessionId
 from insitu_scheduler.segments import cut
 from insitu_scheduler.validation import check_size, validate
@@ -58,6 +58,7 @@ class Admission:
         Raises:
             Error: why it is refused; nothing of it is kept then.
         """
+        self._dispatcher.check_open()
         _check_request_id(request.request_id)
         session = request.session
         check_size(session, self._max_session_bytes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import logging
 from typing import TYPE_CHECKING, Protocol
 
 from insitu_wire.errors import Reason, error
@@ -13,8 +12,6 @@ from insitu_wire.limits import API_KEY_METADATA
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
-
-_log = logging.getLogger(__name__)
 
 
 class Authenticator(Protocol):
@@ -65,7 +62,6 @@ def open_authenticator(api_keys_file: Path | None) -> Authenticator:
         ConfigurationError: the file can not be used.
     """
     if api_keys_file is None:
-        _log.warning("no key file is given: any non-empty API key is accepted, on loopback only")
         return AnyKeyAuthenticator()
     return KeyFileAuthenticator(read_keys(api_keys_file))
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from insitu_scheduler import events
+from insitu_scheduler.live_session import LiveSession, ending
 from insitu_scheduler.positions import PositionAnnouncer
 from insitu_scheduler.queue import WaitingSession
 from insitu_scheduler.runner import SessionRun
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from insitu_proto.v1.event_pb2 import Event
-    from insitu_proto.v1.session_pb2 import Session
-    from insitu_scheduler.events import EventBook, EventLog
+    from insitu_scheduler.events import EventBook
     from insitu_scheduler.metrics import SchedulerMetrics
     from insitu_scheduler.queue import SessionId, SessionQueue
     from insitu_scheduler.registry import Group, LeaseId, Registry
@@ -37,27 +36,6 @@ _log = logging.getLogger(__name__)
 _RELEASE_SECONDS = 60.0
 # From a group that is lost, or when the scheduler stops.
 _QUICK_RELEASE_SECONDS = 2.0
-
-
-@dataclass(slots=True)
-class LiveSession:
-    """A session that waits or runs."""
-
-    log: EventLog
-    session: Session
-    model: str | None
-    work: asyncio.Task[None] | None = None
-    """What runs it; None while it waits."""
-    lease_id: LeaseId | None = None
-    """The group that runs it; None while it waits."""
-    verdict: Event | None = None
-    """How it is to end, once its work has been stopped from outside."""
-
-    def stop(self, verdict: Event) -> None:
-        """Stops its work; the first verdict stands."""
-        if self.work is not None and self.verdict is None:
-            self.verdict = verdict
-            self.work.cancel()
 
 
 class Dispatcher:
@@ -88,6 +66,15 @@ class Dispatcher:
         self._num_reserved = 0
         self._is_stopping = False
 
+    def check_open(self) -> None:
+        """Refuses what is new once the scheduler stops.
+
+        Raises:
+            UnavailableError: SHUTTING_DOWN.
+        """
+        if self._is_stopping:
+            raise _shutting_down()
+
     def reserve(self, model: str | None) -> int:
         """Keeps a place for a session that is about to be accepted, and gives its position.
 
@@ -95,8 +82,7 @@ class Dispatcher:
             CapacityError: QUEUE_FULL.
             UnavailableError: SHUTTING_DOWN.
         """
-        if self._is_stopping:
-            raise _shutting_down()
+        self.check_open()
         if len(self._queue) + self._num_reserved >= self._max_queued:
             raise error(
                 Reason.QUEUE_FULL,
@@ -148,18 +134,25 @@ class Dispatcher:
     def join(self, group: Group, client: ShardClient) -> None:
         """Takes in a group that has just been granted its lease."""
         self._clients[group.lease_id] = client
-        self._groups_changed(group.model)
+        self.groups_changed(group.model)
         self._match()
 
     def lose(self, group: Group) -> None:
         """Gives up a group whose lease is gone, and with it the session that it runs."""
-        client = self._clients.pop(group.lease_id)
-        self._groups_changed(group.model)
+        client = self._clients.pop(group.lease_id, None)
+        if client is None:
+            return  # the scheduler stops, and has closed it
+        self.groups_changed(group.model)
         for live in self._live.values():
             if live.lease_id == group.lease_id:
                 live.stop(events.failed(replica_lost()))
                 return  # its run closes the connection, after it has released its values
         self._spawn(client.close())
+
+    def groups_changed(self, model: str) -> None:
+        """Takes note that groups of a model came, went, or changed their state."""
+        ready = sum(group.model == model for group in self._registry.ready())
+        self._metrics.groups_changed(model, ready)
 
     def count(self, model: str) -> tuple[int, int]:
         """Counts the sessions that wait and that run on a model's groups."""
@@ -178,7 +171,8 @@ class Dispatcher:
         for live in self._live.values():
             live.stop(events.failed(_shutting_down()))
         await self._settle(_QUICK_RELEASE_SECONDS)
-        for client in self._clients.values():
+        clients, self._clients = self._clients, {}
+        for client in clients.values():
             await client.close()
         await self._settle(None)
 
@@ -192,7 +186,7 @@ class Dispatcher:
                 self._metrics.dispatched(group.model, time.monotonic() - waiting.enqueued_at)
                 self._positions.left(waiting.session_id)
                 self._queue_changed(waiting.model)
-                self._groups_changed(group.model)
+                self.groups_changed(group.model)
                 self._start(self._live[waiting.session_id], group)
 
     def _start(self, live: LiveSession, group: Group) -> None:
@@ -214,7 +208,7 @@ class Dispatcher:
     ) -> None:
         """Waits for a session's work, ends it, and has its group take the next."""
         started = time.monotonic()
-        event = await _ending(live, work)
+        event = await ending(live, work)
         self._metrics.executed(group.model, _outcome(event), time.monotonic() - started)
         is_held = group.lease_id in self._registry and not self._is_stopping
         timeout_seconds = _RELEASE_SECONDS if is_held else _QUICK_RELEASE_SECONDS
@@ -232,7 +226,7 @@ class Dispatcher:
             await client.close()
             return
         self._registry.free(group.lease_id)
-        self._groups_changed(group.model)
+        self.groups_changed(group.model)
         self._match()
 
     async def _end(self, live: LiveSession, event: Event) -> None:
@@ -259,10 +253,6 @@ class Dispatcher:
             model or "", self._queue.num_waiting(model), oldest.enqueued_at if oldest else None
         )
 
-    def _groups_changed(self, model: str) -> None:
-        ready = sum(group.model == model for group in self._registry.ready())
-        self._metrics.groups_changed(model, ready)
-
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
         self._background.add(task)
@@ -279,26 +269,6 @@ class Dispatcher:
             await asyncio.wait(self._background, timeout=timeout_seconds)
 
 
-async def _ending(live: LiveSession, work: asyncio.Task[None]) -> Event:
-    """Waits for a session's work and tells how it ended."""
-    try:
-        await work
-    except asyncio.CancelledError:
-        return live.verdict or events.cancelled()
-    except Error as err:
-        return events.failed(err)
-    except Exception:  # noqa: BLE001 - the owner answers for what nobody foresaw
-        session_id = live.log.session_id
-        _log.exception("session %s met a flaw of the scheduler", session_id)
-        flaw = error(
-            Reason.INTERNAL,
-            f"the server met a flaw of its own; its log has it under {session_id}",
-            logId=session_id,
-        )
-        return events.failed(flaw)
-    return events.completed()
-
-
 def _outcome(event: Event) -> str:
     return events.kind_name(event).lower()
 
@@ -306,5 +276,5 @@ def _outcome(event: Event) -> str:
 def _shutting_down() -> Error:
     return error(
         Reason.SHUTTING_DOWN,
-        "the server is stopping; submit the session again once it is back",
+        "the server is stopping; try again once it is back",
     )

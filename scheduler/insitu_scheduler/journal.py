@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import datetime
-import logging
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from insitu_proto.v1.event_pb2 import Event, EventKind
+from insitu_scheduler.committer import Committer
 from insitu_scheduler.events import TERMINAL_KINDS, kind_name
 from insitu_scheduler.queue import SessionId
+from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
-
-_log = logging.getLogger(__name__)
-_T = TypeVar("_T")
-
-_WRITE_BEHIND_SECONDS = 0.05
 
 _tables = sa.MetaData()
 _sessions = sa.Table(
@@ -82,30 +76,37 @@ class JournalledSession:
 
 
 class Journal:
-    """A SQLite file that one thread writes; what waits together is committed together."""
+    """The sessions and their events, in a SQLite file."""
 
     def __init__(self, path: Path) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
-        self._engine = sa.create_engine(f"sqlite:///{path}", poolclass=sa.NullPool)
-        sa.event.listen(self._engine, "connect", _make_durable)
-        self._connection: sa.Connection | None = None
-        self._pending: list[tuple[Callable[[sa.Connection], Any], asyncio.Future[Any]]] = []
-        self._flushing: asyncio.Future[list[Any]] | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._path = path
+        self._committer = Committer(path)
 
     async def open(self) -> None:
-        """Opens the file, making it if it is missing."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._connect)
+        """Opens the file, making it and its tables if they are missing.
+
+        Raises:
+            ConfigurationError: it is not a journal.
+        """
+        try:
+            await self._committer.open()
+            await self._committer.run(_tables.create_all)
+        except sa.exc.DatabaseError as exception:
+            await self._committer.close()
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                f"the journal {self._path} can not be opened ({exception.orig}); move it away, or "
+                "choose another folder with --data-dir",
+                path=self._path,
+            ) from exception
 
     async def close(self) -> None:
         """Writes what is pending and closes the file."""
-        await self._submit(lambda connection: None)
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._disconnect)
-        self._thread.shutdown()
+        await self._committer.close()
 
     async def find_request(self, user: str, request_id: str) -> KnownRequest | None:
         """Gives the session that a user's request id was used for."""
-        return await self._submit(lambda connection: _find(connection, user, request_id))
+        return await self._committer.run(lambda connection: _find(connection, user, request_id))
 
     async def accept(self, session: AcceptedSession, events: Sequence[Event]) -> KnownRequest:
         """Writes a session and its first events, or gives the one that has its request id."""
@@ -116,24 +117,20 @@ class Journal:
                 _insert(connection, session, events)
             return known or KnownRequest(session.session_id, session.payload_digest)
 
-        return await self._submit(write)
+        return await self._committer.run(write)
 
     async def append(self, session_id: SessionId, event: Event) -> None:
         """Writes an event and the session's state after it."""
-        await self._submit(lambda connection: _append(connection, session_id, event))
+        await self._committer.run(lambda connection: _append(connection, session_id, event))
 
     def append_later(self, session_id: SessionId, event: Event) -> None:
         """Writes an event within a moment, together with others."""
-        future = self._add(lambda connection: _append(connection, session_id, event))
-        future.add_done_callback(_log_failure)
-        if self._timer is None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(_WRITE_BEHIND_SECONDS, self._flush)
+        self._committer.run_later(lambda connection: _append(connection, session_id, event))
 
     async def read(self, session_id: SessionId) -> JournalledSession | None:
         """Gives a session and its events."""
         query = sa.select(_sessions.c.id, _sessions.c.user).where(_sessions.c.id == session_id)
-        found = await self._submit(lambda connection: _load(connection, query))
+        found = await self._committer.run(lambda connection: _load(connection, query))
         return found[0] if found else None
 
     async def read_unfinished(self) -> list[JournalledSession]:
@@ -141,72 +138,7 @@ class Journal:
         query = sa.select(_sessions.c.id, _sessions.c.user).where(
             _sessions.c.state.not_in(_TERMINAL_STATES)
         )
-        return await self._submit(lambda connection: _load(connection, query))
-
-    async def _submit(self, operation: Callable[[sa.Connection], _T]) -> _T:
-        future = self._add(operation)
-        self._flush()
-        return await future
-
-    def _add(self, operation: Callable[[sa.Connection], _T]) -> asyncio.Future[_T]:
-        future: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
-        self._pending.append((operation, future))
-        return future
-
-    def _flush(self) -> None:
-        """Has the thread commit all that is pending, unless it is at work: then right after."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._flushing is not None or not self._pending:
-            return
-        operations, futures = zip(*self._pending, strict=True)
-        self._pending = []
-        loop = asyncio.get_running_loop()
-        self._flushing = loop.run_in_executor(self._thread, self._commit, operations)
-        self._flushing.add_done_callback(lambda flushing: self._flushed(flushing, futures))
-
-    def _flushed(
-        self, flushing: asyncio.Future[list[Any]], futures: Sequence[asyncio.Future[Any]]
-    ) -> None:
-        self._flushing = None
-        exception = flushing.exception()
-        results = [None] * len(futures) if exception else flushing.result()
-        for future, result in zip(futures, results, strict=True):
-            if future.done():  # whoever waited has gone
-                continue
-            if exception:
-                future.set_exception(exception)
-            else:
-                future.set_result(result)
-        self._flush()
-
-    def _connect(self) -> None:
-        self._connection = self._engine.connect()
-        with self._connection.begin():
-            _tables.create_all(self._connection)
-
-    def _disconnect(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._engine.dispose()
-
-    def _commit(self, operations: Sequence[Callable[[sa.Connection], Any]]) -> list[Any]:
-        if self._connection is None:
-            raise RuntimeError("the journal is not open")
-        with self._connection.begin():
-            return [operation(self._connection) for operation in operations]
-
-
-def _log_failure(written: asyncio.Future[None]) -> None:
-    if not written.cancelled() and (exception := written.exception()) is not None:
-        _log.critical("the journal can not be written", exc_info=exception)
-
-
-def _make_durable(connection: Any, record: object) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA foreign_keys=ON")
+        return await self._committer.run(lambda connection: _load(connection, query))
 
 
 def _find(connection: sa.Connection, user: str, request_id: str) -> KnownRequest | None:

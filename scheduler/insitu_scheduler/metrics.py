@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING
 
@@ -120,8 +121,9 @@ class MetricsServer:
             ) from exception
         self.address = endpoint(host, self._server.server_port)
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Stops serving and frees the port."""
-        self._server.shutdown()
+        # Takes the serving thread up to half a second to notice.
+        await asyncio.to_thread(self._server.shutdown)
         self._server.server_close()
         self._thread.join()

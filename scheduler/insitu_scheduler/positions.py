@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from insitu_scheduler.queue import SessionId, SessionQueue
 
-_ANNOUNCE_SECONDS = 1.0
+ANNOUNCE_SECONDS = 1.0
 
 
 class PositionAnnouncer:
@@ -41,7 +41,7 @@ class PositionAnnouncer:
         self._shown.pop(session_id, None)
         if self._shown and self._timer is None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(_ANNOUNCE_SECONDS, self._announce)
+            self._timer = loop.call_later(ANNOUNCE_SECONDS, self._announce)
 
     def _announce(self) -> None:
         self._timer = None

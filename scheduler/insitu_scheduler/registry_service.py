@@ -76,6 +76,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
         client = ShardClient(message.address)
         try:
             await self._learn(message.model, client)
+            self._dispatcher.check_open()
         except BaseException:
             await client.close()
             raise
@@ -118,6 +119,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
                 f"the lease of shard group {group.group_id} is gone; register again",
                 groupId=group.group_id,
             )
+        self._dispatcher.groups_changed(group.model)
 
     def _revoke(self, group: Group, why: str) -> None:
         if self._registry.revoke(group.lease_id) is not None:

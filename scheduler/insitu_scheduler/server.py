@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import socket
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,10 @@ class Server:
         async with AsyncExitStack() as cleanup:
             await self._start(cleanup)
             self._cleanup = cleanup.pop_all()
+        if self._config.api_keys_file is None:
+            _log.warning(
+                "no key file is given: any non-empty API key is accepted, on loopback only"
+            )
         _log.info("insitu scheduler is listening at %s", self.address)
 
     async def stop(self) -> None:
@@ -90,7 +95,7 @@ class Server:
         metrics = SchedulerMetrics(version)
         if config.metrics_port is not None:
             metrics_server = MetricsServer(metrics, config.host, config.metrics_port)
-            cleanup.callback(metrics_server.stop)
+            cleanup.push_async_callback(metrics_server.stop)
             self.metrics_address = metrics_server.address
         journal = Journal(data_dir.journal_path)
         await journal.open()
@@ -145,8 +150,8 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         names = (*_SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-        self.address = endpoint(self._config.host, self._bind(server))
-        grace_seconds = self._config.grace_seconds
+        host, grace_seconds = self._config.host, self._config.grace_seconds
+        self.address = endpoint(host, _bind(server, host, self._config.port))
         cleanup.push_async_callback(server.stop, grace_seconds)
         await server.start()
         cleanup.push_async_callback(registry_servicer.stop)
@@ -156,14 +161,23 @@ class Server:
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         cleanup.push_async_callback(health_servicer.enter_graceful_shutdown)
 
-    def _bind(self, server: grpc.aio.Server) -> int:
-        host, port = self._config.host, self._config.port
-        try:
-            return server.add_insecure_port(endpoint(host, port))
-        except RuntimeError as exception:
-            raise error(
-                Reason.INVALID_CONFIGURATION,
-                f"can not listen on {host}:{port}; choose a free port with --port, or 0",
-                host=host,
-                port=port,
-            ) from exception
+
+def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+    """Has the server listen; gives its port."""
+    try:
+        # Tried before by hand: gRPC would log lines of its own and not say why.
+        socket.create_server((host, port), family=_family(host)).close()
+        return server.add_insecure_port(endpoint(host, port))
+    except (OSError, RuntimeError) as exception:
+        why = exception.strerror if isinstance(exception, OSError) else "taken just now"
+        raise error(
+            Reason.INVALID_CONFIGURATION,
+            f"can not listen on {endpoint(host, port)} ({why}); choose a free port with --port, "
+            "or 0",
+            host=host,
+            port=port,
+        ) from exception
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from insitu_proto.v1.intervention_pb2 import HookSide
 from insitu_proto.v1.trace_pb2 import TraceMode
 from insitu_scheduler.models import model_not_found
+from insitu_scheduler.refusals import check_limit, malformed, unsupported
 from insitu_scheduler.value_checks import ValueChecker
 from insitu_wire import operations
-from insitu_wire.errors import Error, InvalidTraceError, Location, Reason, error
+from insitu_wire.errors import Error, Location, Reason, error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -43,7 +44,7 @@ def check_size(session: Session, max_bytes: int) -> None:
     Raises:
         CapacityError: REQUEST_TOO_LARGE.
     """
-    _check_limit("bytes", session.ByteSize(), max_bytes)
+    check_limit("bytes", session.ByteSize(), max_bytes)
 
 
 class _Validation:
@@ -63,9 +64,9 @@ class _Validation:
     def run(self) -> None:
         steps = self._session.steps
         if not steps:
-            raise _malformed("the session has no steps; give it a trace, a log or an exit")
-        _check_limit("steps", len(steps), MAX_STEPS)
-        _check_limit("nodes", sum(len(step.trace.nodes) for step in steps), MAX_NODES)
+            raise malformed("the session has no steps; give it a trace, a log or an exit")
+        check_limit("steps", len(steps), MAX_STEPS)
+        check_limit("nodes", sum(len(step.trace.nodes) for step in steps), MAX_NODES)
         if not self._models:
             raise error(
                 Reason.MODEL_NOT_FOUND,
@@ -89,15 +90,15 @@ class _Validation:
             case "exit":
                 return
             case None:
-                raise _unsupported(f"{self._owner} is of a kind that it does not know")
+                raise unsupported(f"{self._owner} is of a kind that it does not know")
             case kind:
-                raise _unsupported(f"{self._owner} is a {kind}, which it can not run yet")
+                raise unsupported(f"{self._owner} is a {kind}, which it can not run yet")
 
     def _check_trace(self, trace: Trace) -> None:
         if trace.mode == TraceMode.TRACE_MODE_UNSPECIFIED:
-            raise _malformed(f"the trace of {self._owner} has no mode; set it to forward")
+            raise malformed(f"the trace of {self._owner} has no mode; set it to forward")
         if trace.mode != TraceMode.TRACE_MODE_FORWARD:
-            raise _unsupported(f"{self._owner} generates, and it runs single forward passes only")
+            raise unsupported(f"{self._owner} generates, and it runs single forward passes only")
         model = self._find_model(trace.model)
         self._check_rows(trace, model.vocabulary_size)
         step_location = self._location
@@ -111,7 +112,7 @@ class _Validation:
         model = self._models[name]
         if self._model is not None and self._model is not model:
             first = self._model.description.name
-            raise _unsupported(
+            raise unsupported(
                 f"the session uses two models, {first!r} and {name!r}, and it runs sessions of "
                 "one model only; submit a session for each"
             )
@@ -120,16 +121,16 @@ class _Validation:
 
     def _check_rows(self, trace: Trace, vocabulary_size: int | None) -> None:
         if not trace.invokes:
-            raise _malformed(f"the trace of {self._owner} has no input; give it an invoke")
+            raise malformed(f"the trace of {self._owner} has no input; give it an invoke")
         for number, invoke in enumerate(trace.invokes, start=1):
             if not invoke.rows or not all(row.token_ids for row in invoke.rows):
-                raise _malformed(
+                raise malformed(
                     f"invoke {number} of {self._owner} is empty or has an empty row; "
                     "each row needs a token"
                 )
             largest = max(max(row.token_ids) for row in invoke.rows)
             if vocabulary_size is not None and largest >= vocabulary_size:
-                raise _malformed(
+                raise malformed(
                     f"token id {largest} of {self._owner} is not in the model's vocabulary; "
                     f"ids go from 0 to {vocabulary_size - 1}",
                     tokenId=largest,
@@ -140,7 +141,7 @@ class _Validation:
         self._owner = f"node {node.id}"
         self._location = self._find_location(node.location)
         if node.id <= self._last_id:
-            raise _malformed(
+            raise malformed(
                 f"node {node.id} comes after node {self._last_id}; ids start at 1 and increase",
                 nodeId=node.id,
                 previousNodeId=self._last_id,
@@ -166,17 +167,15 @@ class _Validation:
             case "log":
                 self._check_values(node.log.values)
             case None:
-                raise _unsupported(f"{self._owner} is an operation that it does not know")
+                raise unsupported(f"{self._owner} is an operation that it does not know")
             case kind:
-                raise _unsupported(f"{self._owner} is a {kind}, which it can not run yet")
+                raise unsupported(f"{self._owner} is a {kind}, which it can not run yet")
 
     def _check_hook_point(self, hook_point: HookPoint, model: KnownModel) -> None:
         if hook_point.side == HookSide.HOOK_SIDE_UNSPECIFIED:
-            raise _malformed(f"{self._owner} names no side; use input, inputs or output")
+            raise malformed(f"{self._owner} names no side; use input, inputs or output")
         if hook_point.side not in HookSide.values():
-            raise _unsupported(
-                f"{self._owner} names side {hook_point.side}, which it does not know"
-            )
+            raise unsupported(f"{self._owner} names side {hook_point.side}, which it does not know")
         self._check_path(hook_point.module_path, model)
 
     def _check_path(self, path: str, model: KnownModel) -> None:
@@ -234,7 +233,7 @@ class _Validation:
     def _find_location(self, index: int) -> Location | None:
         locations = self._session.locations
         if index > len(locations):
-            raise _malformed(
+            raise malformed(
                 f"{self._owner} has location {index}, and the session has {len(locations)}",
                 locationIndex=index,
             )
@@ -242,27 +241,3 @@ class _Validation:
             return None
         where = locations[index - 1]
         return Location(where.file[-_MAX_QUOTED:], where.line, where.source[:_MAX_QUOTED])
-
-
-def _check_limit(unit: str, count: int, limit: int) -> None:
-    if count > limit:
-        raise error(
-            Reason.REQUEST_TOO_LARGE,
-            f"the session has {count:,} {unit} and the server takes at most {limit:,}; send fewer "
-            "or smaller tensors, or several sessions",
-            unit=unit,
-            count=count,
-            limit=limit,
-        )
-
-
-def _malformed(message: str, **metadata: str | int) -> Error:
-    texts = {key: str(value) for key, value in metadata.items()}
-    return InvalidTraceError(message, reason=Reason.MALFORMED_SESSION, metadata=texts)
-
-
-def _unsupported(problem: str) -> Error:
-    return error(
-        Reason.UNSUPPORTED_FEATURE,
-        f"the server can not run this session: {problem}; a newer version of insitu may",
-    )

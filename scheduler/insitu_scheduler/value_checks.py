@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from insitu_scheduler.refusals import check_limit, malformed, unsupported
 from insitu_wire.dtypes import DTYPE_NAMES, num_bytes
-from insitu_wire.errors import Error, InvalidTraceError, Reason, error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -40,7 +40,7 @@ class ValueChecker:
         self._count(owner, depth)
         match value.WhichOneof("kind"):
             case None:
-                raise _unsupported(f"{owner} has a value of a kind that the server does not know")
+                raise unsupported(f"{owner} has a value of a kind that it does not know")
             case "reference":
                 self._check_reference(value.reference.node_id)
             case "tensor":
@@ -55,13 +55,8 @@ class ValueChecker:
     def _count(self, owner: str, depth: int) -> None:
         self._num_values += 1
         if depth > MAX_DEPTH:
-            raise _malformed(f"{owner} has values nested deeper than {MAX_DEPTH}; nest them less")
-        if self._num_values > MAX_VALUES:
-            raise error(
-                Reason.REQUEST_TOO_LARGE,
-                f"the session has more than {MAX_VALUES:,} values; make tensors of long lists",
-                limit=MAX_VALUES,
-            )
+            raise malformed(f"{owner} has values nested deeper than {MAX_DEPTH}; nest them less")
+        check_limit("values", self._num_values, MAX_VALUES)
 
 
 def _parts(value: Value) -> Iterable[Value]:
@@ -82,18 +77,16 @@ def _check_tensor(tensor: Tensor, owner: str) -> None:
     _check_dtype(tensor.dtype, owner)
     shape = list(tensor.shape)
     if len(shape) > MAX_RANK:
-        raise _malformed(f"{owner} has a tensor of {len(shape)} dimensions; at most {MAX_RANK}")
+        raise malformed(f"{owner} has a tensor of {len(shape)} dimensions; at most {MAX_RANK}")
     if any(size < 0 for size in shape):
-        raise _malformed(f"{owner} has a tensor of shape {shape}; sizes are 0 or more")
+        raise malformed(f"{owner} has a tensor of shape {shape}; sizes are 0 or more")
     content = tensor.WhichOneof("content")
     if content == "content_hash":
-        raise _unsupported(
-            f"{owner} has a tensor by content hash, which the server can not use yet"
-        )
+        raise unsupported(f"{owner} has a tensor by content hash, which it can not use yet")
     if content != "data":
-        raise _malformed(f"{owner} has a tensor without elements; send them as data")
+        raise malformed(f"{owner} has a tensor without elements; send them as data")
     if len(tensor.data) != num_bytes(tensor):
-        raise _malformed(
+        raise malformed(
             f"{owner} has a tensor of shape {shape} and type {DTYPE_NAMES[tensor.dtype]} with "
             f"{len(tensor.data)} bytes of elements; it needs {num_bytes(tensor)}",
             numBytes=len(tensor.data),
@@ -102,7 +95,7 @@ def _check_tensor(tensor: Tensor, owner: str) -> None:
 
 def _check_dtype(dtype: Dtype.ValueType, owner: str) -> None:
     if dtype not in DTYPE_NAMES:
-        raise _malformed(
+        raise malformed(
             f"{owner} has the element type number {dtype}; use one of "
             f"{', '.join(DTYPE_NAMES.values())}",
             dtype=dtype,
@@ -114,20 +107,11 @@ def _check_keys(value: DictValue, owner: str) -> None:
     for item in value.items:
         kind = item.key.WhichOneof("kind")
         if kind not in _KEY_KINDS:
-            raise _malformed(
+            raise malformed(
                 f"{owner} has a dict with a {kind} as key; keys are None, bools, numbers, strings "
                 "and tuples of these"
             )
         encoded = item.key.SerializeToString(deterministic=True)
         if encoded in seen:
-            raise _malformed(f"{owner} has a dict with one key twice; keys are unique")
+            raise malformed(f"{owner} has a dict with one key twice; keys are unique")
         seen.add(encoded)
-
-
-def _malformed(message: str, **metadata: str | int) -> Error:
-    texts = {key: str(value) for key, value in metadata.items()}
-    return InvalidTraceError(message, reason=Reason.MALFORMED_SESSION, metadata=texts)
-
-
-def _unsupported(message: str) -> Error:
-    return error(Reason.UNSUPPORTED_FEATURE, f"{message}; a newer version of insitu may")

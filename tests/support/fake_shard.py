@@ -16,15 +16,9 @@ from insitu_proto.v1.registry_service_pb2 import KeepAlive, RegisterGroupRequest
 from insitu_proto.v1.result_pb2 import SavedValue
 from insitu_proto.v1.session_pb2 import Session, Step
 from insitu_proto.v1.shard_service_pb2 import (
-    DescribeModelResponse,
-    FetchTokenizerResponse,
-    LogLine,
-    ReleaseSessionResponse,
-    RunSegmentRequest,
-    RunSegmentResponse,
-    SegmentFinished,
-    TraceStarted,
-)
+    DescribeModelResponse, FetchTokenizerResponse, LogLine, ReleaseSessionResponse,
+    RunSegmentRequest, RunSegmentResponse, SegmentFinished, TraceStarted,
+)  # fmt: skip
 from insitu_proto.v1.tensor_pb2 import Dtype, Tensor
 from insitu_proto.v1.trace_pb2 import Invoke, TokenRow, Trace, TraceMode
 from insitu_wire.interceptor import ErrorInterceptor
@@ -146,6 +140,8 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
         self.registered = asyncio.Event()
         self.may_keep_alive = asyncio.Event()
         self.may_keep_alive.set()
+        self.hold = asyncio.Event()
+        self.hold.set()
 
     async def __aenter__(self) -> FakeShard:
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
@@ -201,6 +197,7 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
         self.requests.append(request)
         self.running.set()
         try:
+            await self.hold.wait()
             async for response in self.script(request):
                 yield response
         except asyncio.CancelledError:

@@ -1,0 +1,60 @@
+"""A session between its acceptance and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from insitu_scheduler import events
+from insitu_wire.errors import Error, Reason, error
+
+if TYPE_CHECKING:
+    from insitu_proto.v1.event_pb2 import Event
+    from insitu_proto.v1.session_pb2 import Session
+    from insitu_scheduler.events import EventLog
+    from insitu_scheduler.registry import LeaseId
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class LiveSession:
+    """A session that waits or runs."""
+
+    log: EventLog
+    session: Session
+    model: str | None
+    work: asyncio.Task[None] | None = None
+    """What runs it; None while it waits."""
+    lease_id: LeaseId | None = None
+    """The group that runs it; None while it waits."""
+    verdict: Event | None = None
+    """How it is to end, once its work has been stopped from outside."""
+
+    def stop(self, verdict: Event) -> None:
+        """Stops its work; the first verdict stands."""
+        if self.work is not None and self.verdict is None:
+            self.verdict = verdict
+            self.work.cancel()
+
+
+async def ending(live: LiveSession, work: asyncio.Task[None]) -> Event:
+    """Waits for a session's work and tells how it ended."""
+    try:
+        await work
+    except asyncio.CancelledError:
+        return live.verdict or events.cancelled()
+    except Error as err:
+        return events.failed(err)
+    except Exception:  # noqa: BLE001 - the owner answers for what nobody foresaw
+        session_id = live.log.session_id
+        _log.exception("session %s met a flaw of the scheduler", session_id)
+        flaw = error(
+            Reason.INTERNAL,
+            f"the server met a flaw of its own; its log has it under {session_id}",
+            logId=session_id,
+        )
+        return events.failed(flaw)
+    return events.completed()

@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def serve(run: Callable[[], object]) -> None:

@@ -93,7 +93,8 @@ class Leader:
         Args:
             session_id: session that owns the segment's values.
             segment: what to run.
-            is_cancelled: asked before each step; once true, no further step runs.
+            is_cancelled: asked before each step; once true, no further step runs and the events
+                end without `Finished`.
 
         Raises:
             Error: a step failed.
@@ -102,7 +103,9 @@ class Leader:
         self._channel.send(_Command.BEGIN_SEGMENT, request.SerializeToString())
         run = SegmentRun(self.model, segment, self.handles.values(session_id))
         for index in range(run.num_steps):
-            if run.has_exited or is_cancelled():
+            if is_cancelled():
+                return
+            if run.has_exited:
                 break
             self._channel.send(_Command.RUN_STEP, struct.pack("<I", index))
             yield from run.run_step(index)

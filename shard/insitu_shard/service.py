@@ -115,9 +115,9 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
     def _run(
         self, request: shard_service_pb2.RunSegmentRequest, cancelled: threading.Event
     ) -> Iterator[SegmentEvent | Error]:
-        """Yields the segment's events, the last being its end or its error. Engine's thread."""
+        """Yields events until the segment ends, fails or is cancelled; on the engine's thread."""
         started = time.monotonic()
-        outcome = "completed"
+        outcome = "cancelled"
         try:
             run = self._leader.run_segment(
                 request.session_id, request.segment, is_cancelled=cancelled.is_set
@@ -125,12 +125,12 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
             for event in run:
                 if isinstance(event, TraceStarted):
                     self._metrics.trace_started()
+                elif isinstance(event, Finished):
+                    outcome = "completed"
                 yield event
         except Error as err:
             outcome = "failed"
             yield err
-        if cancelled.is_set():
-            outcome = "cancelled"
         self._metrics.segment_ended(outcome, time.monotonic() - started)
 
     def _check(self, finished: asyncio.Future[Any]) -> None:

@@ -238,8 +238,7 @@ class RoutedServer:
         flags = ["--scheduler", scheduler, "--port", str(port)]
         self._processes.append(
             subprocess.Popen(
-                [*python, "insitu_shard", "--model", f"{NAME}={self._folder}", *flags]
-                + ["--advertise-address", self._to_shard.address],
+                [*python, "insitu_shard", "--model", f"{NAME}={self._folder}", *flags, "--advertise-address", self._to_shard.address],
                 **quiet,  # type: ignore[call-overload]
             )
         )

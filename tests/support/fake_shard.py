@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from insitu_proto.v1 import model_pb2, registry_service_pb2_grpc, shard_service_pb2_grpc, value_pb2
+from insitu_proto.v1 import shard_service_pb2 as pb
 from insitu_proto.v1.intervention_pb2 import HookPoint, HookSide, Log, Node, Read, Save
 from insitu_proto.v1.placement_pb2 import ShardGroup
 from insitu_proto.v1.registry_service_pb2 import KeepAlive, RegisterGroupRequest
 from insitu_proto.v1.result_pb2 import SavedValue
 from insitu_proto.v1.session_pb2 import Session, Step
-from insitu_proto.v1.shard_service_pb2 import (
-    DescribeModelResponse, FetchTokenizerResponse, LogLine, ReleaseSessionResponse,
-    RunSegmentRequest, RunSegmentResponse, SegmentFinished, TraceStarted,
-)  # fmt: skip
+from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest, RunSegmentResponse
 from insitu_proto.v1.tensor_pb2 import Dtype, Tensor
 from insitu_proto.v1.trace_pb2 import Invoke, TokenRow, Trace, TraceMode
 from insitu_wire.interceptor import ErrorInterceptor
@@ -74,15 +72,15 @@ def describe(name: str = MODEL) -> model_pb2.ModelDescription:
 
 
 def trace_started(number: int) -> RunSegmentResponse:
-    return RunSegmentResponse(trace_started=TraceStarted(trace_number=number))
+    return RunSegmentResponse(trace_started=pb.TraceStarted(trace_number=number))
 
 
 def log_line(message: str) -> RunSegmentResponse:
-    return RunSegmentResponse(log_line=LogLine(message=message))
+    return RunSegmentResponse(log_line=pb.LogLine(message=message))
 
 
 def finished(*, has_exited: bool = False) -> RunSegmentResponse:
-    return RunSegmentResponse(finished=SegmentFinished(has_exited=has_exited))
+    return RunSegmentResponse(finished=pb.SegmentFinished(has_exited=has_exited))
 
 
 def saved(node_id: int, data: bytes, *, crc32: int | None = None) -> list[RunSegmentResponse]:
@@ -180,16 +178,16 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
                 await self.may_keep_alive.wait()
                 await call.write(RegisterGroupRequest(keep_alive=KeepAlive()))
 
-    async def DescribeModel(self, request: Any, context: Any) -> DescribeModelResponse:
-        return DescribeModelResponse(description=describe(self.model))
+    async def DescribeModel(self, request: Any, context: Any) -> pb.DescribeModelResponse:
+        return pb.DescribeModelResponse(description=describe(self.model))
 
     async def FetchTokenizer(
         self, request: Any, context: Any
-    ) -> AsyncIterator[FetchTokenizerResponse]:
+    ) -> AsyncIterator[pb.FetchTokenizerResponse]:
         self.num_tokenizer_fetches += 1
-        yield FetchTokenizerResponse(file_name="tokenizer.json", data=b"{")
-        yield FetchTokenizerResponse(file_name="tokenizer.json", data=b"}")
-        yield FetchTokenizerResponse(file_name="empty.txt", data=b"")
+        yield pb.FetchTokenizerResponse(file_name="tokenizer.json", data=b"{")
+        yield pb.FetchTokenizerResponse(file_name="tokenizer.json", data=b"}")
+        yield pb.FetchTokenizerResponse(file_name="empty.txt", data=b"")
 
     async def RunSegment(
         self, request: RunSegmentRequest, context: Any
@@ -204,6 +202,6 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
             self.num_cancelled += 1
             raise
 
-    async def ReleaseSession(self, request: Any, context: Any) -> ReleaseSessionResponse:
+    async def ReleaseSession(self, request: Any, context: Any) -> pb.ReleaseSessionResponse:
         self.released.append(request.session_id)
-        return ReleaseSessionResponse(num_values=0)
+        return pb.ReleaseSessionResponse(num_values=0)

@@ -33,8 +33,7 @@ class Up:
         self.data_dir.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen(
-                [*INSITU, "up", *models, "--port", "0", "--data-dir", str(self.data_dir)]
-                + self.flags,
+                [*INSITU, "up", *models, *self.flags, "--port", "0", "--data-dir", str(self.data_dir)],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

@@ -98,5 +98,5 @@ def _vocabulary_size(config_json: str) -> int | None:
         config = json.loads(config_json or "{}")
     except json.JSONDecodeError:
         return None
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     return size if isinstance(size, int) else None

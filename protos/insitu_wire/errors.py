@@ -264,8 +264,9 @@ def from_rpc_error(rpc_error: grpc.Call | grpc.aio.AioRpcError, *, address: str)
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason.__members__:
             metadata = dict(info.metadata)
-            return error(
-                Reason(info.reason), status.message, location=_pop_location(metadata), **metadata
+            reason = Reason(info.reason)
+            return _TABLE[reason][1](
+                status.message, reason=reason, location=_pop_location(metadata), metadata=metadata
             )
     return _from_transport(rpc_error.code(), rpc_error.details() or "", address)
 
@@ -321,12 +322,13 @@ def to_failure(err: Error) -> error_reason_pb2.Failure:
 def from_failure(failure: error_reason_pb2.Failure) -> Error:
     """Decodes why a session failed."""
     name = error_reason_pb2.ErrorReason.Name(failure.reason).removeprefix("ERROR_REASON_")
+    reason = Reason(name) if name in Reason.__members__ else Reason.INTERNAL
     where = failure.location
-    return error(
-        Reason(name) if name in Reason.__members__ else Reason.INTERNAL,
+    return _TABLE[reason][1](
         failure.message,
+        reason=reason,
+        metadata=dict(failure.metadata),
         location=Location(where.file, where.line, where.source) if where.line else None,
         trace_number=failure.trace_number,
         remote_traceback=failure.traceback,
-        **failure.metadata,
     )

@@ -5,6 +5,9 @@ from __future__ import annotations
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest message that any server takes; what is larger is streamed in chunks."""
 
+MAX_SESSION_BYTES = MAX_MESSAGE_BYTES - 64 * 1024
+"""Largest session that a server takes by default; the rest of a message is for its envelope."""
+
 CHUNK_BYTES = 1024 * 1024
 """Size of the chunks in which tensors and files are streamed."""
 

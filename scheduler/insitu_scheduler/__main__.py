@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 
-from insitu_scheduler.config import MAX_SESSION_BYTES, SchedulerConfig
+from insitu_scheduler.config import SchedulerConfig
 from insitu_scheduler.server import Server
 from insitu_wire.errors import Error
+from insitu_wire.limits import MAX_SESSION_BYTES
 from insitu_wire.paths import state_folder
 
 

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from insitu_wire.errors import Reason, error
-from insitu_wire.limits import MAX_MESSAGE_BYTES
+from insitu_wire.limits import MAX_SESSION_BYTES
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-MAX_SESSION_BYTES = MAX_MESSAGE_BYTES - 64 * 1024
-"""Largest session that fits into a message, with room for what surrounds it there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,7 +185,7 @@ def test_a_session_over_the_size_limit_is_refused_with_both_sizes() -> None:
 def test_a_session_just_over_the_servers_own_limit_is_refused_by_the_server(
     stub: scheduler_service_pb2_grpc.SchedulerServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "MAX_MESSAGE_BYTES", 2**40)
+    monkeypatch.setattr(remote, "MAX_SESSION_BYTES", 2**40)
     model = LanguageModel("tiny/llama")
     with pytest.raises(Error) as raised:
         with model.trace(IDS, remote=True):

@@ -236,9 +236,10 @@ class RoutedServer:
         scheduler = json.loads(address_file.read_text())["address"]
         self._to_scheduler.target = scheduler
         flags = ["--scheduler", scheduler, "--port", str(port)]
+        flags += ["--advertise-address", self._to_shard.address]
         self._processes.append(
             subprocess.Popen(
-                [*python, "insitu_shard", "--model", f"{NAME}={self._folder}", *flags, "--advertise-address", self._to_shard.address],
+                [*python, "insitu_shard", "--model", f"{NAME}={self._folder}", *flags],
                 **quiet,  # type: ignore[call-overload]
             )
         )

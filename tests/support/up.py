@@ -28,12 +28,13 @@ class Up:
     endpoint: str = ""
 
     def __enter__(self) -> Up:
+        flags = ["--port", "0", "--data-dir", str(self.data_dir)]
         models = [flag for model in self.models for flag in ("--model", model)]
         self.log_path = self.data_dir / "up.log"
         self.data_dir.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen(
-                [*INSITU, "up", *models, *self.flags, "--port", "0", "--data-dir", str(self.data_dir)],
+                [*INSITU, "up", *models, *self.flags, *flags],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

@@ -15,7 +15,7 @@ from insitu.backends._download import download
 from insitu.backends._tokenizer import cached_tokenizer
 from insitu_proto.v1 import event_pb2, scheduler_service_pb2, scheduler_service_pb2_grpc
 from insitu_wire.errors import Error, Reason, UnavailableError, error, from_failure, from_rpc_error
-from insitu_wire.limits import API_KEY_METADATA, CHANNEL_OPTIONS, MAX_MESSAGE_BYTES
+from insitu_wire.limits import API_KEY_METADATA, CHANNEL_OPTIONS, MAX_SESSION_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -179,13 +179,13 @@ class RemoteBackend:
 
 
 def _check_size(session: session_pb2.Session) -> None:
-    if (size := session.ByteSize()) > MAX_MESSAGE_BYTES:
+    if (size := session.ByteSize()) > MAX_SESSION_BYTES:
         raise error(
             Reason.REQUEST_TOO_LARGE,
-            f"the session takes {size:,} bytes and a server takes at most {MAX_MESSAGE_BYTES:,}; "
+            f"the session takes {size:,} bytes and a server takes at most {MAX_SESSION_BYTES:,}; "
             "bring fewer or smaller tensors",
             sessionBytes=size,
-            maxBytes=MAX_MESSAGE_BYTES,
+            maxBytes=MAX_SESSION_BYTES,
         )
 
 

@@ -37,10 +37,11 @@ def test_a_failure_survives_the_wire() -> None:
         remote_traceback="RuntimeError: no",
         expected=[1, 2],
     )
+    sent.metadata["message"] = "any key may come"
     received = from_failure(to_failure(sent))
     assert type(received) is type(sent)
     assert str(received) == str(sent)
-    assert received.metadata == {"expected": "[1, 2]"}
+    assert received.metadata == {"expected": "[1, 2]", "message": "any key may come"}
 
 
 def test_a_status_carries_reason_domain_and_every_dynamic_part() -> None:

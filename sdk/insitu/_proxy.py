@@ -245,6 +245,13 @@ def reference(value: object) -> int | None:
 def fill(target: Any, value: Any) -> None:
     """Makes saved proxies their values, in place."""
     match target:
+        case Proxy() if isinstance(value, tuple | list | dict):
+            raise error(
+                Reason.VALUE_NOT_AVAILABLE,
+                f"{target._origin} is a {type(value).__name__}, which could not be known while "
+                "recording; save its items instead, as in value[0].save()",
+                location=target._origin.location,
+            )
         case Proxy():
             # A tensor object of its own: the same value may have been saved under two names.
             tensor = torch.as_tensor(value).detach()

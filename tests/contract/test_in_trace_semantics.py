@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from insitu import InvalidTraceError, LanguageModel
+from insitu import InvalidTraceError, LanguageModel, ValueNotAvailableError
 from support.tiny_models import TinyModels
 
 IDS = [5, 9, 17, 23]
@@ -128,6 +128,29 @@ def test_values_of_unknown_shape_are_recorded_all_the_same(model: LanguageModel)
         positive = logits[logits > 0].save()
         kept = logits.save()
     assert torch.equal(positive, kept[kept > 0])
+
+
+def test_items_of_a_tuple_that_could_not_be_known_are_saved_one_by_one(
+    model: LanguageModel,
+) -> None:
+    with model.trace(IDS):
+        unique = torch.unique(model.lm_head.output.argmax(-1), return_counts=True)
+        tokens, counts = unique[0].save(), unique[1].save()
+    assert counts.sum() == len(IDS)
+    assert len(tokens) == len(counts)
+    with pytest.raises(ValueNotAvailableError, match=r"is a tuple.*\.save\(\)"):
+        with model.trace(IDS):
+            torch.unique(model.lm_head.output.argmax(-1), return_counts=True).save()
+
+
+def test_a_write_of_what_has_no_encoding_is_refused_by_its_type(tiny: TinyModels) -> None:
+    class Cache:
+        pass
+
+    model = LanguageModel(str(tiny.folder("llama")))
+    with pytest.raises(InvalidTraceError, match="Cache can not be part of a session"):
+        with model.trace(IDS):
+            model.lm_head.output = Cache()
 
 
 def test_a_saved_value_is_not_what_later_traces_write_to(model: LanguageModel) -> None:

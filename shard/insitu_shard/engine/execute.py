@@ -22,6 +22,7 @@ from insitu_shard.engine.graph import (
 from insitu_shard.engine.logs import format_values
 from insitu_shard.engine.operations import function
 from insitu_wire.errors import Error
+from insitu_wire.torch_codec import encode_saved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -95,7 +96,10 @@ class Executor:
             case ModuleCall(module_path=path, args=args, kwargs=kwargs):
                 return self._call_module(path, *self._resolve((args, dict(kwargs)), node.id))
             case Save(value=value):
-                self.saved[node.id] = self._resolve(value, node.id)
+                saved = self._resolve(value, node.id)
+                # Refuses here, at the user's line, what could not be sent.
+                encode_saved(saved)
+                self.saved[node.id] = saved
                 return None
             case Log(values=logged):
                 self.logs[node.id] = format_values(self._resolve(logged, node.id))

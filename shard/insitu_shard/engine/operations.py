@@ -35,4 +35,6 @@ def function(name: str) -> Callable[..., Any]:
 @cache
 def _functions() -> dict[str, Callable[..., Any]]:
     namespace = SimpleNamespace(torch=torch, operator=operator)
-    return {name: operator.attrgetter(name)(namespace) for name in OPERATIONS}
+    functions = {name: operator.attrgetter(name)(namespace) for name in OPERATIONS}
+    # What looked like a tensor while it was recorded may be a tuple: torch.unique gives either.
+    return functions | {"torch.Tensor.__getitem__": operator.getitem}

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import grpc
@@ -28,6 +29,7 @@ from insitu_wire.limits import SERVER_OPTIONS
 if TYPE_CHECKING:
     from insitu_shard.config import ShardConfig
     from insitu_shard.engine import LoadedModel
+    from insitu_shard.engine.ranks import Ranks
 
 _log = logging.getLogger(__name__)
 
@@ -46,19 +48,28 @@ def run_rank(config: ShardConfig, rank: int) -> None:
         # The leader alone is told when to stop; it tells the others after what runs has ended.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    model = load_model(
+        follow(_load(config, ranks), channel)
+    else:
+        asyncio.run(_lead(config, ranks, channel))
+
+
+def _load(config: ShardConfig, ranks: Ranks) -> LoadedModel:
+    return load_model(
         config.model,
         resolve_model_folder(config.model_path),
         ranks=ranks,
         dtype=getattr(torch, config.dtype) if config.dtype else None,
     )
-    if ranks.is_leader:
-        asyncio.run(_lead(config, model, channel))
-    else:
-        follow(model, channel)
 
 
-async def _lead(config: ShardConfig, model: LoadedModel, channel: CommandChannel) -> None:
+async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> None:
+    # One thread does all that torch does in this process. Each thread that calls torch gets worker
+    # threads of its own, and those of two get in each other's way: a forward pass took 1.25 times
+    # as long on two cores.
+    engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
+    loop = asyncio.get_running_loop()
+    model = await loop.run_in_executor(engine, _load, config, ranks)
+    description = await loop.run_in_executor(engine, model.describe)
     leader = Leader(model, channel)
     metrics = ShardMetrics(model.name, leader.handles)
     stopping = asyncio.Event()
@@ -69,7 +80,7 @@ async def _lead(config: ShardConfig, model: LoadedModel, channel: CommandChannel
         is_lost = True
         stopping.set()
 
-    servicer = ShardServicer(leader, model.describe(), metrics, lost)
+    servicer = ShardServicer(leader, description, metrics, thread=engine, on_lost=lost)
     server, health, address = await _start(config, servicer)
     if config.metrics_port is not None:
         httpd, _ = start_http_server(

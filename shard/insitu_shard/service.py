@@ -6,7 +6,6 @@ import asyncio
 import logging
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from insitu_proto.v1 import shard_service_pb2, shard_service_pb2_grpc
@@ -17,6 +16,7 @@ from insitu_wire.limits import CHUNK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from concurrent.futures import ThreadPoolExecutor
 
     import grpc
 
@@ -37,6 +37,8 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
         leader: Leader,
         description: model_pb2.ModelDescription,
         metrics: ShardMetrics,
+        *,
+        thread: ThreadPoolExecutor,
         on_lost: Callable[[], None],
     ) -> None:
         """Makes the service.
@@ -45,13 +47,14 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
             leader: runs segments on all ranks.
             description: the model's.
             metrics: where segments are counted.
+            thread: the one thread that runs the engine.
             on_lost: called when the group can not go on.
         """
         self._on_lost = on_lost
         self._leader = leader
         self._description = description
         self._metrics = metrics
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._thread = thread
 
     async def DescribeModel(
         self, request: shard_service_pb2.DescribeModelRequest, context: Context

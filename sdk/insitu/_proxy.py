@@ -8,63 +8,19 @@ an ordinary tensor.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch.utils import _pytree as pytree
 
 from insitu._operations import operation_name
+from insitu._origin import NodeReference, Origin, missing, not_here
 from insitu._shapes import KNOWN_WITHOUT_RUNNING, Unknown, infer
 from insitu._source import assigned_name, user_location
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from insitu._recorder import SessionRecorder
-    from insitu_wire.errors import Location
-
-
-@dataclass(slots=True)
-class Origin:
-    """Where a proxy comes from.
-
-    A proxy is either the value of a node, or an item of a structure that is; the latter gets a node
-    of its own only when it is used.
-    """
-
-    recorder: SessionRecorder
-    location: Location
-    description: str
-    node_id: int = 0
-    parent: Origin | None = None
-    key: object = None
-
-    def id(self) -> int:
-        """Gives the id of the node that makes the value."""
-        if not self.node_id:
-            assert self.parent is not None
-            trace = self.recorder.last_trace
-            assert trace is not None
-            parent = _NodeReference(self.parent.id())
-            self.node_id = trace.call("operator.getitem", (parent, self.key), {}, self.location)
-        return self.node_id
-
-    def item(self, key: object) -> Origin:
-        """Gives the origin of an item."""
-        return Origin(
-            self.recorder, self.location, f"{self.description}[{key!r}]", parent=self, key=key
-        )
-
-    def __str__(self) -> str:
-        name = assigned_name(self.location)
-        return f"{name!r} ({self.description})" if name else self.description
-
-
-@dataclass(frozen=True, slots=True)
-class _NodeReference:
-    node_id: int
 
 
 class Proxy(torch.Tensor):
@@ -237,7 +193,7 @@ def reference(value: object) -> int | None:
     match value:
         case Proxy():
             return value._origin.id()
-        case _NodeReference():
+        case NodeReference():
             return value.node_id
     return None
 
@@ -274,7 +230,7 @@ def _record(
     recorder = origin.recorder
     for proxy in proxies:
         if proxy._origin.recorder.state != "recording":
-            raise _not_here(proxy._origin)
+            raise not_here(proxy._origin)
         if proxy._origin.recorder is not recorder:
             raise error(
                 Reason.UNKNOWN_REFERENCE,
@@ -283,7 +239,7 @@ def _record(
                 location=location,
             )
     if func in _NEEDS_ELEMENTS:
-        raise _not_here(origin)
+        raise not_here(origin)
     name = operation_name(func, location)
     args, kwargs = _on_the_models_device(name, args, kwargs)
     structure = infer(func, name, pytree.tree_map(_to_meta, (args, kwargs)), location)
@@ -316,7 +272,7 @@ def _save(value: Any, origin: Origin) -> None:
     recorder = origin.recorder
     location = user_location()
     if recorder.state != "recording" or recorder.last_trace is None:
-        raise _not_here(origin)
+        raise not_here(origin)
     if any(saved is value for saved in recorder.saved.values()):
         return
     name = assigned_name(location) or assigned_name(origin.location)
@@ -328,32 +284,7 @@ def _describe(proxy: Proxy) -> str:
     shape = (
         f"{str(meta.dtype).removeprefix('torch.')}{list(meta.shape)}" if meta is not None else ""
     )
-    return f"<{_missing(proxy._origin)}{' ' + shape if shape else ''}>"
-
-
-def _missing(origin: Origin) -> str:
-    if origin.recorder.state == "done":
-        return f"{origin} was not saved: call .save() on it inside the session"
-    return f"{origin} has no elements before the session has run"
-
-
-def _not_here(origin: Origin) -> Exception:
-    if origin.recorder.state == "done":
-        message = (
-            f"{origin} was not saved, so it stayed where the model runs; call .save() on it inside "
-            "the session, and use it after the block"
-        )
-    else:
-        message = (
-            f"{origin} has no elements before the session has run; call .save() on it and use it "
-            "after the block, or use operations that run with the session, such as torch.where"
-        )
-    return error(
-        Reason.VALUE_NOT_AVAILABLE,
-        message,
-        location=user_location(),
-        value=assigned_name(origin.location) or origin.description,
-    )
+    return f"<{missing(proxy._origin)}{' ' + shape if shape else ''}>"
 
 
 def _only_hidden_state(key: int) -> IndexError:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from insitu._proxy import BlockProxy, Origin, wrap
+from insitu._origin import Origin
+from insitu._proxy import BlockProxy, wrap
 from insitu._shapes import Unknown, structure
 from insitu._source import user_location
 from insitu_proto.v1 import intervention_pb2

@@ -14,7 +14,7 @@ from insitu_scheduler.live_session import LiveSession
 from insitu_scheduler.queue import SessionId
 from insitu_scheduler.segments import cut
 from insitu_scheduler.validation import check_size, validate
-from insitu_wire.errors import Reason, error
+from insitu_wire.errors import Error, Reason, error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,9 +63,19 @@ class Admission:
         session = request.session
         check_size(session, self._max_session_bytes)
         payload, digest = await _off_loop(session, lambda: _encode(session))
-        known = await self._journal.find_request(user, request.request_id)
-        if known is not None:
+        try:
+            return await self._take(user, request, payload, digest)
+        except Error:
+            # What was taken once is answered, even if it would be refused by now.
+            known = await self._journal.find_request(user, request.request_id)
+            if known is None:
+                raise
             return _same_session(known, digest, request.request_id)
+
+    async def _take(
+        self, user: str, request: SubmitSessionRequest, payload: bytes, digest: bytes
+    ) -> SessionId:
+        session = request.session
         models = self._catalog.served()
         await _off_loop(session, lambda: validate(session, models))
         accepted = AcceptedSession(

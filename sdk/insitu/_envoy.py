@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from insitu._origin import Origin
-from insitu._proxy import BlockProxy, wrap
+from insitu._origin import Moment, Origin, check_in_time, latest
+from insitu._proxy import BlockProxy, proxies_in, wrap
 from insitu._shapes import Unknown, structure
 from insitu._source import user_location
 from insitu_proto.v1 import intervention_pb2
@@ -77,7 +77,14 @@ class Envoy:
         location = user_location()
         trace = self._trace("a call", location)
         node_id = trace.module_call(self.path, args, kwargs, location)
-        origin = Origin(trace.session_recorder, location, f"{self.path}(...)", node_id)
+        used = (proxy._origin for proxy in proxies_in((args, kwargs)))
+        origin = Origin(
+            trace.session_recorder,
+            location,
+            f"{self.path}(...)",
+            node_id,
+            moment=latest(used, trace.number),
+        )
         result: torch.Tensor = wrap(Unknown(), origin)
         return result
 
@@ -130,13 +137,19 @@ class Envoy:
         location = user_location()
         trace = self._trace(f".{side}", location)
         node_id = trace.read(self._hook_point(side), location)
-        origin = Origin(trace.session_recorder, location, f"{self.path or 'model'}.{side}", node_id)
+        name = f"{self.path or 'model'}.{side}"
+        place = self._model._tree.place(self.path, is_input=side != "output")
+        moment = Moment(trace.number, place, f"{name} ({location})", written_by=place)
+        origin = Origin(trace.session_recorder, location, name, node_id, moment=moment)
         is_block = side == "output" and self._model._tree[self.path].is_block
         return wrap(self._shapes(side, trace), origin, BlockProxy if is_block else None)
 
     def _write(self, side: str, value: Any) -> None:
         location = user_location()
         trace = self._trace(f".{side}", location)
+        needed = latest((proxy._origin for proxy in proxies_in(value)), trace.number)
+        place = self._model._tree.place(self.path, is_input=side != "output")
+        check_in_time(needed, place, location)
         trace.write(self._hook_point(side), value, location)
 
     def _shapes(self, side: str, trace: TraceRecorder) -> Any:

@@ -9,8 +9,24 @@ from insitu._source import assigned_name, user_location
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from insitu._recorder import SessionRecorder
     from insitu_wire.errors import Error, Location
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When a value is there, in the forward pass of its trace."""
+
+    trace_number: int
+    reached_at: int = 0
+    """Place in the pass from which on the value exists; 0 if it needs nothing of the pass."""
+    waits_for: str = ""
+    """The read that it waits for, with its line."""
+    written_by: int = 0
+    """Place in the pass by which a write into the value must be done, for it is the model's own;
+    0 if it is not."""
 
 
 @dataclass(slots=True)
@@ -27,6 +43,7 @@ class Origin:
     node_id: int = 0
     parent: Origin | None = None
     key: object = None
+    moment: Moment = Moment(0)
 
     def id(self) -> int:
         """Gives the id of the node that makes the value."""
@@ -41,7 +58,12 @@ class Origin:
     def item(self, key: object) -> Origin:
         """Gives the origin of an item."""
         return Origin(
-            self.recorder, self.location, f"{self.description}[{key!r}]", parent=self, key=key
+            self.recorder,
+            self.location,
+            f"{self.description}[{key!r}]",
+            parent=self,
+            key=key,
+            moment=self.moment,
         )
 
     def __str__(self) -> str:
@@ -54,6 +76,34 @@ class NodeReference:
     """Stands for the value of a node among the arguments of another."""
 
     node_id: int
+
+
+def latest(origins: Iterable[Origin], trace_number: int) -> Moment:
+    """Gives when the last of some values is there, in a trace."""
+    moments = [o.moment for o in origins if o.moment.trace_number == trace_number]
+    return max(moments, key=lambda moment: moment.reached_at, default=Moment(trace_number))
+
+
+def check_in_time(needed: Moment, written_by: int, location: Location) -> None:
+    """Refuses a write into the pass of a value that the same pass makes only later.
+
+    Args:
+        needed: when what the write needs is there.
+        written_by: place in the pass by which the write must be done; 0 if it may be done any time.
+        location: the line of the write.
+
+    Raises:
+        InvalidTraceError: CYCLIC_TRACE.
+    """
+    if written_by and needed.reached_at > written_by:
+        raise error(
+            Reason.CYCLIC_TRACE,
+            f"this write needs {needed.waits_for}, which the same forward pass reaches only later; "
+            "take the value from an earlier module, or write in a later trace (a .clone() of what "
+            "was read may be written to at any time)",
+            location=location,
+            waitsFor=needed.waits_for,
+        )
 
 
 def missing(origin: Origin) -> str:

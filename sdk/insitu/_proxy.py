@@ -14,13 +14,24 @@ import torch
 from torch.utils import _pytree as pytree
 
 from insitu._operations import operation_name
-from insitu._origin import NodeReference, Origin, missing, not_here
+from insitu._origin import (
+    Moment,
+    NodeReference,
+    Origin,
+    check_in_time,
+    latest,
+    missing,
+    not_here,
+)
 from insitu._shapes import KNOWN_WITHOUT_RUNNING, Unknown, infer
 from insitu._source import assigned_name, user_location
 from insitu_wire.errors import Reason, error
+from insitu_wire.operations import is_in_place, may_alias
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from insitu_wire.errors import Location
 
 
 class Proxy(torch.Tensor):
@@ -58,7 +69,7 @@ class Proxy(torch.Tensor):
     ) -> Any:
         """Records what torch is asked to do with proxies."""
         kwargs = kwargs or {}
-        proxies = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Proxy)]
+        proxies = proxies_in((args, kwargs))
         if func in KNOWN_WITHOUT_RUNNING and proxies[0]._meta is not None:
             return KNOWN_WITHOUT_RUNNING[func](proxies[0]._meta, *args[1:], **kwargs)
         return _record(func, proxies, args, kwargs)
@@ -198,6 +209,11 @@ def reference(value: object) -> int | None:
     return None
 
 
+def proxies_in(value: Any) -> list[Proxy]:
+    """Gives the proxies inside a value."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Proxy)]
+
+
 def fill(target: Any, value: Any) -> None:
     """Makes saved proxies their values, in place."""
     match target:
@@ -245,10 +261,26 @@ def _record(
     structure = infer(func, name, pytree.tree_map(_to_meta, (args, kwargs)), location)
     trace = recorder.last_trace
     assert trace is not None
+    moment = _moment(name, args, proxies, trace.number, location)
     node_id = trace.call(name, args, kwargs, location)
     word = name.removesuffix(".__get__").rpartition(".")[2]
     suffix = "[...]" if word == "__getitem__" else f".{word}"
-    return wrap(structure, Origin(recorder, location, origin.description + suffix, node_id))
+    description = origin.description + suffix
+    return wrap(structure, Origin(recorder, location, description, node_id, moment=moment))
+
+
+def _moment(
+    name: str, args: tuple[Any, ...], proxies: list[Proxy], trace_number: int, location: Location
+) -> Moment:
+    """Tells when an operation's result is there, and refuses a write that would come too late."""
+    moment = latest((proxy._origin for proxy in proxies), trace_number)
+    written_by = 0
+    if may_alias(name) and isinstance(args[0], Proxy):
+        target = args[0]._origin.moment
+        written_by = target.written_by if target.trace_number == trace_number else 0
+    if is_in_place(name):
+        check_in_time(moment, written_by, location)
+    return Moment(trace_number, moment.reached_at, moment.waits_for, written_by)
 
 
 def _to_meta(leaf: Any) -> Any:

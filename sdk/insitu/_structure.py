@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from insitu_proto.v1 import model_pb2
     from insitu_wire.errors import Location
 
@@ -24,6 +26,7 @@ class ModuleTree:
                 parent, _, name = path.rpartition(".")
                 self._children[parent].append(name)
         self._model = description.name
+        self._places = _places(description.modules)
 
     def __contains__(self, path: str) -> bool:
         return path in self._modules
@@ -34,6 +37,13 @@ class ModuleTree:
     def children(self, path: str) -> list[str]:
         """Gives the names of a module's children, in order."""
         return self._children.get(path, [])
+
+    def place(self, path: str, *, is_input: bool) -> int:
+        """Gives the place in the forward pass at which a module is entered or left, from 1.
+
+        0 if it is not known.
+        """
+        return self._places.get((path, is_input), 0)
 
     def unknown(self, path: str, location: Location) -> Exception:
         """Makes the error for a path that does not exist; names the nearest that do."""
@@ -63,6 +73,24 @@ class ModuleTree:
         if module.class_name == "ModuleList":
             lines = _folded(lines)
         return "\n".join([f"{module.class_name}(", *lines, ")"])
+
+
+def _places(modules: Sequence[model_pb2.Module]) -> dict[tuple[str, bool], int]:
+    """Numbers the moments of a forward pass: a module is left after all that it calls."""
+    called = sorted((m for m in modules if m.call_order), key=lambda module: module.call_order)
+    places: dict[tuple[str, bool], int] = {}
+    entered: list[str] = []
+    for path in (*(module.path for module in called), None):
+        while entered and (path is None or not _is_inside(path, entered[-1])):
+            places[entered.pop(), False] = len(places) + 1
+        if path is not None:
+            places[path, True] = len(places) + 1
+            entered.append(path)
+    return places
+
+
+def _is_inside(path: str, other: str) -> bool:
+    return not other or path.startswith(f"{other}.")
 
 
 def _folded(lines: list[str]) -> list[str]:

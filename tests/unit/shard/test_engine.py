@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from insitu_proto.v1 import intervention_pb2, shard_service_pb2, trace_pb2
+from insitu_shard.engine import HandleStore, Logged, Saved, SegmentRun, TraceStarted, load_model
+from insitu_shard.engine.graph import Side
+from insitu_shard.engine.handles import compact
+from insitu_shard.engine.inputs import model_inputs
+from insitu_shard.engine.layout import BoundaryLayout, Split, _split
+from insitu_shard.engine.logs import format_values
+from insitu_shard.engine.model import check_ranks, load_config
+from insitu_shard.engine.ranks import Ranks
+from insitu_wire.errors import ConfigurationError, InvalidTraceError
+from support.tiny_models import TinyModels
+
+IDS = [5, 9, 17, 23]
+
+
+def _segment() -> tuple[shard_service_pb2.Segment, trace_pb2.Trace]:
+    segment = shard_service_pb2.Segment(first_trace_number=1)
+    trace = segment.steps.add().trace
+    trace.mode = trace_pb2.TRACE_MODE_FORWARD
+    trace.invokes.add().rows.add(token_ids=IDS)
+    return segment, trace
+
+
+def _read(trace: trace_pb2.Trace, node_id: int, path: str, call_index: int = 0) -> None:
+    point = trace.nodes.add(id=node_id).read.hook_point
+    point.module_path, point.call_index = path, call_index
+    point.side = intervention_pb2.HOOK_SIDE_OUTPUT
+
+
+def _run(tiny: TinyModels, segment: shard_service_pb2.Segment) -> list[object]:
+    run = SegmentRun(load_model("tiny", tiny.folder("llama")), segment, values={})
+    return [event for index in range(run.num_steps) for event in run.run_step(index)]
+
+
+def test_a_write_that_would_come_too_late_is_an_error_where_the_model_runs_too(
+    tiny: TinyModels,
+) -> None:
+    segment, trace = _segment()
+    _read(trace, 1, "model.layers.2")
+    write = trace.nodes.add(id=2).write
+    write.hook_point.module_path = "model.layers.0"
+    write.hook_point.side = intervention_pb2.HOOK_SIDE_OUTPUT
+    write.value.reference.node_id = 1
+    with pytest.raises(InvalidTraceError, match=r"model\.layers\.2\.output") as raised:
+        _run(tiny, segment)
+    assert raised.value.reason == "CYCLIC_TRACE"
+    assert raised.value.trace_number == 1
+
+
+def test_a_call_that_does_not_happen_is_an_error(tiny: TinyModels) -> None:
+    segment, trace = _segment()
+    _read(trace, 1, "model.layers.2", call_index=5)
+    trace.nodes.add(id=2).save.value.reference.node_id = 1
+    with pytest.raises(InvalidTraceError, match="call 5") as raised:
+        _run(tiny, segment)
+    assert raised.value.reason == "HOOK_POINT_NOT_REACHED"
+
+
+def test_steps_tell_in_order_what_happens_and_free_what_nobody_needs(tiny: TinyModels) -> None:
+    segment, trace = _segment()
+    _read(trace, 1, "model.layers.1")
+    trace.nodes.add(id=2).save.value.reference.node_id = 1
+    segment.steps.add().log.values.add().reference.node_id = 1
+    segment.steps.add().exit.SetInParent()
+    store = HandleStore()
+    run = SegmentRun(load_model("tiny", tiny.folder("llama")), segment, store.values("s"))
+    first = list(run.run_step(0))
+    assert [type(event) for event in first] == [TraceStarted, Saved]
+    assert store.num_values == 1
+    assert store.num_bytes == 4 * 64 * 4
+    (logged,) = run.run_step(1)
+    assert isinstance(logged, Logged)
+    assert logged.message.startswith("tensor(float32[1, 4, 64]")
+    assert store.num_values == 0
+    assert list(run.run_step(2)) == []
+    assert run.has_exited
+
+
+def test_a_session_that_is_released_keeps_nothing() -> None:
+    store = HandleStore()
+    store.values("a")[1] = torch.zeros(4)
+    store.values("b")[1] = torch.zeros(2)
+    assert store.num_bytes == 24
+    assert store.release("a") == 1
+    assert store.release("a") == 0
+    assert store.num_bytes == 8
+
+
+def test_a_small_view_lets_its_base_go() -> None:
+    base = torch.zeros(1000)
+    view = compact({"kept": base[:2]})["kept"]
+    assert view.untyped_storage().nbytes() == 8
+    assert compact(base) is base
+
+
+def test_rows_of_equal_length_need_no_mask() -> None:
+    inputs = model_inputs([[1, 2], [3, 4]], pad_token_id=0, device=torch.device("cpu"))
+    assert set(inputs) == {"input_ids"}
+
+
+def test_rows_of_other_lengths_are_padded_on_the_left_with_their_own_positions() -> None:
+    inputs = model_inputs([[1, 2, 3], [4]], pad_token_id=9, device=torch.device("cpu"))
+    assert inputs["input_ids"].tolist() == [[1, 2, 3], [9, 9, 4]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
+
+
+def test_a_large_tensor_is_logged_as_its_statistics() -> None:
+    assert format_values(("x", 1, torch.tensor([1.0, 2.0]))) == "x 1 tensor([1., 2.])"
+    large = format_values((torch.arange(100),))
+    assert large.startswith("tensor(int64[100], min=0, max=99, mean=49.5")
+
+
+@pytest.mark.parametrize("size", [6, 7, 2, 49152])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_chunks_are_those_of_torch(size: int, num_ranks: int) -> None:
+    whole = torch.arange(size)
+    expected = list(whole.chunk(num_ranks))
+    chunks = [Ranks(rank, num_ranks).local_chunk(whole, dim=0) for rank in range(num_ranks)]
+    assert [chunk.tolist() for chunk in chunks if len(chunk)] == [c.tolist() for c in expected]
+
+
+def test_a_split_is_recognised_by_the_one_size_that_differs() -> None:
+    ranks = Ranks(0, 2)
+    assert _split(torch.Size([3, 7, 128]), torch.Size([3, 7, 64]), ranks) == Split(-1, 128)
+    assert _split(torch.Size([3, 4, 7, 7]), torch.Size([3, 2, 7, 7]), ranks) == Split(-3, 4)
+    assert _split(torch.Size([3, 7, 128]), torch.Size([3, 5, 64]), ranks) is None
+    assert _split(torch.Size([3, 7, 128]), torch.Size([3, 7, 50]), ranks) is None
+
+
+def test_a_split_that_is_not_understood_is_refused_and_never_shown() -> None:
+    layout = BoundaryLayout({"[0]": None}, Ranks(0, 2))
+    with pytest.raises(Exception, match="can not be shown whole"):
+        layout.gather((torch.zeros(2),))
+
+
+def test_ranks_that_do_not_divide_the_heads_are_refused_with_those_that_do(
+    tiny: TinyModels,
+) -> None:
+    check_ranks(load_config(tiny.folder("llama")), 2)
+    with pytest.raises(ConfigurationError, match="use one of 1, 2"):
+        check_ranks(load_config(tiny.folder("llama")), 4)
+    with pytest.raises(ConfigurationError, match="no tensor-parallel plan for a gpt2"):
+        check_ranks(load_config(tiny.folder("gpt2")), 2)
+
+
+def test_sides_have_the_names_that_users_write() -> None:
+    assert {side.value for side in Side} == {"input", "inputs", "output"}

@@ -229,13 +229,28 @@ def fill(target: Any, value: Any) -> None:
             tensor = torch.as_tensor(value).detach()
             if isinstance(target, BlockProxy):
                 tensor = tensor.as_subclass(BlockOutput)
-            torch.utils.swap_tensors(target, tensor)
+            _become(target, tensor)
         case tuple() | list():
             for part, item in zip(target, value, strict=True):
                 fill(part, item)
         case dict():
             for key, part in target.items():
-                fill(part, value[key])
+                if isinstance(part, Proxy) and not isinstance(value[key], torch.Tensor):
+                    target[key] = value[key]
+                else:
+                    fill(part, value[key])
+
+
+def _become(target: Proxy, tensor: torch.Tensor) -> None:
+    try:
+        torch.utils.swap_tensors(target, tensor)
+    except RuntimeError as exception:
+        raise error(
+            Reason.VALUE_NOT_AVAILABLE,
+            f"{target._origin} can not become its tensor ({exception}); keep no weak reference to "
+            "a value before the session has run",
+            location=target._origin.location,
+        ) from exception
 
 
 def _record(
@@ -257,6 +272,14 @@ def _record(
     if func in _NEEDS_ELEMENTS:
         raise not_here(origin)
     name = operation_name(func, location)
+    if kwargs.get("out") is not None:
+        raise error(
+            Reason.UNKNOWN_OPERATION,
+            f"{name} with out= does not run inside a session; use its result, or write it with "
+            "[...] = ...",
+            location=location,
+            operation=name,
+        )
     args, kwargs = _on_the_models_device(name, args, kwargs)
     structure = infer(func, name, pytree.tree_map(_to_meta, (args, kwargs)), location)
     trace = recorder.last_trace

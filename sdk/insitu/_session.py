@@ -60,6 +60,12 @@ class Session:
                 "a session can not be opened inside another; put its traces into the outer one",
                 location=user_location(),
             )
+        if self._recorder.state != "recording":
+            raise error(
+                Reason.MALFORMED_SESSION,
+                "this session has run; open a new one with model.session(...) or model.trace(...)",
+                location=user_location(),
+            )
         self._token = _ACTIVE.set(self)
         return self
 

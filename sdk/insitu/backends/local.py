@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from functools import cached_property
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,8 @@ class LocalBackend:
     def __init__(self, model: str, *, dtype: torch.dtype | None = None) -> None:
         self._name = model
         self._dtype = dtype
+        # The model runs one session at a time: its hooks are the session's.
+        self._running = Lock()
 
     def describe(self, model: str) -> model_pb2.ModelDescription:
         """Describes the model from its configuration, without weights."""
@@ -42,16 +45,17 @@ class LocalBackend:
         segment = shard_service_pb2.Segment(
             steps=session.steps, locations=session.locations, first_trace_number=1
         )
-        run = engine.SegmentRun(self._model, segment, values={})
-        for index in range(run.num_steps):
-            for event in run.run_step(index):
-                match event:
-                    case engine.Logged(message=message):
-                        log_event(name, "LOG", message)
-                    case engine.Saved(node_id=node_id, value=value):
-                        yield node_id, value
-            if run.has_exited:
-                return
+        with self._running:
+            run = engine.SegmentRun(self._model, segment, values={})
+            for index in range(run.num_steps):
+                for event in run.run_step(index):
+                    match event:
+                        case engine.Logged(message=message):
+                            log_event(name, "LOG", message)
+                        case engine.Saved(node_id=node_id, value=value):
+                            yield node_id, value
+                if run.has_exited:
+                    return
 
     def close(self) -> None:
         """Frees the model's weights."""

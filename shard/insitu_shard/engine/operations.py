@@ -36,5 +36,9 @@ def function(name: str) -> Callable[..., Any]:
 def _functions() -> dict[str, Callable[..., Any]]:
     namespace = SimpleNamespace(torch=torch, operator=operator)
     functions = {name: operator.attrgetter(name)(namespace) for name in OPERATIONS}
-    # What looked like a tensor while it was recorded may be a tuple: torch.unique gives either.
-    return functions | {"torch.Tensor.__getitem__": operator.getitem}
+    return functions | {
+        # What looked like a tensor while it was recorded may be a tuple: torch.unique gives either.
+        "torch.Tensor.__getitem__": operator.getitem,
+        # Stays a tensor, so that tensor methods on it go on working where the model runs.
+        "torch.Tensor.item": lambda tensor: tensor.reshape(()).clone(),
+    }

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -218,6 +221,56 @@ def test_prompts_of_every_kind_become_rows(
     model: LanguageModel, prompt: object, rows: list[list[int]]
 ) -> None:
     assert model.trace(prompt)._rows == rows  # type: ignore[arg-type]
+
+
+def test_threads_share_a_local_model(model: LanguageModel) -> None:
+    def run(_: int) -> torch.Tensor:
+        with model.trace(IDS):
+            tokens = model.lm_head.output.argmax(-1).save()
+        return tokens  # noqa: RET504 - it is there only after the block
+
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(run, range(8)))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_session_runs_once(model: LanguageModel) -> None:
+    tracer = model.trace(IDS)
+    with tracer:
+        model.lm_head.output.save()
+    with pytest.raises(InvalidTraceError, match="has run"):
+        with tracer:
+            pass
+
+
+def test_out_is_refused_and_not_ignored(model: LanguageModel) -> None:
+    with pytest.raises(InvalidTraceError, match="out="):
+        with model.trace(IDS):
+            torch.add(model.lm_head.output, 1, out=torch.empty(1, 4, 256))
+
+
+def test_an_item_goes_on_being_computed_with(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        total = model.lm_head.output.sum().item()
+        more = (total + 1).save()
+        total.save()
+    assert more == total + 1
+
+
+def test_a_weak_reference_to_a_saved_value_is_named(model: LanguageModel) -> None:
+    with pytest.raises(ValueNotAvailableError, match=r"'seen'.*weak reference"):
+        with model.trace(IDS):
+            seen = model.lm_head.output.save()
+            watcher = weakref.ref(seen)
+    assert watcher() is seen
+
+
+def test_all_inputs_of_a_module_are_saved(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        args, kwargs = model.model.layers[0].inputs.save()
+    assert args[0].shape == (1, 4, 64)
+    assert kwargs["position_ids"].tolist() == [[0, 1, 2, 3]]
+    assert kwargs["past_key_values"] is None
 
 
 def test_a_misspelt_assignment_is_an_error(model: LanguageModel) -> None:

@@ -114,16 +114,16 @@ def test_a_rank_that_dies_ends_everything_and_says_so(tiny: TinyModels, tmp_path
 def test_what_can_not_start_says_why_and_leaves_nothing(
     flags: list[str], says: list[str], tiny: TinyModels, tmp_path: Path
 ) -> None:
-    before = set(psutil.pids())
     flags = [flag.replace("{folder}", str(tiny.folder("llama"))) for flag in flags]
-    done = insitu("up", *flags, "--port", "0", "--data-dir", str(tmp_path))
+    mark = {"STARTED_BY": str(tmp_path)}
+    done = insitu("up", *flags, "--port", "0", "--data-dir", str(tmp_path), **mark)
     assert done.returncode == 1
     assert "is ready" not in done.stdout
     assert "Traceback" not in done.stderr
     for part in says:
         assert part in done.stderr
-    ours = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before]
-    assert not [p for p in ours if any("insitu_" in word for word in p.info["cmdline"] or [])]
+    running = psutil.process_iter(["environ"])
+    assert not [p for p in running if (p.info["environ"] or {}).get("STARTED_BY") == str(tmp_path)]
 
 
 def test_a_port_in_use_is_named(up: Up, tiny: TinyModels, tmp_path: Path) -> None:

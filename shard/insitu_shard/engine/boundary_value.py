@@ -15,7 +15,6 @@ from insitu_shard.engine.graph import Side
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
 
     from insitu_shard.engine.graph import HookPoint
 
@@ -107,17 +106,3 @@ def _checked_inputs(
         hookPoint=point,
         actual=type(value).__name__,
     )
-
-
-def shapes_of(values: Mapping[str, object] | tuple[object, ...]) -> str:
-    """Describes values for an error message, such as "float32[1, 10, 576], int"."""
-    items = values.values() if not isinstance(values, tuple) else values
-    return ", ".join(_describe(item) for item in items)
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    if isinstance(value, tuple | list):
-        return f"{type(value).__name__}({', '.join(map(_describe, value))})"
-    return repr(value) if isinstance(value, int | float | str | slice) else type(value).__name__

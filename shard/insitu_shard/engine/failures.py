@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from insitu_shard.engine.boundary_value import shapes_of
 from insitu_shard.engine.graph import Call, ModuleCall
 from insitu_wire.errors import Reason, error
 
@@ -36,7 +35,7 @@ def raised(exception: Exception, node: Node, arguments: tuple[object, ...]) -> E
     frames = traceback.format_exception_only(exception)
     return error(
         _reason(exception, text),
-        f"{name} failed on ({shapes_of(arguments)}): {text}",
+        f"{name} failed on ({_shapes_of(arguments)}): {text}",
         location=node.location,
         remote_traceback="".join(frames).strip(),
         operation=name,
@@ -95,3 +94,16 @@ def not_reached(node_id: NodeId, plan: TracePlan) -> Error:
 def _describe(node: Node) -> str:
     point = getattr(node.operation, "hook_point", None)
     return str(point) if point is not None else f"node {node.id}"
+
+
+def _shapes_of(values: tuple[object, ...]) -> str:
+    """Describes values for an error message, such as "float32[1, 10, 576], int"."""
+    return ", ".join(map(_describe_value, values))
+
+
+def _describe_value(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__}({', '.join(map(_describe_value, value))})"
+    return repr(value) if isinstance(value, int | float | str | slice) else type(value).__name__

@@ -272,11 +272,19 @@ def _record(
     if func in _NEEDS_ELEMENTS:
         raise not_here(origin)
     name = operation_name(func, location)
-    if kwargs.get("out") is not None:
+    if is_in_place(name) and args and not isinstance(args[0], Proxy):
         raise error(
             Reason.UNKNOWN_OPERATION,
-            f"{name} with out= does not run inside a session; use its result, or write it with "
-            "[...] = ...",
+            f"{name} would write into a tensor of yours, which is not where the model runs; "
+            "make it inside, as with torch.zeros_like(value), or collect values and torch.stack",
+            location=location,
+            operation=name,
+        )
+    if kwargs.get("inplace") or kwargs.get("out") is not None:
+        raise error(
+            Reason.UNKNOWN_OPERATION,
+            f"{name} with out= or inplace= does not run inside a session; use its result, or "
+            "write it with [...] = ...",
             location=location,
             operation=name,
         )

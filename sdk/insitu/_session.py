@@ -130,7 +130,12 @@ class Tracer:
                 "session",
                 location=user_location(),
             )
-        self._recorder = self._session._recorder.add_trace(self._session.model.name, self._rows)
+        try:
+            self._recorder = self._session._recorder.add_trace(self._session.model.name, self._rows)
+        except BaseException as exception:
+            if self._owns_session:
+                self._session.__exit__(type(exception), exception, None)
+            raise
         self._session._tracer = self
         return self
 

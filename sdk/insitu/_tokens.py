@@ -65,4 +65,4 @@ def _without_padding(ids: Any, mask: Any) -> list[list[int]]:
 
 
 def _is_id(token: object) -> bool:
-    return isinstance(token, int) and token >= 0
+    return isinstance(token, int) and 0 <= token < 2**32

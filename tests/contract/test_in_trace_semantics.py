@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from insitu import InvalidTraceError, LanguageModel, ValueNotAvailableError
+from insitu import Error, InvalidTraceError, LanguageModel, ValueNotAvailableError
 from support.tiny_models import TinyModels
 
 IDS = [5, 9, 17, 23]
@@ -151,6 +151,39 @@ def test_a_write_of_what_has_no_encoding_is_refused_by_its_type(tiny: TinyModels
     with pytest.raises(InvalidTraceError, match="Cache can not be part of a session"):
         with model.trace(IDS):
             model.lm_head.output = Cache()
+
+
+def test_values_accumulate_over_layers(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        total = model.model.layers[0].output[0].clone()
+        for layer in model.model.layers[1:]:
+            total += layer.output[0]
+        total.save()
+        parts = [layer.output[0].save() for layer in model.model.layers]
+    torch.testing.assert_close(total, sum(parts))
+
+
+def test_what_makes_the_model_raise_is_an_error_of_the_trace(model: LanguageModel) -> None:
+    with pytest.raises(Error, match="the model can not run"):
+        with model.trace(IDS):
+            model.model.layers[1].inputs = (model.model.layers[1].inputs[0], {})
+            model.model.layers[2].output.save()
+
+
+def test_an_error_on_entering_a_trace_leaves_no_session_open(model: LanguageModel) -> None:
+    with pytest.raises(InvalidTraceError):
+        with model.trace([5_000_000_000]):
+            pass
+    with model.trace(IDS):
+        tokens = model.lm_head.output.argmax(-1).save()
+    assert tokens.shape == (1, 4)
+
+
+def test_a_write_into_the_users_own_tensor_is_refused_and_not_lost(model: LanguageModel) -> None:
+    own = torch.zeros(4, 64)
+    with pytest.raises(InvalidTraceError, match="tensor of yours"):
+        with model.trace(IDS):
+            own[0] = model.model.layers[0].output[0][0, -1]
 
 
 def test_a_saved_value_is_not_what_later_traces_write_to(model: LanguageModel) -> None:

@@ -15,7 +15,6 @@ from insitu_shard.engine.graph import Side
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
-
     from insitu_shard.engine.graph import HookPoint
 
 

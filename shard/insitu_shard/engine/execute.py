@@ -122,10 +122,9 @@ class Executor:
                 continue
             copies = self._copies.setdefault(reader_id, {})
             for used in references(list(operands(self._plan.nodes[reader_id].operation))):
-                if used in self.values and used not in copies:
-                    copies[used] = pytree.tree_map_only(
-                        torch.Tensor, torch.clone, self.values[used]
-                    )
+                source = self.values if used in self.values else self._earlier
+                if used in source and used not in copies:
+                    copies[used] = pytree.tree_map_only(torch.Tensor, torch.clone, source[used])
 
     def _free_operands(self, node: Node) -> None:
         self._copies.pop(node.id, None)

@@ -51,6 +51,16 @@ def _reason(exception: Exception, text: str) -> Reason:
     return Reason.INTERVENTION_RAISED
 
 
+def model_raised(exception: Exception) -> Error:
+    """Describes what the model itself raised on the values that a trace gave it."""
+    text = str(exception).strip() or type(exception).__name__
+    return error(
+        _reason(exception, text),
+        f"the model can not run on what this trace gives or writes: {text}",
+        exceptionType=type(exception).__name__,
+    )
+
+
 def cyclic_write(node_id: NodeId, plan: TracePlan, done: AbstractSet[NodeId]) -> Error:
     """Describes a write whose value the pass makes only after the place to write to."""
     node = plan.nodes[node_id]

@@ -10,7 +10,7 @@ import torch
 
 from insitu_shard.engine.boundary_value import InputValue, OutputValue
 from insitu_shard.engine.execute import Executor
-from insitu_shard.engine.failures import cyclic_write, not_reached
+from insitu_shard.engine.failures import cyclic_write, model_raised, not_reached
 from insitu_shard.engine.graph import Boundary, Write
 from insitu_wire.errors import Error
 
@@ -62,6 +62,9 @@ class Interleaver:
                 self._model.module(**inputs, use_cache=False)
             except _EveryNodeRan:
                 pass
+            except Exception as exception:  # noqa: BLE001 - a write can make the model raise anything
+                # Values are the same on all ranks, so all of them come here together.
+                self.error = self.error or model_raised(exception)
             finally:
                 for hook in hooks:
                     hook.remove()

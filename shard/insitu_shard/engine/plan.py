@@ -106,6 +106,8 @@ class _Planner:
         match node.operation:
             case Read(hook_point=point):
                 return frozenset({point.boundary})
+            case Call(name=name, args=(Ref(node_id=target), *_)) if is_in_place(name):
+                return frozenset({node.id, *self.roots.get(target, _EARLIER)})
             case Call(name=name) if may_alias(name):
                 return frozenset({node.id, *used_roots})
             # Some modules return their argument (dropout does, in evaluation).

@@ -110,10 +110,16 @@ def decode(  # noqa: C901 - one case a kind
         case "tuple":
             return tuple(decode(item, decode_leaf) for item in value.tuple.items)
         case "dict":
-            return {
-                decode(item.key, decode_leaf): decode(item.value, decode_leaf)
+            pairs = [
+                (decode(item.key, decode_leaf), decode(item.value, decode_leaf))
                 for item in value.dict.items
-            }
+            ]
+            try:
+                return dict(pairs)
+            except TypeError as exception:
+                raise error(
+                    Reason.MALFORMED_SESSION, f"a key of a dict can not be one: {exception}"
+                ) from exception
         case "tensor" | "dtype" | "device" | "reference":
             return decode_leaf(value)
     raise error(

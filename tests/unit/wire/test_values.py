@@ -51,6 +51,13 @@ def test_saved_tensors_lie_one_after_another_in_the_data() -> None:
     assert decoded["b"][1] == "text"
 
 
+def test_a_list_inside_a_dict_key_is_refused() -> None:
+    encoded = torch_codec.encode({(1, 2): 3})
+    encoded.dict.items[0].key.tuple.items[0].list.SetInParent()
+    with pytest.raises(InvalidTraceError, match="key of a dict"):
+        torch_codec.decode(encoded)
+
+
 @pytest.mark.parametrize("value", [object(), 2**64, {1, 2}, b"bytes"], ids=repr)
 def test_what_has_no_encoding_is_refused_by_its_type(value: object) -> None:
     with pytest.raises(InvalidTraceError, match=type(value).__name__):

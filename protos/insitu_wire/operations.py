@@ -127,13 +127,14 @@ _VIEWS = {
 }  # fmt: skip
 
 
-def _last_word(name: str) -> str:
+def last_word(name: str) -> str:
+    """Gives the word of an operation's name that says what it does, such as "argmax"."""
     return name.removesuffix(".__get__").rpartition(".")[2]
 
 
 def is_in_place(name: str) -> bool:
     """Whether the operation writes into its first argument."""
-    word = _last_word(name)
+    word = last_word(name)
     return word in _IN_PLACE_OPERATORS or (
         word.endswith("_") and not word.endswith("__") and word != "requires_grad_"
     )
@@ -141,10 +142,10 @@ def is_in_place(name: str) -> bool:
 
 def may_alias(name: str) -> bool:
     """Whether the operation's result may share memory with its arguments."""
-    return is_in_place(name) or _last_word(name) in _VIEWS
+    return is_in_place(name) or last_word(name) in _VIEWS
 
 
 def nearest(name: str) -> list[str]:
     """Gives at most three names of the table that are like one that is not in it."""
-    same_word = sorted(known for known in OPERATIONS if _last_word(known) == _last_word(name))
+    same_word = sorted(known for known in OPERATIONS if last_word(known) == last_word(name))
     return same_word[:3] or difflib.get_close_matches(name, OPERATIONS, n=3, cutoff=0.5)

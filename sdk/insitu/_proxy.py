@@ -26,7 +26,7 @@ from insitu._origin import (
 from insitu._shapes import KNOWN_WITHOUT_RUNNING, Unknown, infer
 from insitu._source import assigned_name, user_location
 from insitu_wire.errors import Reason, error
-from insitu_wire.operations import is_in_place, may_alias
+from insitu_wire.operations import is_in_place, last_word, may_alias
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -294,7 +294,7 @@ def _record(
     assert trace is not None
     moment = _moment(name, args, proxies, trace.number, location)
     node_id = trace.call(name, args, kwargs, location)
-    word = name.removesuffix(".__get__").rpartition(".")[2]
+    word = last_word(name)
     suffix = "[...]" if word == "__getitem__" else f".{word}"
     description = origin.description + suffix
     return wrap(structure, Origin(recorder, location, description, node_id, moment=moment))

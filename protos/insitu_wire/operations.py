@@ -8,6 +8,10 @@ once; a name that a user sends is only ever looked up in the table.
 from __future__ import annotations
 
 import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 OPERATIONS_VERSION = 1
 """Raised with every change of the table; names are added, never removed."""
@@ -138,6 +142,42 @@ def is_in_place(name: str) -> bool:
     return word in _IN_PLACE_OPERATORS or (
         word.endswith("_") and not word.endswith("__") and word != "requires_grad_"
     )
+
+
+_INPLACE_POSITIONS = {
+    "alpha_dropout": 3, "celu": 2, "dropout": 3, "elu": 2, "hardsigmoid": 1, "hardswish": 1,
+    "hardtanh": 3, "leaky_relu": 2, "mish": 1, "relu": 1, "relu6": 1, "selu": 1, "silu": 1,
+    "threshold": 3,
+}  # fmt: skip
+
+_WRITING_OPTIONS = {
+    # Both write into the tensors that they are given, in these cases.
+    "torch.nn.functional.embedding": ("max_norm", 3),
+    "torch.nn.functional.batch_norm": ("training", 5),
+    "torch.nn.functional.instance_norm": ("running_mean", 1),
+}
+
+
+def writing_option(name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
+    """Gives the option by which a call would write into its arguments; empty if there is none.
+
+    No such call is part of a session: that an operation writes is to be seen from its name.
+
+    Args:
+        name: name of the operation.
+        args: its positional arguments; what is false or None is taken as such.
+        kwargs: its keyword arguments.
+    """
+    options = [("out", len(args))]
+    if name.startswith("torch.nn.functional."):
+        options.append(("inplace", _INPLACE_POSITIONS.get(last_word(name), len(args))))
+    if name in _WRITING_OPTIONS:
+        options.append(_WRITING_OPTIONS[name])
+    for option, position in options:
+        value = args[position] if position < len(args) else kwargs.get(option)
+        if value is not None and value is not False:
+            return option
+    return ""
 
 
 def may_alias(name: str) -> bool:

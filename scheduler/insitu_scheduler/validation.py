@@ -204,6 +204,17 @@ class _Validation:
                 nearest=nearest,
             )
         self._check_arguments(call.args, call.kwargs)
+        if operations.is_in_place(call.name) and not call.args:
+            raise malformed(f"{self._owner} writes in place and has no first argument to write to")
+        args = [_plain(value) for value in call.args]
+        kwargs = {name: _plain(value) for name, value in call.kwargs.items()}
+        if option := operations.writing_option(call.name, args, kwargs):
+            raise error(
+                Reason.UNKNOWN_OPERATION,
+                f"{call.name} of {self._owner} with {option} would write into its arguments; use "
+                "its result, or an operation that says in its name that it writes",
+                operation=call.name,
+            )
 
     def _check_arguments(self, args: Iterable[Value], kwargs: Mapping[str, Value]) -> None:
         self._check_values(args)
@@ -241,3 +252,13 @@ class _Validation:
             return None
         where = locations[index - 1]
         return Location(where.file[-_MAX_QUOTED:], where.line, where.source[:_MAX_QUOTED])
+
+
+def _plain(value: Value) -> object:
+    """Gives None and bools as such, for it matters which; anything else as it came."""
+    match value.WhichOneof("kind"):
+        case "none":
+            return None
+        case "bool_value":
+            return value.bool_value
+    return value

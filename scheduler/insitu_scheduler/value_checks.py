@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from insitu_scheduler.refusals import check_limit, malformed, unsupported
 from insitu_wire.dtypes import DTYPE_NAMES, num_bytes
+from insitu_wire.values import walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -105,12 +106,12 @@ def _check_dtype(dtype: Dtype.ValueType, owner: str) -> None:
 def _check_keys(value: DictValue, owner: str) -> None:
     seen: set[bytes] = set()
     for item in value.items:
-        kind = item.key.WhichOneof("kind")
-        if kind not in _KEY_KINDS:
-            raise malformed(
-                f"{owner} has a dict with a {kind} as key; keys are None, bools, numbers, strings "
-                "and tuples of these"
-            )
+        for part in walk(item.key):
+            if (kind := part.WhichOneof("kind")) not in _KEY_KINDS:
+                raise malformed(
+                    f"{owner} has a dict with a {kind} as key; keys are None, bools, numbers, "
+                    "strings and tuples of these"
+                )
         encoded = item.key.SerializeToString(deterministic=True)
         if encoded in seen:
             raise malformed(f"{owner} has a dict with one key twice; keys are unique")

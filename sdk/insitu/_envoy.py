@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from insitu._origin import Moment, Origin, check_in_time, latest
-from insitu._proxy import BlockProxy, proxies_in, wrap
-from insitu._shapes import Unknown, structure
+from insitu._proxy import BlockProxy, as_meta, proxies_in, wrap
+from insitu._shapes import Unknown, applied, check_fits, structure
 from insitu._source import user_location
 from insitu_proto.v1 import intervention_pb2
 from insitu_wire.errors import Reason, error
@@ -85,7 +85,8 @@ class Envoy:
             node_id,
             moment=latest(used, trace.number),
         )
-        result: torch.Tensor = wrap(Unknown(), origin)
+        shapes = Unknown() if kwargs else applied(self._model._tree[self.path], as_meta(args))
+        result: torch.Tensor = wrap(shapes, origin)
         return result
 
     def get(self, path: str) -> Envoy:
@@ -150,6 +151,8 @@ class Envoy:
         needed = latest((proxy._origin for proxy in proxies_in(value)), trace.number)
         place = self._model._tree.place(self.path, is_input=side != "output")
         check_in_time(needed, place, location)
+        what = f"{self.path or 'model'}.{side}"
+        check_fits(self._shapes(side, trace), as_meta(value), what, location)
         trace.write(self._hook_point(side), value, location)
 
     def _shapes(self, side: str, trace: TraceRecorder) -> Any:

@@ -8,6 +8,7 @@ an ordinary tensor.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -26,7 +27,7 @@ from insitu._origin import (
 from insitu._shapes import KNOWN_WITHOUT_RUNNING, Unknown, infer
 from insitu._source import assigned_name, user_location
 from insitu_wire.errors import Reason, error
-from insitu_wire.operations import is_in_place, last_word, may_alias
+from insitu_wire.operations import is_in_place, last_word, may_alias, writing_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -134,11 +135,25 @@ class BlockOutput(torch.Tensor):
     def __len__(self) -> int:
         return 1
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return copy.deepcopy(self[0], memo).as_subclass(BlockOutput)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Whoever loads it need not have insitu.
+        return self[0].__reduce_ex__(protocol)
+
 
 class ProxyTuple(tuple[Any, ...]):
-    """A tuple of values that are not there yet."""
+    """A tuple of values that are not there yet; where torch names its items, so does this."""
 
     _origin: Origin
+    _fields: tuple[str, ...]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._fields:
+            has = f"only {', '.join(self._fields)}" if self._fields else "no names, only places"
+            raise AttributeError(f"a tuple that has {has} has no {name!r}")
+        return self[self._fields.index(name)]
 
     def save(self) -> Self:
         """Marks all values to come back."""
@@ -183,12 +198,10 @@ def wrap(structure: Any, origin: Origin, kind: type[Proxy] | None = None) -> Any
             return Proxy.make(origin, structure, kind)
         case tuple() | list():
             items = [wrap(item, origin.item(key)) for key, item in enumerate(structure)]
-            if hasattr(structure, "_fields"):  # a named tuple, such as torch.topk returns
-                return type(structure)(*items)
-            if hasattr(structure, "n_fields"):
-                return type(structure)(items)
             proxies = ProxyTuple(items)
             proxies._origin = origin
+            # Named tuples have these, and so have torch's return types, such as topk's.
+            proxies._fields = getattr(type(structure), "__match_args__", ())
             return proxies
         case dict():
             mapping = ProxyDict({k: wrap(item, origin.item(k)) for k, item in structure.items()})
@@ -280,16 +293,16 @@ def _record(
             location=location,
             operation=name,
         )
-    if kwargs.get("inplace") or kwargs.get("out") is not None:
+    if option := writing_option(name, args, kwargs):
         raise error(
             Reason.UNKNOWN_OPERATION,
-            f"{name} with out= or inplace= does not run inside a session; use its result, or "
-            "write it with [...] = ...",
+            f"{name} with {option}= does not run inside a session; use its result, or write it "
+            "with [...] = ...",
             location=location,
             operation=name,
         )
-    args, kwargs = _on_the_models_device(name, args, kwargs)
-    structure = infer(func, name, pytree.tree_map(_to_meta, (args, kwargs)), location)
+    args, kwargs = _on_the_models_device(name, *_with_target_first(name, args, kwargs))
+    structure = infer(func, name, as_meta((args, kwargs)), location)
     trace = recorder.last_trace
     assert trace is not None
     moment = _moment(name, args, proxies, trace.number, location)
@@ -314,10 +327,24 @@ def _moment(
     return Moment(trace_number, moment.reached_at, moment.waits_for, written_by)
 
 
+def as_meta(value: Any) -> Any:
+    """Puts meta tensors, or `Unknown`, in the place of recorded values and tensors."""
+    return pytree.tree_map(_to_meta, value)
+
+
 def _to_meta(leaf: Any) -> Any:
     if isinstance(leaf, Proxy):
         return Unknown() if leaf._meta is None else leaf._meta
     return leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _with_target_first(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Gives what a view is made of the first place, also where it was passed as `input=`."""
+    if args or not may_alias(name) or "input" not in kwargs:
+        return args, kwargs
+    return (kwargs["input"],), {key: kwargs[key] for key in kwargs if key != "input"}
 
 
 def _on_the_models_device(

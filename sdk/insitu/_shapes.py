@@ -39,6 +39,15 @@ KNOWN_WITHOUT_RUNNING: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.is_floating_point: _Tensor.is_floating_point,
     torch.numel: _Tensor.numel,
     _Tensor.__len__: _Tensor.__len__,
+    _Tensor.ndimension: _Tensor.ndimension,
+    _Tensor.nbytes.__get__: lambda meta: meta.nbytes,  # type: ignore[attr-defined]
+    _Tensor.itemsize.__get__: lambda meta: meta.itemsize,  # type: ignore[attr-defined]
+    _Tensor.layout.__get__: lambda meta: meta.layout,  # type: ignore[attr-defined]
+    _Tensor.stride: _Tensor.stride,
+    _Tensor.is_contiguous: _Tensor.is_contiguous,
+    # Code that asks is told what holds for a tensor of a session before it runs.
+    _Tensor.requires_grad.__get__: lambda _: False,  # type: ignore[attr-defined]
+    _Tensor.is_cuda.__get__: lambda _: False,  # type: ignore[attr-defined]
 }
 """What a shape and a dtype tell without anything being recorded."""
 
@@ -102,14 +111,87 @@ _WITHOUT_ELEMENTS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    def describe(leaf: Any) -> str:
-        if isinstance(leaf, torch.Tensor):
-            return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
-        return repr(leaf)
+def describe(value: Any) -> str:
+    """Describes a value for an error message, such as "float32[1, 10, 576]"."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(describe, value))})"
+    return repr(value)
 
+
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     parts = [describe(leaf) for leaf in args]
     return ", ".join(parts + [f"{key}={describe(leaf)}" for key, leaf in kwargs.items()])
+
+
+def check_fits(expected: Any, value: Any, what: str, location: Location) -> None:
+    """Refuses to write a value to a place that takes another shape; where both are known.
+
+    Args:
+        expected: what stands there, with meta tensors for its tensors.
+        value: what is to stand there; tensors on the meta device.
+        what: the place, for the message.
+        location: the user's line.
+
+    Raises:
+        InvalidTraceError: SHAPE_MISMATCH.
+    """
+    if isinstance(expected, torch.Tensor) and not isinstance(value, torch.Tensor | Unknown):
+        actual = f"a {type(value).__name__}"
+    elif isinstance(expected, torch.Tensor) and isinstance(value, torch.Tensor):
+        if expected.shape == value.shape:
+            return
+        actual = f"a tensor of {list(value.shape)}"
+    elif isinstance(expected, tuple | list) and isinstance(value, tuple | list):
+        if len(expected) == len(value):
+            for index, (old, new) in enumerate(zip(expected, value, strict=True)):
+                check_fits(old, new, f"{what}[{index}]", location)
+            return
+        actual = f"{len(value)} items"
+    else:
+        return
+    wanted = describe(expected)
+    raise error(
+        Reason.SHAPE_MISMATCH,
+        f"{what} is {wanted} and can not be replaced by {actual}; write the same structure that "
+        "reading it gives, or a part with [...] = ...",
+        location=location,
+        expected=wanted,
+        actual=actual,
+    )
+
+
+def applied(module: model_pb2.Module, args: tuple[Any, ...]) -> Any:
+    """Gives what a module returns for arguments of the sizes of a forward pass, if it can be known.
+
+    Args:
+        module: its description.
+        args: positional arguments; tensors on the meta device.
+    """
+    specs = module.args.tuple.items
+    if len(args) != 1 or len(specs) != 1 or module.kwargs.dict.keys:
+        return Unknown()
+    if not isinstance(args[0], torch.Tensor) or not specs[0].HasField("tensor"):
+        return Unknown()
+    sizes = _sizes(specs[0].tensor, list(args[0].shape))
+    return structure(module.output, *sizes) if sizes else Unknown()
+
+
+def _sizes(spec: model_pb2.TensorSpec, shape: list[int]) -> tuple[int, int] | None:
+    """Finds for how many rows and tokens a tensor has a shape."""
+    rows, length = 1, 1
+    if len(spec.dimensions) != len(shape):
+        return None
+    for dimension, size in zip(spec.dimensions, shape, strict=True):
+        powers = (dimension.batch_power, dimension.length_power)
+        if powers == (1, 0):
+            rows = size // dimension.factor
+        elif powers == (0, 1):
+            length = size // dimension.factor
+        elif powers != (0, 0) or dimension.factor != size:
+            return None
+    return rows, length
 
 
 def structure(spec: model_pb2.StructureSpec, num_rows: int, length: int) -> Any:

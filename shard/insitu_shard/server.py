@@ -92,12 +92,12 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     registering = asyncio.create_task(registration.run())
     _log.info("%s is served at %s over %d rank(s)", model.name, address, config.num_ranks)
     await stopping.wait()
-    if is_lost:
-        raise error(Reason.REPLICA_LOST, f"the shard group of {model.name} lost a rank")
     registration.drain()
     await health.enter_graceful_shutdown()
-    await server.stop(config.grace_seconds)
+    await server.stop(None if is_lost else config.grace_seconds)
     registering.cancel()
+    if is_lost:
+        raise error(Reason.REPLICA_LOST, f"the shard group of {model.name} lost a rank")
     await asyncio.to_thread(servicer.stop)
 
 

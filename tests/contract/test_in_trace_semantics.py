@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from insitu import Error, InvalidTraceError, LanguageModel, ValueNotAvailableError
+from insitu_shard.engine.graph import Call, HookPoint, Node, Read, Ref, Side, Trace
+from insitu_shard.engine.plan import plan_trace
 from support.tiny_models import TinyModels
 
 IDS = [5, 9, 17, 23]
@@ -150,7 +156,7 @@ def test_a_write_of_what_has_no_encoding_is_refused_by_its_type(tiny: TinyModels
     model = LanguageModel(str(tiny.folder("llama")))
     with pytest.raises(InvalidTraceError, match="Cache can not be part of a session"):
         with model.trace(IDS):
-            model.lm_head.output = Cache()
+            model.lm_head(Cache())
 
 
 def test_values_accumulate_over_layers(model: LanguageModel) -> None:
@@ -166,7 +172,8 @@ def test_values_accumulate_over_layers(model: LanguageModel) -> None:
 def test_what_makes_the_model_raise_is_an_error_of_the_trace(model: LanguageModel) -> None:
     with pytest.raises(Error, match="the model can not run"):
         with model.trace(IDS):
-            model.model.layers[1].inputs = (model.model.layers[1].inputs[0], {})
+            args, kwargs = model.model.layers[1].inputs
+            model.model.layers[1].inputs = (args, {**kwargs, "position_embeddings": None})
             model.model.layers[2].output.save()
 
 
@@ -193,3 +200,148 @@ def test_a_saved_value_is_not_what_later_traces_write_to(model: LanguageModel) -
         with model.trace(IDS):
             hidden[:] = 0
     assert hidden.abs().sum() > 0
+
+
+def test_inputs_are_replaced_by_the_same_arguments(model: LanguageModel) -> None:
+    with pytest.raises(
+        InvalidTraceError, match=r"1 positional .* replaced by 1 and none"
+    ) as raised:
+        with model.trace(IDS):
+            model.model.layers[1].inputs = (model.model.layers[1].inputs[0], {})
+            model.model.layers[2].output.save()
+    assert raised.value.reason == "SHAPE_MISMATCH"
+
+
+def test_ids_that_the_embedding_lacks_are_refused_at_the_line_of_the_write(
+    model: LanguageModel,
+) -> None:
+    with pytest.raises(InvalidTraceError, match="takes token ids from 0 to 255") as raised:
+        with model.trace(IDS):
+            model.model.embed_tokens.input[0, 0] = 999
+            model.lm_head.output.save()
+    assert raised.value.location is not None
+    assert "= 999" in raised.value.location.source
+
+
+def test_whole_writes_of_another_shape_are_refused_before_anything_runs(
+    model: LanguageModel,
+) -> None:
+    with pytest.raises(InvalidTraceError, match=r"layers.1.mlp.output is float32\[1, 4, 64\]"):
+        with model.trace(IDS):
+            model.model.layers[1].mlp.output = torch.zeros(4, 64)
+            pytest.fail("the line above is refused")
+    with pytest.raises(InvalidTraceError, match=r"can not be replaced by a int"):
+        with model.trace(IDS):
+            model.model.layers[1].output = 0
+
+
+def test_views_across_traces_go_on_sharing_memory(model: LanguageModel) -> None:
+    with model.session():
+        with model.trace(IDS):
+            hidden = model.model.layers[1].output[0]
+            last = hidden[:, -1]
+        with model.trace(IDS):
+            last[:] = 5
+            seen = hidden.clone().save()
+        with model.trace(IDS):
+            first = hidden[:, 0]
+        with model.trace(IDS):
+            first[:] = 7
+            seen_again = hidden.clone().save()
+    assert torch.equal(seen[:, -1], torch.full_like(seen[:, -1], 5))
+    assert torch.equal(seen_again[:, 0], torch.full_like(seen[:, 0], 7))
+    assert not torch.equal(seen[:, 0], seen_again[:, 0])
+
+
+def test_what_one_layer_gives_and_the_next_takes_are_two_values(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        clean = model.model.layers[0].output[0].clone().save()
+        given = model.model.layers[0].output[0].save()
+        late = model.model.layers[0].output[0] + 0 * model.model.layers[2].output[0]
+        model.model.layers[1].input[:] = 0
+        taken = model.model.layers[1].input.clone().save()
+        late.save()
+    assert taken.abs().sum() == 0
+    assert torch.equal(given, clean)
+    torch.testing.assert_close(late, clean)
+
+
+def test_a_value_written_whole_is_not_changed_by_writes_to_its_new_place(
+    model: LanguageModel,
+) -> None:
+    with model.trace(IDS):
+        value = model.model.layers[0].output[0].clone()
+        model.model.layers[1].output = value
+        model.model.layers[1].output[0][:, -1] = 0
+        written = model.model.layers[1].output[0].save()
+        value.save()
+    assert value[:, -1].abs().sum() > 0
+    assert written[:, -1].abs().sum() == 0
+    assert torch.equal(value[:, :-1], written[:, :-1])
+
+
+def test_an_index_that_is_a_value_does_not_make_a_view_of_it(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        best = model.model.layers[0].output[0][0, -1].argmax()
+        row = model.model.layers[1].output[0][0][best % 4]
+        row[:] = 0
+        best.save()
+        model.model.layers[2].output.save()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda value: torch.nn.functional.relu(value, inplace=True),
+        lambda value: torch.nn.functional.relu(value, True),
+        lambda value: torch.add(value, 1, out=torch.zeros(1, 4, 64)),
+        lambda value: torch.nn.functional.embedding(value.argmax(-1), value[0], None, 1.0),
+    ],
+)
+def test_calls_that_write_without_saying_so_are_refused(
+    model: LanguageModel, call: Callable[[torch.Tensor], object]
+) -> None:
+    with pytest.raises(InvalidTraceError, match=r"does not run inside a session"):
+        with model.trace(IDS):
+            call(model.model.layers[0].output[0])
+
+
+def test_named_results_are_saved_whole_and_read_by_name(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        top = model.lm_head.output.topk(3).save()
+        logits = model.lm_head.output.save()
+    assert torch.equal(top.values, logits.topk(3).values)
+    assert torch.equal(top[1], logits.topk(3).indices)
+
+
+def test_the_first_argument_may_be_passed_by_name(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        hidden = model.model.layers[0].output[0]
+        more = torch.unsqueeze(input=hidden, dim=0).save()
+    assert more.shape == (1, 1, 4, 64)
+
+
+def test_a_module_call_has_a_shape_while_recording(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        hidden = model.model.layers[0].output[0]
+        assert model.lm_head(model.model.norm(hidden)).shape == (1, 4, 256)
+        with pytest.raises(InvalidTraceError, match="add"):
+            model.lm_head(hidden[:, -1:]) + torch.zeros(3)
+        hidden.save()
+
+
+def test_a_saved_layer_output_can_be_copied_and_pickled(model: LanguageModel) -> None:
+    with model.trace([IDS, IDS]):
+        hidden = model.model.layers[0].output.save()
+    for again in (copy.deepcopy(hidden), pickle.loads(pickle.dumps(hidden))):
+        assert torch.equal(again[:, -1], hidden[:, -1])
+    assert copy.deepcopy(hidden)[0].shape == (2, 4, 64)
+    assert hidden[0].shape == (2, 4, 64)
+
+
+def test_many_writes_to_one_value_are_planned_in_linear_time() -> None:
+    nodes = [Node(1, Read(HookPoint("m", Side.OUTPUT)))]
+    nodes += [Node(i, Call("torch.Tensor.add_", (Ref(1), 1), {})) for i in range(2, 2000)]
+    plan = plan_trace(Trace(((1,),), tuple(nodes)), used_later=())
+    assert max(map(len, plan.predecessors.values())) <= 3
+    assert max(map(len, plan.readers_before.values())) <= 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from insitu import CONFIG, InvalidTraceError, LanguageModel
+from insitu import CONFIG, Error, InvalidTraceError, LanguageModel
 from support.tiny_models import TinyModels
 from support.up import Up, insitu
 
@@ -96,6 +97,29 @@ def test_a_failing_trace_leaves_the_group_alive(
     with model.trace(IDS, remote=True):
         again = model.lm_head.output.save()
     assert torch.equal(again, saved)
+
+
+def _without_positions(model: LanguageModel) -> None:
+    args, kwargs = model.model.layers[1].inputs
+    model.model.layers[1].inputs = (args, {**kwargs, "position_embeddings": None})
+
+
+def _outside_the_vocabulary(model: LanguageModel) -> None:
+    model.model.embed_tokens.input[0, 0] = 999
+
+
+@pytest.mark.parametrize("write", [_without_positions, _outside_the_vocabulary])
+def test_a_write_that_the_model_can_not_take_leaves_the_group_alive(
+    two_ranks: Up, monkeypatch: pytest.MonkeyPatch, write: Callable[[LanguageModel], None]
+) -> None:
+    model = _model(two_ranks, "tiny/llama", monkeypatch)
+    with pytest.raises(Error, match=r"can not run on|takes token ids"):
+        with model.trace(IDS, remote=True):
+            write(model)
+            model.lm_head.output.save()
+    with model.trace(IDS, remote=True):
+        tokens = model.lm_head.output.argmax(-1).save()
+    assert tokens.shape == (1, len(IDS))
 
 
 def test_ranks_that_do_not_divide_the_heads_are_refused_before_anything_runs(

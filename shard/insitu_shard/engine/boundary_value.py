@@ -34,7 +34,7 @@ class InputValue:
     def write(self, point: HookPoint, value: object) -> None:
         """Replaces the first argument, or all of them."""
         if point.side is Side.INPUTS:
-            self.args, self.kwargs = _checked_inputs(value, point)
+            self.args, self.kwargs = _fitted_inputs((self.args, self.kwargs), value, point)
         elif self.args:
             self.args = (_fitted(self.args[0], value, point), *self.args[1:])
         else:
@@ -76,7 +76,8 @@ def _fitted(old: object, new: object, point: HookPoint) -> object:
                 expected=list(old.shape),
                 actual=list(new.shape),
             )
-        return new.to(device=old.device, dtype=old.dtype)
+        # Memory of its own: what is written to this place later is no write to the value.
+        return new.to(device=old.device, dtype=old.dtype, copy=True)
     if isinstance(old, tuple | list) and isinstance(new, tuple | list) and len(old) == len(new):
         fitted = (_fitted(was, now, point) for was, now in zip(old, new, strict=True))
         return type(old)(fitted)
@@ -92,16 +93,55 @@ def _fitted(old: object, new: object, point: HookPoint) -> object:
     return new
 
 
-def _checked_inputs(
-    value: object, point: HookPoint
+def _fitted_inputs(
+    old: tuple[tuple[object, ...], dict[str, object]], new: object, point: HookPoint
 ) -> tuple[tuple[object, ...], dict[str, object]]:
-    match value:
+    match new:
         case (tuple() | list() as args, dict() as kwargs):
-            return tuple(args), dict(kwargs)
+            names = list(old[1])
+            if len(args) == len(old[0]) and kwargs.keys() == old[1].keys():
+                fitted = [_fitted_argument(*pair, point) for pair in zip(old[0], args, strict=True)]
+                return tuple(fitted), {
+                    name: _fitted_argument(old[1][name], kwargs[name], point) for name in names
+                }
+            actual = f"{len(args)} and {', '.join(map(str, kwargs)) or 'none'}"
+        case _:
+            actual = f"a {type(new).__name__}"
+    expected = f"{len(old[0])} positional arguments and {', '.join(old[1]) or 'none'} by keyword"
     raise error(
         Reason.SHAPE_MISMATCH,
-        f"{point} is replaced by a pair (positional arguments, keyword arguments), not by a "
-        f"{type(value).__name__}",
+        f"{point} is a pair (positional arguments, keyword arguments) of {expected}, and can not "
+        f"be replaced by {actual}; change what reading it gives",
         hookPoint=point,
-        actual=type(value).__name__,
+        expected=expected,
+        actual=actual,
     )
+
+
+def _fitted_argument(old: object, new: object, point: HookPoint) -> object:
+    """As `_fitted`, but a mask may be left out, or be of another dtype."""
+    if not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
+        return new
+    are_floats = old.is_floating_point() and new.is_floating_point()
+    return _fitted(old, new, point) if are_floats else _fitted(old.to(new.dtype), new, point)
+
+
+def check_token_ids(value: InputValue, vocab_size: int, point: str) -> None:
+    """Refuses ids that the embedding has no row for.
+
+    A rank that holds a part of the rows would give zeros for them and say nothing.
+
+    Raises:
+        Error: MALFORMED_SESSION.
+    """
+    ids = value.read(Side.INPUT)
+    if not isinstance(ids, torch.Tensor) or not ids.numel():
+        return
+    if ids.is_floating_point() or ids.min() < 0 or ids.max() >= vocab_size:
+        raise error(
+            Reason.MALFORMED_SESSION,
+            f"{point} takes token ids from 0 to {vocab_size - 1}; this trace gives it "
+            f"{ids.min().item()} to {ids.max().item()} ({str(ids.dtype).removeprefix('torch.')})",
+            hookPoint=point,
+            vocabSize=vocab_size,
+        )

@@ -20,8 +20,10 @@ from insitu_shard.engine.graph import (
     resolve,
 )
 from insitu_shard.engine.logs import format_values
+from insitu_shard.engine.memory import MemoryMap, copied_if_in, copied_together, storages
 from insitu_shard.engine.operations import function
 from insitu_wire.errors import Error
+from insitu_wire.operations import is_in_place
 from insitu_wire.torch_codec import encode_saved
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class Executor:
         self._earlier = earlier
         self._num_uses = dict(plan.num_uses)
         self._copies: dict[NodeId, dict[NodeId, object]] = {}
+        self._memory = MemoryMap() if plan.writes_in_place else None
         self.values: dict[NodeId, object] = {}
         self.saved: dict[NodeId, object] = {}
         self.logs: dict[NodeId, str] = {}
@@ -77,7 +80,7 @@ class Executor:
             raise raised(exception, node, self._describable_operands(node)) from exception
         self.done.add(node.id)
         if self._num_uses.get(node.id) or node.id in self._plan.outliving:
-            self.values[node.id] = value
+            self._keep(self.values, node.id, value)
         self._free_operands(node)
 
     def _apply(self, node: Node, boundary_value: InputValue | OutputValue | None) -> object:
@@ -90,7 +93,8 @@ class Executor:
                 boundary_value.write(point, self._resolve(value, node.id))
                 return None
             case Call(name=name, args=args, kwargs=kwargs):
-                self._copy_for_earlier_readers(node)
+                if is_in_place(name):
+                    self._before_write(node)
                 arguments, keywords = self._resolve((args, dict(kwargs)), node.id)
                 return function(name)(*arguments, **keywords)
             case ModuleCall(module_path=path, args=args, kwargs=kwargs):
@@ -99,7 +103,7 @@ class Executor:
                 saved = self._resolve(value, node.id)
                 # Refuses here, at the user's line, what could not be sent.
                 encode_saved(saved)
-                self.saved[node.id] = saved
+                self._keep(self.saved, node.id, saved)
                 return None
             case Log(values=logged):
                 self.logs[node.id] = format_values(self._resolve(logged, node.id))
@@ -113,7 +117,19 @@ class Executor:
             result = self._model.modules[path](*args, **kwargs)
         finally:
             self.is_calling_module = False
-        return layouts.at(path, is_input=False).gather(result)
+        # Some modules return their argument, or a part of their weights.
+        owned = storages((args, kwargs)) | self._model.storages
+        return copied_if_in(owned, layouts.at(path, is_input=False).gather(result))
+
+    def _keep(self, values: dict[NodeId, object], node_id: NodeId, value: object) -> None:
+        values[node_id] = value
+        if self._memory is not None:
+            self._memory.add(node_id, value)
+
+    def _before_write(self, writer: Node) -> None:
+        """Lets a write in place be seen by whom it concerns, and by nobody else."""
+        self._copy_for_earlier_readers(writer)
+        self._part_from_strangers(writer)
 
     def _copy_for_earlier_readers(self, writer: Node) -> None:
         """Before a write in place: copies what waiting, earlier-defined readers are to see."""
@@ -125,6 +141,25 @@ class Executor:
                 source = self.values if used in self.values else self._earlier
                 if used in source and used not in copies:
                     copies[used] = pytree.tree_map_only(torch.Tensor, torch.clone, source[used])
+
+    def _part_from_strangers(self, writer: Node) -> None:
+        """Copies values that happen to share the written memory, but are no views of it.
+
+        What a layer gives is what the next one takes, and yet to the user these are two values.
+        """
+        assert self._memory is not None
+        operation = writer.operation
+        assert isinstance(operation, Call)
+        target = self._resolve(operation.args[0], writer.id)
+        roots = self._plan.roots[writer.id]
+        for values in (self.values, self.saved):
+            strangers = {
+                node_id: values[node_id]
+                for node_id in self._memory.sharing(target)
+                if node_id in values and not self._plan.roots[node_id] & roots
+            }
+            for node_id, copied in copied_together(strangers).items():
+                self._keep(values, node_id, copied)
 
     def _free_operands(self, node: Node) -> None:
         self._copies.pop(node.id, None)

@@ -46,14 +46,3 @@ class HandleStore:
             if isinstance(leaf, torch.Tensor)
         }
         return sum(storages.values())
-
-
-def compact(value: object) -> object:
-    """Copies each tensor that is a small view of a larger memory, so that the rest can be freed."""
-    return pytree.tree_map_only(torch.Tensor, _compact_tensor, value)
-
-
-def _compact_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
-        return tensor.clone()
-    return tensor

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from insitu_shard.engine.boundary_value import InputValue, OutputValue
+from insitu_shard.engine.boundary_value import InputValue, OutputValue, check_token_ids
 from insitu_shard.engine.execute import Executor
 from insitu_shard.engine.failures import cyclic_write, model_raised, not_reached
-from insitu_shard.engine.graph import Boundary, Write
+from insitu_shard.engine.graph import Boundary
+from insitu_shard.engine.memory import copied_if_in
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from insitu_shard.engine.graph import Node, NodeId
-    from insitu_shard.engine.layout import BoundaryLayout
     from insitu_shard.engine.model import LoadedModel
     from insitu_shard.engine.plan import TracePlan
 
@@ -106,11 +106,14 @@ class Interleaver:
         def hook(_: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
             if (boundary := self._arrive(path, is_input=True)) is None:
                 return None
-            value = InputValue(*layout.gather((args, kwargs)))
+            args, kwargs = self._writable(boundary, layout.gather((args, kwargs)))
+            value = InputValue(args, kwargs)
             self._run_boundary(boundary, value)
-            if self._must_replace(boundary, layout):
-                return layout.scatter((value.args, value.kwargs))
-            return None
+            if boundary not in self._plan.due_at_boundary:
+                return None
+            if path == self._model.embedding_path:
+                self._check_token_ids(boundary, value)
+            return None if self.error else layout.scatter((value.args, value.kwargs))
 
         return hook
 
@@ -121,13 +124,21 @@ class Interleaver:
         def hook(_: torch.nn.Module, __: object, result: object) -> Any:
             if (boundary := self._arrive(path, is_input=False)) is None:
                 return None
-            value = OutputValue(layout.gather(result), is_block)
+            value = OutputValue(self._writable(boundary, layout.gather(result)), is_block)
             self._run_boundary(boundary, value)
-            if self._must_replace(boundary, layout):
-                return layout.scatter(value.result)
-            return None
+            if boundary not in self._plan.due_at_boundary or self.error:
+                return None
+            return layout.scatter(value.result)
 
         return hook
+
+    def _check_token_ids(self, boundary: Boundary, value: InputValue) -> None:
+        last_write = self._plan.nodes[self._plan.due_at_boundary[boundary][-1]]
+        try:
+            check_token_ids(value, self._model.vocab_size, f"{boundary.module_path}.input")
+        except Error as err:
+            err.location = last_write.location
+            self.error = self.error or err
 
     def _arrive(self, path: str, *, is_input: bool) -> Boundary | None:
         """Counts a call of a module; gives its boundary if nodes wait for it."""
@@ -137,16 +148,11 @@ class Interleaver:
         self._num_calls[path, is_input] += 1
         return boundary if boundary in self._plan.at_boundary and not self.error else None
 
-    def _must_replace(self, boundary: Boundary, layout: BoundaryLayout) -> bool:
-        """Whether the module's own value is to be replaced.
-
-        A write in place is in the model's tensor already, unless it went into a gathered copy.
-        """
-        writes = self._plan.due_at_boundary.get(boundary, ())
-        return bool(writes) and (
-            layout.is_sharded
-            or any(isinstance(self._plan.nodes[node].operation, Write) for node in writes)
-        )
+    def _writable(self, boundary: Boundary, value: Any) -> Any:
+        """Gives what the nodes of a boundary may write to: never the weights themselves."""
+        if boundary not in self._plan.due_at_boundary:
+            return value
+        return copied_if_in(self._model.storages, value)
 
     def _run_boundary(self, boundary: Boundary, value: InputValue | OutputValue) -> None:
         for node_id in self._plan.at_boundary[boundary]:

@@ -16,6 +16,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from insitu_shard.engine.describe import describe, measure_fake
 from insitu_shard.engine.layout import Layouts, find_layouts
 from insitu_shard.engine.measure import PROBE_SIZES, block_paths, measure
+from insitu_shard.engine.memory import StorageKey, storages
 from insitu_shard.engine.ranks import Ranks
 from insitu_wire.errors import Reason, error
 from insitu_wire.paths import model_cache_folder
@@ -23,7 +24,7 @@ from insitu_wire.paths import model_cache_folder
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from insitu_proto.v1 import model_pb2
 
@@ -40,7 +41,7 @@ class LoadedModel:
     name: str
     folder: Path
     config: PretrainedConfig
-    module: torch.nn.Module
+    module: PreTrainedModel
     device: torch.device
     dtype: torch.dtype
     layouts: Layouts
@@ -55,6 +56,24 @@ class LoadedModel:
     def block_paths(self) -> frozenset[str]:
         """Paths of the decoder layers."""
         return block_paths(self.module)
+
+    @cached_property
+    def embedding_path(self) -> str | None:
+        """Path of the module that embeds token ids."""
+        embedding = self.module.get_input_embeddings()
+        paths = (path for path, module in self.modules.items() if module is embedding)
+        return next(paths, None)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids there are."""
+        size: int = self.config.get_text_config().vocab_size
+        return size
+
+    @cached_property
+    def storages(self) -> frozenset[StorageKey]:
+        """The memory of its weights and buffers, which no session may write to."""
+        return storages([*self.module.parameters(), *self.module.buffers()])
 
     @cached_property
     def tokenizer_files(self) -> list[Path]:

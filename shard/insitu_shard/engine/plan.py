@@ -3,7 +3,9 @@
 Inside a trace the order of definition is free: a node runs as soon as its values exist. Two things
 restore what that order means. A node that uses a tensor waits for the in-place writes to it that
 were defined before. And an in-place write that runs while an earlier-defined reader still waits
-leaves that reader a copy of what was there.
+leaves that reader a copy of what was there. What shares memory is known by its roots: values made
+from one root may be views of each other, and values without a common one never are (`execute.py`
+sees to that).
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from typing import TYPE_CHECKING
 from insitu_shard.engine.graph import (
     Boundary,
     Call,
-    ModuleCall,
     Node,
     NodeId,
     Read,
@@ -32,11 +33,11 @@ if TYPE_CHECKING:
 
     from insitu_shard.engine.graph import Trace
 
-_Root = NodeId | Boundary
+Root = NodeId | Boundary
 """What owns memory: the node that made it, or the boundary that it was read at."""
 
 # Values of earlier traces may share memory with each other: they count as one.
-_EARLIER: frozenset[_Root] = frozenset({0})
+EARLIER: frozenset[Root] = frozenset({0})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,14 @@ class TracePlan:
     """Nodes that write the model's value at a boundary, so that later they would come too late."""
     readers_before: Mapping[NodeId, tuple[NodeId, ...]]
     """For an in-place write: earlier-defined readers of what it overwrites."""
+    roots: Mapping[NodeId, frozenset[Root]]
+    """What owns the memory of a node's value."""
     num_uses: Mapping[NodeId, int]
     """How many nodes of this trace use a node's value."""
     outliving: frozenset[NodeId]
     """Nodes whose value is needed after the trace."""
+    writes_in_place: bool
+    """Whether any node writes into an existing tensor."""
 
 
 def plan_trace(trace: Trace, *, used_later: Iterable[NodeId]) -> TracePlan:
@@ -77,9 +82,9 @@ def plan_trace(trace: Trace, *, used_later: Iterable[NodeId]) -> TracePlan:
 @dataclass(slots=True)
 class _Planner:
     nodes: dict[NodeId, Node]
-    roots: dict[NodeId, frozenset[_Root]] = field(default_factory=dict)
-    last_write: dict[_Root, NodeId] = field(default_factory=dict)
-    readers: dict[_Root, list[NodeId]] = field(default_factory=lambda: defaultdict(list))
+    roots: dict[NodeId, frozenset[Root]] = field(default_factory=dict)
+    last_write: dict[Root, NodeId] = field(default_factory=dict)
+    readers: dict[Root, list[NodeId]] = field(default_factory=lambda: defaultdict(list))
     predecessors: dict[NodeId, set[NodeId]] = field(default_factory=dict)
     readers_before: dict[NodeId, tuple[NodeId, ...]] = field(default_factory=dict)
     num_uses: dict[NodeId, int] = field(default_factory=lambda: defaultdict(int))
@@ -91,31 +96,32 @@ class _Planner:
         used_here = used & self.nodes.keys()
         for node_id in used_here:
             self.num_uses[node_id] += 1
-        used_roots = {root for node_id in used for root in self.roots.get(node_id, _EARLIER)}
+        used_roots = {root for node_id in used for root in self.roots.get(node_id, EARLIER)}
         waits = self.predecessors[node.id] = used_here
         waits.update(self.last_write[root] for root in used_roots if root in self.last_write)
         self.roots[node.id] = self._roots_of(node, used_roots)
         if (target := _target(node)) is not None:
-            self._add_in_place(node, self.roots.get(target, _EARLIER))
+            self._add_in_place(node, self.roots.get(target, EARLIER))
         if isinstance(node.operation, Write):
             self.due[node.operation.hook_point.boundary].append(node.id)
         for root in used_roots:
             self.readers[root].append(node.id)
 
-    def _roots_of(self, node: Node, used_roots: set[_Root]) -> frozenset[_Root]:
+    def _roots_of(self, node: Node, used_roots: set[Root]) -> frozenset[Root]:
         match node.operation:
             case Read(hook_point=point):
                 return frozenset({point.boundary})
-            case Call(name=name, args=(Ref(node_id=target), *_)) if is_in_place(name):
-                return frozenset({node.id, *self.roots.get(target, _EARLIER)})
-            case Call(name=name) if may_alias(name):
-                return frozenset({node.id, *used_roots})
-            # Some modules return their argument (dropout does, in evaluation).
-            case ModuleCall() | Save():
-                return frozenset({node.id, *used_roots})
+            # A view is of what it is called on, not of an index.
+            case Call(name=name, args=(Ref(node_id=target), *_)) if may_alias(name):
+                return self.roots.get(target, EARLIER)
+            # Some operations take lists.
+            case Call(name=name) if may_alias(name) and used_roots:
+                return frozenset(used_roots)
+            case Save() if used_roots:
+                return frozenset(used_roots)
         return frozenset({node.id})
 
-    def _add_in_place(self, node: Node, overwritten: frozenset[_Root]) -> None:
+    def _add_in_place(self, node: Node, overwritten: frozenset[Root]) -> None:
         readers = {reader for root in overwritten for reader in self.readers[root]}
         # A view that is made later must show the write: so the write waits for it. Other readers
         # may run after the write, on a copy.
@@ -124,6 +130,8 @@ class _Planner:
         self.readers_before[node.id] = tuple(sorted(readers - views))
         for root in overwritten:
             self.last_write[root] = node.id
+            # Whoever writes next waits for this one.
+            self.readers[root] = []
             if isinstance(root, Boundary):
                 self.due[root].append(node.id)
 
@@ -143,8 +151,10 @@ class _Planner:
             at_boundary={key: tuple(value) for key, value in at_boundary.items()},
             due_at_boundary={key: tuple(value) for key, value in self.due.items()},
             readers_before=self.readers_before,
+            roots=self.roots,
             num_uses=dict(self.num_uses),
             outliving=used_later & self.nodes.keys(),
+            writes_in_place=bool(self.readers_before),
         )
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch.utils import _pytree as pytree
-
 from insitu_shard.engine.codec import StepDecoder
 from insitu_shard.engine.events import Logged, Saved, SegmentEvent, TraceStarted
-from insitu_shard.engine.graph import Exit, Log, Save, Trace, operands, references, resolve
-from insitu_shard.engine.handles import compact
+from insitu_shard.engine.graph import Call, Exit, Log, Save, Trace, operands, references, resolve
 from insitu_shard.engine.inputs import model_inputs
 from insitu_shard.engine.interleaver import Interleaver
 from insitu_shard.engine.logs import format_values
+from insitu_shard.engine.memory import compact, copied_together
 from insitu_shard.engine.plan import plan_trace
 from insitu_wire.errors import Reason, error
+from insitu_wire.operations import is_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +50,7 @@ class SegmentRun:
         self._values = values
         self._steps = [decoder.step(step) for step in segment.steps]
         self._used_later = _used_later(self._steps)
+        self._writes_in_place = any(map(_has_in_place_call, self._steps))
         self._trace_number = segment.first_trace_number - 1
         self.num_steps = len(self._steps)
         self.has_exited = False
@@ -91,17 +90,22 @@ class SegmentRun:
             )
             err.trace_number = self._trace_number
             raise err
-        self._values.update({key: compact(kept) for key, kept in interleaver.outliving.items()})
+        beside = list(self._values.values()) if self._writes_in_place else None
+        self._values.update(compact(interleaver.outliving, beside=beside))
         # What stays here may still be written to: the receiver gets memory of its own.
-        release = _copied if interleaver.outliving else compact
-        for node_id, value in sorted(interleaver.saved.items()):
+        saved = compact(interleaver.saved)
+        if interleaver.outliving:
+            saved = copied_together(saved)
+        for node_id, value in sorted(saved.items()):
             operation = plan.nodes[node_id].operation
             name = operation.name if isinstance(operation, Save) else ""
-            yield Saved(node_id, name, release(value))
+            yield Saved(node_id, name, value)
 
 
-def _copied(value: object) -> object:
-    return pytree.tree_map_only(torch.Tensor, torch.clone, value)
+def _has_in_place_call(step: Step) -> bool:
+    nodes = step.kind.nodes if isinstance(step.kind, Trace) else ()
+    operations = (node.operation for node in nodes)
+    return any(isinstance(made, Call) and is_in_place(made.name) for made in operations)
 
 
 def _used_later(steps: list[Step]) -> list[frozenset[NodeId]]:

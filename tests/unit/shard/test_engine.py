@@ -6,10 +6,10 @@ import torch
 from insitu_proto.v1 import intervention_pb2, shard_service_pb2, trace_pb2
 from insitu_shard.engine import HandleStore, Logged, Saved, SegmentRun, TraceStarted, load_model
 from insitu_shard.engine.graph import Side
-from insitu_shard.engine.handles import compact
 from insitu_shard.engine.inputs import model_inputs
 from insitu_shard.engine.layout import BoundaryLayout, Split, _split
 from insitu_shard.engine.logs import format_values
+from insitu_shard.engine.memory import compact
 from insitu_shard.engine.model import check_ranks, load_config
 from insitu_shard.engine.ranks import Ranks
 from insitu_wire.errors import ConfigurationError, InvalidTraceError
@@ -93,9 +93,17 @@ def test_a_session_that_is_released_keeps_nothing() -> None:
 
 def test_a_small_view_lets_its_base_go() -> None:
     base = torch.zeros(1000)
-    view = compact({"kept": base[:2]})["kept"]
+    view = compact({1: {"kept": base[:2]}})[1]["kept"]
     assert view.untyped_storage().nbytes() == 8
-    assert compact(base) is base
+    assert compact({1: base})[1] is base
+
+
+def test_views_that_may_be_written_to_go_on_sharing_memory() -> None:
+    base = torch.zeros(1000)
+    kept = compact({1: base[:2], 2: base[1:3]}, beside=())
+    kept[1][1] = 7.0
+    assert kept[2][0] == 7.0
+    assert compact({1: base[:2]}, beside=[base])[1].untyped_storage().nbytes() == 4000
 
 
 def test_rows_of_equal_length_need_no_mask() -> None:

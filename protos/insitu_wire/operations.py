@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-OPERATIONS_VERSION = 1
+OPERATIONS_VERSION = 2
 """Raised with every change of the table; names are added, never removed."""
 
 # Arithmetic, comparison and reduction exist as functions and as methods of a tensor.
@@ -97,6 +97,25 @@ def _names(prefix: str, words: str, suffix: str = "") -> set[str]:
     return {f"{prefix}.{word}{suffix}" for word in words.split()}
 
 
+FACTORIES = _names("torch", "empty eye full normal ones rand randint randn randperm zeros")
+"""Make tensors of nothing: recorded also where no value of the session is among the arguments."""
+
+RANDOM = (
+    _names("torch", "bernoulli multinomial normal rand rand_like randint randn randn_like randperm")
+    | _names("torch.Tensor", "bernoulli bernoulli_ multinomial normal_ uniform_")
+    | _names("torch.nn.functional", "alpha_dropout dropout gumbel_softmax")
+    | _names("torch", "dropout")
+)
+"""Draw random numbers, from the seed of their trace."""
+
+VARIABLE = "insitu.variable"
+"""Gives its argument; `Assign` may later give the result another value."""
+
+# Lists and dicts that are built while a session runs. They take copies, so that nothing in them
+# changes with the tensor that it was made of.
+_CONTAINERS = "list dict append extend set_item len"
+
+
 OPERATIONS: frozenset[str] = frozenset(
     _names("torch", _FUNCTIONS_AND_METHODS)
     | _names("torch", _FUNCTIONS)
@@ -109,6 +128,8 @@ OPERATIONS: frozenset[str] = frozenset(
     | _names("torch.special", _SPECIAL)
     # Takes an item out of a tuple, list or dict.
     | {"operator.getitem"}
+    | {VARIABLE}
+    | _names("insitu", _CONTAINERS)
 )
 """Every operation, by its public name in torch or the standard library."""
 
@@ -116,6 +137,8 @@ _IN_PLACE_OPERATORS = {
     "__setitem__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "__ipow__",
     "__ifloordiv__", "__imod__",
 }  # fmt: skip
+
+_CONTAINER_WRITES = {"insitu.append", "insitu.extend", "insitu.set_item"}
 
 _VIEWS = {
     "getitem",
@@ -136,11 +159,18 @@ def last_word(name: str) -> str:
     return name.removesuffix(".__get__").rpartition(".")[2]
 
 
+def writes_into_container(name: str) -> bool:
+    """Whether the operation changes which items its first argument, a list or dict, has."""
+    return name in _CONTAINER_WRITES
+
+
 def is_in_place(name: str) -> bool:
     """Whether the operation writes into its first argument."""
     word = last_word(name)
-    return word in _IN_PLACE_OPERATORS or (
-        word.endswith("_") and not word.endswith("__") and word != "requires_grad_"
+    return (
+        writes_into_container(name)
+        or word in _IN_PLACE_OPERATORS
+        or (word.endswith("_") and not word.endswith("__") and word != "requires_grad_")
     )
 
 

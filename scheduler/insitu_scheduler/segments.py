@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from insitu_wire.steps import all_steps
+
 if TYPE_CHECKING:
     from insitu_proto.v1.session_pb2 import Session, Step
 
@@ -35,21 +37,23 @@ def cut(session: Session) -> list[SegmentRange]:
             start, first_trace = index, traces + 1
         if wanted is not None:
             model = wanted
-            traces += 1
+        traces += sum(inner.HasField("trace") for inner in all_steps([step]))
     segments.append(SegmentRange(model, start, len(session.steps), first_trace))
     return segments
 
 
 def count_traces(session: Session) -> int:
     """Counts a session's traces."""
-    return sum(step.HasField("trace") for step in session.steps)
+    return sum(step.HasField("trace") for step in all_steps(session.steps))
 
 
 def estimate_cost(session: Session) -> float:
     """Gives what a session is expected to cost: the tokens that go through the model."""
-    rows = (row for step in session.steps for invoke in step.trace.invokes for row in invoke.rows)
+    traces = (step.trace for step in all_steps(session.steps))
+    rows = (row for trace in traces for invoke in trace.invokes for row in invoke.rows)
     return float(sum(len(row.token_ids) for row in rows))
 
 
 def _model(step: Step) -> str | None:
-    return step.trace.model if step.HasField("trace") else None
+    models = (inner.trace.model for inner in all_steps([step]) if inner.HasField("trace"))
+    return next(models, None)

@@ -12,12 +12,14 @@ from insitu_scheduler.refusals import check_limit, malformed, unsupported
 from insitu_scheduler.value_checks import ValueChecker
 from insitu_wire import operations
 from insitu_wire.errors import Error, Location, Reason, error
+from insitu_wire.steps import all_steps
+from insitu_wire.values import walk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from insitu_proto.v1.intervention_pb2 import Call, HookPoint, Node
-    from insitu_proto.v1.session_pb2 import Session, Step
+    from insitu_proto.v1.session_pb2 import Compute, Loop, Session, Step
     from insitu_proto.v1.trace_pb2 import Trace
     from insitu_proto.v1.value_pb2 import Value
     from insitu_scheduler.models import KnownModel
@@ -26,7 +28,10 @@ MAX_STEPS = 10_000
 MAX_NODES = 100_000
 # Errors travel in HTTP/2 headers, which take a few kilobytes.
 _MAX_QUOTED = 200
-_WITHOUT_VALUE = ("write", "save", "log")
+_WITHOUT_VALUE = ("write", "save", "log", "assign", "stop", "skip")
+# What runs inside a forward pass only.
+_IN_A_PASS = ("read", "write", "stop", "skip")
+MAX_DEPTH = 16
 
 
 def validate(session: Session, models: Mapping[str, KnownModel]) -> None:
@@ -56,7 +61,13 @@ class _Validation:
         self._model: KnownModel | None = None
         self._nodes: dict[int, str] = {}
         self._last_id = 0
-        self._all_ids = frozenset(node.id for step in session.steps for node in step.trace.nodes)
+        self._steps = list(all_steps(session.steps))
+        self._all_ids = frozenset(
+            node.id for step in self._steps for node in (*step.trace.nodes, *step.compute.nodes)
+        )
+        self._num_conditions = 0
+        self._num_invokes = 0
+        self._loops: list[int] = []
         self._location: Location | None = None
         self._owner = ""
         self._values = ValueChecker(self._check_reference)
@@ -65,22 +76,27 @@ class _Validation:
         steps = self._session.steps
         if not steps:
             raise malformed("the session has no steps; give it a trace, a log or an exit")
-        check_limit("steps", len(steps), MAX_STEPS)
-        check_limit("nodes", sum(len(step.trace.nodes) for step in steps), MAX_NODES)
+        check_limit("steps", len(self._steps), MAX_STEPS)
+        check_limit("nodes", len(self._all_ids), MAX_NODES)
         if not self._models:
             raise error(
                 Reason.MODEL_NOT_FOUND,
                 "no model is served yet, so no session can run; start a shard group",
             )
+        self._check_steps(steps, "step ", depth=1)
+
+    def _check_steps(self, steps: Iterable[Step], prefix: str, *, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise malformed(f"{prefix}1 is nested deeper than {MAX_DEPTH}; nest loops less")
         for number, step in enumerate(steps, start=1):
             try:
-                self._check_step(number, step)
+                self._check_step(f"{prefix}{number}", step, depth)
             except Error as err:
                 err.location = err.location or self._location
                 raise
 
-    def _check_step(self, number: int, step: Step) -> None:
-        self._owner = f"step {number}"
+    def _check_step(self, owner: str, step: Step, depth: int) -> None:
+        self._owner = owner
         self._location = self._find_location(step.location)
         match step.WhichOneof("kind"):
             case "trace":
@@ -88,11 +104,39 @@ class _Validation:
             case "log":
                 self._check_values(step.log.values)
             case "exit":
-                return
+                self._check_exit(step.exit.loop_item_node_id)
+            case "compute":
+                self._check_compute(step.compute)
+            case "loop":
+                self._check_loop(step.loop, owner, depth)
+            case "branch":
+                self._check_values([step.branch.condition])
+                self._check_steps(step.branch.steps, f"{owner}.", depth=depth + 1)
+                self._check_steps(step.branch.else_steps, f"{owner}.else.", depth=depth + 1)
             case None:
                 raise unsupported(f"{self._owner} is of a kind that it does not know")
-            case kind:
-                raise unsupported(f"{self._owner} is a {kind}, which it can not run yet")
+
+    def _check_exit(self, loop_item_node_id: int) -> None:
+        if loop_item_node_id and loop_item_node_id not in self._loops:
+            raise malformed(f"{self._owner} leaves a loop that it is not in")
+
+    def _check_compute(self, compute: Compute) -> None:
+        self._num_conditions = self._num_invokes = 0
+        step_location = self._location
+        for node in compute.nodes:
+            if node.WhichOneof("operation") in _IN_A_PASS:
+                raise malformed(
+                    f"node {node.id} of {self._owner} names a hook point, outside any trace"
+                )
+            self._check_node(node, self._model)
+        self._location = step_location
+
+    def _check_loop(self, loop: Loop, owner: str, depth: int) -> None:
+        self._check_values([loop.items])
+        self._add_id(loop.item_node_id, "loop")
+        self._loops.append(loop.item_node_id)
+        self._check_steps(loop.steps, f"{owner}.", depth=depth + 1)
+        self._loops.pop()
 
     def _check_trace(self, trace: Trace) -> None:
         if trace.mode == TraceMode.TRACE_MODE_UNSPECIFIED:
@@ -101,10 +145,34 @@ class _Validation:
             raise unsupported(f"{self._owner} generates, and it runs single forward passes only")
         model = self._find_model(trace.model)
         self._check_rows(trace, model.vocabulary_size)
+        self._num_invokes = len(trace.invokes)
+        self._num_conditions = len(trace.conditions)
         step_location = self._location
         for node in trace.nodes:
             self._check_node(node, model)
+        self._check_conditions(trace)
         self._location = step_location
+
+    def _check_conditions(self, trace: Trace) -> None:
+        for number, condition in enumerate(trace.conditions, start=1):
+            if condition.parent >= number:
+                raise malformed(
+                    f"condition {number} of {self._owner} needs condition {condition.parent}; "
+                    "a condition needs one before it"
+                )
+            self._check_values([condition.value])
+        for node in trace.nodes:
+            for used in self._condition_references(trace, node.condition):
+                if used >= node.id:
+                    raise malformed(f"node {node.id} runs under a condition that comes later")
+
+    def _condition_references(self, trace: Trace, number: int) -> Iterator[int]:
+        while number:
+            condition = trace.conditions[number - 1]
+            for part in walk(condition.value):
+                if part.HasField("reference"):
+                    yield part.reference.node_id
+            number = condition.parent
 
     def _find_model(self, name: str) -> KnownModel:
         if name not in self._models:
@@ -123,6 +191,9 @@ class _Validation:
         if not trace.invokes:
             raise malformed(f"the trace of {self._owner} has no input; give it an invoke")
         for number, invoke in enumerate(trace.invokes, start=1):
+            if invoke.HasField("token_ids"):
+                self._check_values([invoke.token_ids])
+                continue
             if not invoke.rows or not all(row.token_ids for row in invoke.rows):
                 raise malformed(
                     f"invoke {number} of {self._owner} is empty or has an empty row; "
@@ -137,20 +208,32 @@ class _Validation:
                     vocabularySize=vocabulary_size,
                 )
 
-    def _check_node(self, node: Node, model: KnownModel) -> None:
+    def _check_node(self, node: Node, model: KnownModel | None) -> None:
         self._owner = f"node {node.id}"
         self._location = self._find_location(node.location)
-        if node.id <= self._last_id:
+        if node.condition > self._num_conditions:
             raise malformed(
-                f"node {node.id} comes after node {self._last_id}; ids start at 1 and increase",
-                nodeId=node.id,
+                f"{self._owner} runs under condition {node.condition}, and the trace has "
+                f"{self._num_conditions}"
+            )
+        self._check_order(node.id)
+        self._check_operation(node, model)
+        self._add_id(node.id, node.WhichOneof("operation") or "")
+
+    def _check_order(self, node_id: int) -> None:
+        if node_id <= self._last_id:
+            raise malformed(
+                f"node {node_id} comes after node {self._last_id}; ids start at 1 and increase",
+                nodeId=node_id,
                 previousNodeId=self._last_id,
             )
-        self._check_operation(node, model)
-        self._last_id = node.id
-        self._nodes[node.id] = node.WhichOneof("operation") or ""
 
-    def _check_operation(self, node: Node, model: KnownModel) -> None:
+    def _add_id(self, node_id: int, kind: str) -> None:
+        self._check_order(node_id)
+        self._last_id = node_id
+        self._nodes[node_id] = kind
+
+    def _check_operation(self, node: Node, model: KnownModel | None) -> None:  # noqa: C901
         match node.WhichOneof("operation"):
             case "read":
                 self._check_hook_point(node.read.hook_point, model)
@@ -166,19 +249,34 @@ class _Validation:
                 self._check_values([node.save.value])
             case "log":
                 self._check_values(node.log.values)
+            case "assign":
+                self._check_reference(node.assign.node_id)
+                self._check_values([node.assign.value])
+            case "stop":
+                return
+            case "skip":
+                self._check_path(node.skip.module_path, model)
+                self._check_values([node.skip.value])
             case None:
                 raise unsupported(f"{self._owner} is an operation that it does not know")
             case kind:
                 raise unsupported(f"{self._owner} is a {kind}, which it can not run yet")
 
-    def _check_hook_point(self, hook_point: HookPoint, model: KnownModel) -> None:
+    def _check_hook_point(self, hook_point: HookPoint, model: KnownModel | None) -> None:
+        if hook_point.invoke > self._num_invokes:
+            raise malformed(
+                f"{self._owner} names invoke {hook_point.invoke}, and the trace has "
+                f"{self._num_invokes}"
+            )
         if hook_point.side == HookSide.HOOK_SIDE_UNSPECIFIED:
             raise malformed(f"{self._owner} names no side; use input, inputs or output")
         if hook_point.side not in HookSide.values():
             raise unsupported(f"{self._owner} names side {hook_point.side}, which it does not know")
         self._check_path(hook_point.module_path, model)
 
-    def _check_path(self, path: str, model: KnownModel) -> None:
+    def _check_path(self, path: str, model: KnownModel | None) -> None:
+        if model is None:
+            raise malformed(f"{self._owner} names a module before any trace names a model")
         if path in model.module_paths:
             return
         path = path[:_MAX_QUOTED]

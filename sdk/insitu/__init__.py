@@ -34,9 +34,12 @@ from insitu_wire.errors import (
 )
 
 if TYPE_CHECKING:
+    from insitu._containers import dict, list, variable
     from insitu._envoy import Envoy
+    from insitu._lint import UnusedValueWarning
     from insitu._model import LanguageModel
-    from insitu._session import Session, Tracer
+    from insitu._session import Session
+    from insitu._trace import Tracer
 
 __all__ = [
     "CONFIG",
@@ -58,16 +61,24 @@ __all__ = [
     "Tracer",
     "UnavailableError",
     "UnknownModuleError",
+    "UnusedValueWarning",
     "ValueNotAvailableError",
     "VersionError",
+    "dict",
+    "list",
+    "variable",
 ]
 
 # Imported at first use: these need torch, which takes seconds.
 _LAZY = {
+    "UnusedValueWarning": "insitu._lint",
+    "dict": "insitu._containers",
+    "list": "insitu._containers",
+    "variable": "insitu._containers",
     "Envoy": "insitu._envoy",
     "LanguageModel": "insitu._model",
     "Session": "insitu._session",
-    "Tracer": "insitu._session",
+    "Tracer": "insitu._trace",
 }
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from insitu._model import LanguageModel
-    from insitu._recorder import TraceRecorder
+    from insitu._recorder import BlockRecorder
     from insitu_wire.errors import Location
 
 _SIDES = {
@@ -72,18 +72,43 @@ class Envoy:
     def inputs(self, value: Any) -> None:
         self._write("inputs", value)
 
+    def skip(self, value: Any) -> None:
+        """Has the module not run in this forward pass, and return a value in its place.
+
+        Args:
+            value: what it returns; for a decoder layer its hidden state. It must be there when the
+                pass comes to the module.
+        """
+        location = user_location()
+        trace = self._trace(".skip", location)
+        if trace.invoke:
+            raise error(
+                Reason.UNSUPPORTED_FEATURE,
+                "a module is skipped for all rows of the batch or for none; skip it outside of the "
+                "invokes of the trace",
+                location=location,
+            )
+        if self._model._tree[self.path].is_block and isinstance(value, tuple) and len(value) == 1:
+            (value,) = value
+        self._check_in_time(value, trace, self._place(is_input=True), location)
+        what = f"{self.path or 'model'}.output"
+        check_fits(self._shapes("output", trace), as_meta(value), what, location)
+        trace.skip(self.path, value, location)
+
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Applies the module to values of the session, without firing its hook points."""
         location = user_location()
-        trace = self._trace("a call", location)
-        node_id = trace.module_call(self.path, args, kwargs, location)
+        block = self._model._current_block(f"{self.path or 'model'}(...)", location)
+        node_id = block.module_call(self.path, args, kwargs, location)
         used = (proxy._origin for proxy in proxies_in((args, kwargs)))
+        recorder = block.session_recorder
         origin = Origin(
-            trace.session_recorder,
+            recorder,
             location,
             f"{self.path}(...)",
             node_id,
-            moment=latest(used, trace.number),
+            moment=latest(used, block.number),
+            scope=recorder.scope,
         )
         shapes = Unknown() if kwargs else applied(self._model._tree[self.path], as_meta(args))
         result: torch.Tensor = wrap(shapes, origin)
@@ -91,9 +116,10 @@ class Envoy:
 
     def get(self, path: str) -> Envoy:
         """Gives the envoy of a module below this one by its path, such as "layers.3.mlp"."""
-        full = f"{self.path}.{path}" if self.path else path
-        if full not in self._model._tree:
-            raise self._model._tree.unknown(full, user_location())
+        full = self._model._tree.find(self.path, path)
+        if full is None:
+            wanted = f"{self.path}.{path}" if self.path else path
+            raise self._model._tree.unknown(wanted, user_location())
         return Envoy(self._model, full)
 
     def __getattr__(self, name: str) -> Any:
@@ -137,27 +163,40 @@ class Envoy:
     def _read(self, side: str) -> Any:
         location = user_location()
         trace = self._trace(f".{side}", location)
-        node_id = trace.read(self._hook_point(side), location)
+        node_id = trace.read(self._hook_point(side, trace), location)
         name = f"{self.path or 'model'}.{side}"
-        place = self._model._tree.place(self.path, is_input=side != "output")
+        place = self._place(is_input=side != "output")
         moment = Moment(trace.number, place, f"{name} ({location})", written_by=place)
-        origin = Origin(trace.session_recorder, location, name, node_id, moment=moment)
+        recorder = trace.session_recorder
+        # A read does not wait for conditions, but stands where steps may not run.
+        scope = recorder.scope
+        origin = Origin(recorder, location, name, node_id, moment=moment, scope=scope)
         is_block = side == "output" and self._model._tree[self.path].is_block
         return wrap(self._shapes(side, trace), origin, BlockProxy if is_block else None)
 
     def _write(self, side: str, value: Any) -> None:
         location = user_location()
         trace = self._trace(f".{side}", location)
-        needed = latest((proxy._origin for proxy in proxies_in(value)), trace.number)
-        place = self._model._tree.place(self.path, is_input=side != "output")
-        check_in_time(needed, place, location)
+        place = self._place(is_input=side != "output")
+        self._check_in_time(value, trace, place, location)
         what = f"{self.path or 'model'}.{side}"
         check_fits(self._shapes(side, trace), as_meta(value), what, location)
-        trace.write(self._hook_point(side), value, location)
+        trace.write(self._hook_point(side, trace), value, location)
 
-    def _shapes(self, side: str, trace: TraceRecorder) -> Any:
+    def _place(self, *, is_input: bool) -> int:
+        return self._model._tree.place(self.path, is_input=is_input)
+
+    def _check_in_time(
+        self, value: Any, trace: BlockRecorder, place: int, location: Location
+    ) -> None:
+        used = proxies_in((value, trace.conditions))
+        check_in_time(latest((proxy._origin for proxy in used), trace.number), place, location)
+
+    def _shapes(self, side: str, trace: BlockRecorder) -> Any:
         module = self._model._tree[self.path]
         batch = (trace.num_rows, trace.length)
+        if not all(batch):
+            return Unknown()
         if side == "output":
             return structure(module.output, *batch)
         args, kwargs = structure(module.args, *batch), structure(module.kwargs, *batch)
@@ -167,8 +206,10 @@ class Envoy:
             return Unknown()
         return args[0] if args else next(iter(kwargs.values()))
 
-    def _hook_point(self, side: str) -> intervention_pb2.HookPoint:
-        return intervention_pb2.HookPoint(module_path=self.path, side=_SIDES[side])
+    def _hook_point(self, side: str, trace: BlockRecorder) -> intervention_pb2.HookPoint:
+        return intervention_pb2.HookPoint(
+            module_path=self.path, side=_SIDES[side], invoke=trace.invoke
+        )
 
-    def _trace(self, what: str, location: Location) -> TraceRecorder:
+    def _trace(self, what: str, location: Location) -> BlockRecorder:
         return self._model._current_trace(f"{self.path or 'model'}{what}", location)

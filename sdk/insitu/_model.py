@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from insitu._config import CONFIG
+from insitu._edits import Edit
 from insitu._envoy import Envoy
-from insitu._session import Session, Tracer, active_session
+from insitu._session import Session, active_session, detached
 from insitu._source import user_location
 from insitu._structure import ModuleTree
-from insitu._tokens import token_rows
+from insitu._trace import Tracer
 from insitu.backends.remote import RemoteBackend
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from insitu._recorder import TraceRecorder
+    from insitu._recorder import BlockRecorder
     from insitu._tokens import Prompt
     from insitu.backends import Backend
     from insitu.backends.local import LocalBackend
@@ -37,16 +41,25 @@ class LanguageModel(Envoy):
     Args:
         name: a model that the server serves, the path of a folder, or a Hugging Face hub id.
         dtype: element type for sessions in this process; by default as stored.
+        rename: further names for modules: `{"model.layers": "layers"}` gives `model.layers` also
+            as `layers` of the model, `{"self_attn": "attn"}` every `self_attn` also as `attn`.
     """
 
-    def __init__(self, name: str, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        dtype: torch.dtype | None = None,
+        rename: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(self, "")
-        self.__dict__["name"] = str(name)
-        self.__dict__["_dtype"] = dtype
+        self.__dict__.update(name=str(name), _dtype=dtype, _rename=rename, _edits=())
 
     name: str
     """Name by which the server knows the model, or the path of its folder."""
     _dtype: torch.dtype | None
+    _rename: Mapping[str, str] | None
+    _edits: tuple[Edit, ...]
 
     def session(self, *, remote: bool = False) -> Session:
         """Opens a session: one request that holds traces.
@@ -56,26 +69,59 @@ class LanguageModel(Envoy):
         """
         return Session(self, self._remote if remote else self._local)
 
-    def trace(self, prompt: Prompt, *, remote: bool = False) -> Tracer:
+    def trace(self, prompt: Prompt | None = None, *, remote: bool = False) -> Tracer:
         """Opens a trace: one forward pass over a prompt, with interventions.
 
         Args:
-            prompt: text, token ids, a list of either (rows of one batch), a tensor of ids
-                [rows, length], or what the tokenizer returned.
+            prompt: text, token ids, chat messages, a list of these (rows of one batch), a tensor of
+                ids [rows, length], what the tokenizer returned, or a value of the session that is
+                such ids. Without one, invokes in the block give the rows.
             remote: whether it runs on the server; inside a session, the session decides.
         """
         session = active_session()
         if session is None:
-            session = self.session(remote=remote)
-            return Tracer(session, self._rows(prompt, session.backend), owns_session=True)
-        if session.model is not self:
+            return Tracer(self.session(remote=remote), self, prompt, owns_session=True)
+        if session.model._base is not self._base:
             raise error(
                 Reason.UNSUPPORTED_FEATURE,
                 f"this session is over {session.model.name}, and this version of insitu runs a "
                 f"session over one model; trace {self.name} in a session of its own",
                 location=user_location(),
             )
-        return Tracer(session, self._rows(prompt, session.backend), owns_session=False)
+        return Tracer(session, self, prompt, owns_session=False)
+
+    def scan(self, prompt: Prompt | None = None) -> Tracer:
+        """Opens a trace that is recorded and checked, and does not run: for shapes.
+
+        with model.scan("Hello"):
+            hidden_size = model.model.layers[0].output.shape[-1]
+        """
+        session = Session(self, self._backend, runs=False)
+        return Tracer(session, self, prompt, owns_session=True)
+
+    @contextmanager
+    def edit(self, *, inplace: bool = False) -> Iterator[LanguageModel]:
+        """Records interventions that are applied to every later trace of a model.
+
+            with model.edit() as edited:
+                model.model.layers[3].output[:] *= 1.5
+            with edited.trace(prompt):
+                ...
+
+        In a session they hold for its later traces of this model object.
+
+        Args:
+            inplace: whether this model object gets them; else a copy of it, which the block gives.
+        """
+        edited = self if inplace else self._copy()
+        session = Session(self, self._backend, runs=False)
+        with detached(), Tracer(session, self, None, owns_session=True, is_edit=True):
+            yield edited
+        edited.__dict__["_edits"] = (*edited._edits, Edit.recorded_by(session._recorder))
+
+    def clear_edits(self) -> None:
+        """Takes away the interventions that `edit(inplace=True)` has attached."""
+        self.__dict__["_edits"] = ()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -97,8 +143,21 @@ class LanguageModel(Envoy):
         config: PretrainedConfig = AutoConfig.for_model(**values)
         return config
 
-    def _rows(self, prompt: Prompt, backend: Backend) -> list[list[int]]:
-        return token_rows(prompt, lambda: self.tokenizer, user_location())
+    @property
+    def _base(self) -> LanguageModel:
+        """The model that this is an edited copy of; itself if it is none."""
+        base: LanguageModel = self.__dict__.get("_edited_from", self)
+        return base
+
+    def _copy(self) -> LanguageModel:
+        """Gives another object for the same model, with the same edits and backends."""
+        copy = LanguageModel.__new__(type(self))
+        copy.__dict__.update(self.__dict__, _edited_from=self._base, _model=copy)
+        return copy
+
+    def _apply_edits(self, block: BlockRecorder) -> None:
+        for edit in self._edits:
+            edit.apply(block)
 
     @cached_property
     def _remote(self) -> RemoteBackend:
@@ -126,11 +185,17 @@ class LanguageModel(Envoy):
 
     @cached_property
     def _tree(self) -> ModuleTree:
-        return ModuleTree(self._description)
+        return ModuleTree(self._description, self._rename)
 
-    def _current_trace(self, what: str, location: Location) -> TraceRecorder:
+    def _current_block(self, what: str, location: Location) -> BlockRecorder:
         session = active_session()
-        trace = session.current_trace if session is not None else None
+        if session is None:
+            return self._current_trace(what, location)
+        return session._recorder.block
+
+    def _current_trace(self, what: str, location: Location) -> BlockRecorder:
+        session = active_session()
+        trace = session._recorder.trace if session is not None else None
         if trace is None:
             raise error(
                 Reason.MALFORMED_SESSION,

@@ -38,5 +38,6 @@ def operation_name(function: Callable[..., object], location: Location) -> str:
 def _names() -> dict[Callable[..., object], str]:
     namespace = SimpleNamespace(torch=torch, operator=operator)
     # Where torch has one function under several names, the shortest says it best.
-    names = sorted(OPERATIONS, key=lambda name: (-len(name), name))
+    torchs = (name for name in OPERATIONS if not name.startswith("insitu."))
+    names = sorted(torchs, key=lambda name: (-len(name), name))
     return {operator.attrgetter(name)(namespace): name for name in names}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from insitu._source import assigned_name, user_location
 from insitu_wire.errors import Reason, error
@@ -11,7 +11,7 @@ from insitu_wire.errors import Reason, error
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from insitu._recorder import SessionRecorder
+    from insitu._recorder import Scope, SessionRecorder
     from insitu_wire.errors import Error, Location
 
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Moment:
     """When a value is there, in the forward pass of its trace."""
 
-    trace_number: int
+    block_number: int
     reached_at: int = 0
     """Place in the pass from which on the value exists; 0 if it needs nothing of the pass."""
     waits_for: str = ""
@@ -44,16 +44,22 @@ class Origin:
     parent: Origin | None = None
     key: object = None
     moment: Moment = Moment(0)
+    scope: Scope = ()
 
     def id(self) -> int:
         """Gives the id of the node that makes the value."""
-        if not self.node_id:
-            assert self.parent is not None
-            trace = self.recorder.last_trace
-            assert trace is not None
+        if self.parent is not None and not self._is_set:
             parent = NodeReference(self.parent.id())
-            self.node_id = trace.call("operator.getitem", (parent, self.key), {}, self.location)
+            self.scope = self.recorder.scope
+            self.node_id = self.recorder.block.call(
+                "operator.getitem", (parent, self.key), {}, self.location
+            )
         return self.node_id
+
+    @property
+    def _is_set(self) -> bool:
+        """Whether the node surely ran, here: an item may first have been used in a branch."""
+        return bool(self.node_id) and self.scope == self.recorder.scope[: len(self.scope)]
 
     def item(self, key: object) -> Origin:
         """Gives the origin of an item."""
@@ -71,6 +77,18 @@ class Origin:
         return f"{name!r} ({self.description})" if name else self.description
 
 
+class Container:
+    """A list or dict that is built while the session runs."""
+
+    _origin: Origin
+    _is_saved = False
+    _is_there = False
+
+    def _fill(self, value: Any) -> None:
+        """Makes it what it was when the session ended."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, slots=True)
 class NodeReference:
     """Stands for the value of a node among the arguments of another."""
@@ -78,10 +96,10 @@ class NodeReference:
     node_id: int
 
 
-def latest(origins: Iterable[Origin], trace_number: int) -> Moment:
+def latest(origins: Iterable[Origin], block_number: int) -> Moment:
     """Gives when the last of some values is there, in a trace."""
-    moments = [o.moment for o in origins if o.moment.trace_number == trace_number]
-    return max(moments, key=lambda moment: moment.reached_at, default=Moment(trace_number))
+    moments = [o.moment for o in origins if o.moment.block_number == block_number]
+    return max(moments, key=lambda moment: moment.reached_at, default=Moment(block_number))
 
 
 def check_in_time(needed: Moment, written_by: int, location: Location) -> None:

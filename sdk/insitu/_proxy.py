@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from insitu._operations import operation_name
 from insitu._origin import (
+    Container,
     Moment,
     NodeReference,
     Origin,
@@ -70,10 +71,12 @@ class Proxy(torch.Tensor):
     ) -> Any:
         """Records what torch is asked to do with proxies."""
         kwargs = kwargs or {}
-        proxies = proxies_in((args, kwargs))
-        if func in KNOWN_WITHOUT_RUNNING and proxies[0]._meta is not None:
-            return KNOWN_WITHOUT_RUNNING[func](proxies[0]._meta, *args[1:], **kwargs)
-        return _record(func, proxies, args, kwargs)
+        proxies = recorded_in((args, kwargs))
+        if func in KNOWN_WITHOUT_RUNNING:
+            meta = as_meta(proxies[0])
+            if isinstance(meta, torch.Tensor):
+                return KNOWN_WITHOUT_RUNNING[func](meta, *args[1:], **kwargs)
+        return record(func, proxies, args, kwargs)
 
     def save(self) -> Self:
         """Marks the value to come back; after the session has run, this object is the value."""
@@ -212,10 +215,20 @@ def wrap(structure: Any, origin: Origin, kind: type[Proxy] | None = None) -> Any
     return structure
 
 
+pytree.register_pytree_node(
+    ProxyTuple, lambda items: (list(items), None), lambda items, _: tuple(items)
+)
+pytree.register_pytree_node(
+    ProxyDict,
+    lambda items: (list(items.values()), list(items)),
+    lambda items, keys: dict(zip(keys, items, strict=True)),
+)
+
+
 def reference(value: object) -> int | None:
     """Gives the node id of a recorded value; None for anything else."""
     match value:
-        case Proxy():
+        case Proxy() | Container():
             return value._origin.id()
         case NodeReference():
             return value.node_id
@@ -227,9 +240,16 @@ def proxies_in(value: Any) -> list[Proxy]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Proxy)]
 
 
+def recorded_in(value: Any) -> list[Proxy | Container]:
+    """Gives the proxies, and the lists and dicts of the session, inside a value."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Proxy | Container)]
+
+
 def fill(target: Any, value: Any) -> None:
     """Makes saved proxies their values, in place."""
     match target:
+        case Container():
+            target._fill(value)
         case Proxy() if isinstance(value, tuple | list | dict):
             raise error(
                 Reason.VALUE_NOT_AVAILABLE,
@@ -266,9 +286,20 @@ def _become(target: Proxy, tensor: torch.Tensor) -> None:
         ) from exception
 
 
-def _record(
-    func: Callable[..., Any], proxies: list[Proxy], args: tuple[Any, ...], kwargs: dict[str, Any]
+def record(
+    func: Callable[..., Any],
+    proxies: list[Proxy | Container],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
+    """Records what torch is asked to do with values of a session.
+
+    Args:
+        func: the function, as torch names it.
+        proxies: the values among its arguments, at least one.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
     location = user_location()
     origin = proxies[0]._origin
     recorder = origin.recorder
@@ -303,28 +334,32 @@ def _record(
         )
     args, kwargs = _on_the_models_device(name, *_with_target_first(name, args, kwargs))
     structure = infer(func, name, as_meta((args, kwargs)), location)
-    trace = recorder.last_trace
-    assert trace is not None
-    moment = _moment(name, args, proxies, trace.number, location)
-    node_id = trace.call(name, args, kwargs, location)
+    block = recorder.block
+    moment = _moment(name, args, proxies, block.number, location)
+    node_id = block.call(name, args, kwargs, location)
     word = last_word(name)
     suffix = "[...]" if word == "__getitem__" else f".{word}"
     description = origin.description + suffix
-    return wrap(structure, Origin(recorder, location, description, node_id, moment=moment))
+    made = Origin(recorder, location, description, node_id, moment=moment, scope=recorder.scope)
+    return wrap(structure, made)
 
 
 def _moment(
-    name: str, args: tuple[Any, ...], proxies: list[Proxy], trace_number: int, location: Location
+    name: str,
+    args: tuple[Any, ...],
+    proxies: list[Proxy | Container],
+    block_number: int,
+    location: Location,
 ) -> Moment:
     """Tells when an operation's result is there, and refuses a write that would come too late."""
-    moment = latest((proxy._origin for proxy in proxies), trace_number)
+    moment = latest((proxy._origin for proxy in proxies), block_number)
     written_by = 0
     if may_alias(name) and isinstance(args[0], Proxy):
         target = args[0]._origin.moment
-        written_by = target.written_by if target.trace_number == trace_number else 0
+        written_by = target.written_by if target.block_number == block_number else 0
     if is_in_place(name):
         check_in_time(moment, written_by, location)
-    return Moment(trace_number, moment.reached_at, moment.waits_for, written_by)
+    return Moment(block_number, moment.reached_at, moment.waits_for, written_by)
 
 
 def as_meta(value: Any) -> Any:
@@ -335,6 +370,8 @@ def as_meta(value: Any) -> Any:
 def _to_meta(leaf: Any) -> Any:
     if isinstance(leaf, Proxy):
         return Unknown() if leaf._meta is None else leaf._meta
+    if isinstance(leaf, Container):
+        return Unknown()
     return leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf
 
 
@@ -361,12 +398,12 @@ def _on_the_models_device(
 def _save(value: Any, origin: Origin) -> None:
     recorder = origin.recorder
     location = user_location()
-    if recorder.state != "recording" or recorder.last_trace is None:
+    if recorder.state != "recording":
         raise not_here(origin)
     if any(saved is value for saved in recorder.saved.values()):
         return
     name = assigned_name(location) or assigned_name(origin.location)
-    recorder.last_trace.save(value, name, location)
+    recorder.block.save(value, name, location)
 
 
 def _describe(proxy: Proxy) -> str:

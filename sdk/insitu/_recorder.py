@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
-from insitu._source import user_location
+from insitu._source import assigned_name, user_location
 from insitu_proto.v1 import intervention_pb2, session_pb2, trace_pb2
 from insitu_wire import torch_codec
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 
+    from insitu._origin import Container
     from insitu_proto.v1 import value_pb2
     from insitu_wire.errors import Location
 
     Reference = Callable[[object], int | None]
+
+_CallT = TypeVar("_CallT", intervention_pb2.Call, intervention_pb2.ModuleCall)
+
+Scope = tuple[int, ...]
+"""The loops, branches and conditions that are open, outermost first."""
 
 
 class SessionRecorder:
@@ -26,7 +34,9 @@ class SessionRecorder:
         saved: what the user marked to come back, by the id of its save node.
         state: "recording", then "running", then "done".
         num_traces: how many traces there are.
-        last_trace: the trace defined last. Operations on values go there, also after its block.
+        containers: lists and dicts that it builds.
+        trace: the trace whose block is open, if one is.
+        scope: where what is recorded now is defined, and so surely set.
     """
 
     def __init__(self, reference: Reference) -> None:
@@ -39,33 +49,88 @@ class SessionRecorder:
         self.saved: dict[int, object] = {}
         self.state = "recording"
         self.num_traces = 0
-        self.last_trace: TraceRecorder | None = None
+        self.trace: BlockRecorder | None = None
+        self.containers: list[Container] = []
+        self.scope: Scope = ()
         self._reference = reference
+        self._steps: MutableSequence[session_pb2.Step] = self.session.steps
+        self._compute: BlockRecorder | None = None
         self._location_indices: dict[tuple[str, int], int] = {}
         self._last_id = 0
+        self._scope_numbers = itertools.count(1)
+        self._block_numbers = itertools.count(1)
 
-    def add_trace(self, model: str, rows: Sequence[Sequence[int]]) -> TraceRecorder:
-        """Starts a trace over rows of token ids."""
-        trace = self._add_step().trace
-        trace.model = model
-        trace.mode = trace_pb2.TRACE_MODE_FORWARD
-        trace.invokes.add(rows=[trace_pb2.TokenRow(token_ids=row) for row in rows])
+    @property
+    def block(self) -> BlockRecorder:
+        """Where operations go: the open trace, or else a computation between traces."""
+        if self.trace is not None:
+            return self.trace
+        if self._compute is None:
+            nodes = self.add_step().compute.nodes
+            self._compute = BlockRecorder(self, nodes, next(self._block_numbers))
+        return self._compute
+
+    def open_trace(self, model: str) -> BlockRecorder:
+        """Starts a trace."""
+        step = self.add_step().trace
+        step.model = model
+        step.mode = trace_pb2.TRACE_MODE_FORWARD
         self.num_traces += 1
-        self.last_trace = TraceRecorder(self, trace, rows)
-        return self.last_trace
+        self.trace = BlockRecorder(self, step.nodes, next(self._block_numbers), step)
+        return self.trace
+
+    def close_trace(self) -> None:
+        """Ends the open trace."""
+        self.trace = None
+
+    def exit(self, loop_item_node_id: int = 0) -> None:
+        """Ends the session here, or leaves a loop."""
+        if not loop_item_node_id:
+            self.save_containers()
+        self.add_step().exit.loop_item_node_id = loop_item_node_id
+
+    def save_containers(self) -> None:
+        """Has lists and dicts come back as they are here."""
+        for container in self.containers:
+            if container._is_saved:
+                origin = container._origin
+                name = assigned_name(origin.location)
+                self.block.save(container, name, origin.location)
+
+    def add_step(self) -> session_pb2.Step:
+        """Adds a step after those defined so far."""
+        self._compute = None
+        step = self._steps.add()  # type: ignore[attr-defined]
+        step.location = self.location_index(user_location())
+        return step  # type: ignore[no-any-return]
 
     def add_log(self, values: Sequence[object]) -> None:
-        """Adds a message."""
-        step = self._add_step()
+        """Adds a message between traces."""
+        location = user_location()
+        encoded = [self.encode(value, location) for value in values]
+        step = self.add_step()
         step.log.SetInParent()
-        step.log.values.extend(self.encode(value, user_location()) for value in values)
+        step.log.values.extend(encoded)
 
-    def add_exit(self) -> None:
-        """Adds the end of the session."""
-        self._add_step().exit.SetInParent()
+    @contextmanager
+    def inside(self, steps: MutableSequence[session_pb2.Step]) -> Iterator[None]:
+        """Records into the steps of a loop or branch for a while."""
+        outer, self._steps, self._compute = self._steps, steps, None
+        try:
+            with self.scoped():
+                yield
+        finally:
+            self._steps, self._compute = outer, None
 
-    def _add_step(self) -> session_pb2.Step:
-        return self.session.steps.add(location=self.location_index(user_location()))
+    @contextmanager
+    def scoped(self) -> Iterator[None]:
+        """Records what may not run, or run more than once, for a while."""
+        outer = self.scope
+        self.scope = (*outer, next(self._scope_numbers))
+        try:
+            yield
+        finally:
+            self.scope = outer
 
     def next_id(self) -> int:
         """Gives the next node's id."""
@@ -91,27 +156,69 @@ class SessionRecorder:
             raise
 
 
-class TraceRecorder:
-    """Records the nodes of one trace.
+class BlockRecorder:
+    """Records the nodes of one trace, or of a computation between traces.
 
     Attributes:
-        num_rows: rows of the batch.
-        length: tokens in the longest row.
-        number: number of the trace in the session, from 1.
+        number: number of the block in the session, from 1.
+        trace: the trace; None for a computation.
+        invoke: number of the invoke that is open, from 1; 0 for none.
+        num_rows: rows of the batch, or of the open invoke; 0 where that is not known.
+        length: tokens in the longest of these rows; 0 where that is not known.
+        conditions: values under which nodes that are added now run.
     """
 
     def __init__(
-        self, recorder: SessionRecorder, trace: trace_pb2.Trace, rows: Sequence[Sequence[int]]
+        self,
+        recorder: SessionRecorder,
+        nodes: MutableSequence[intervention_pb2.Node],
+        number: int,
+        trace: trace_pb2.Trace | None = None,
     ) -> None:
         self.session_recorder = recorder
-        self.num_rows = len(rows)
-        self.length = max(map(len, rows))
-        self.number = recorder.num_traces
-        self._trace = trace
+        self.number = number
+        self.trace = trace
+        self.invoke = 0
+        self.num_rows = 0
+        self.length = 0
+        self.conditions: list[object] = []
+        self._nodes = nodes
+        self._condition = 0
+
+    def add_invoke(self, rows: Sequence[Sequence[int]]) -> int:
+        """Adds rows of token ids to a trace's batch and gives the invoke's number."""
+        assert self.trace is not None
+        self.trace.invokes.add(rows=[trace_pb2.TokenRow(token_ids=row) for row in rows])
+        return len(self.trace.invokes)
+
+    def add_computed_invoke(self, token_ids: object, location: Location) -> int:
+        """Adds token ids that an earlier step computes and gives the invoke's number."""
+        assert self.trace is not None
+        encoded = self.session_recorder.encode(token_ids, location)
+        self.trace.invokes.add(token_ids=encoded)
+        return len(self.trace.invokes)
+
+    @contextmanager
+    def under(self, condition: object, location: Location, *, negated: bool) -> Iterator[None]:
+        """Records nodes that run only if a condition holds, for a while."""
+        assert self.trace is not None
+        encoded = self.session_recorder.encode(condition, location)
+        outer = self._condition
+        self.trace.conditions.add(value=encoded, is_negated=negated, parent=outer)
+        self._condition = len(self.trace.conditions)
+        self.conditions.append(condition)
+        try:
+            with self.session_recorder.scoped():
+                yield
+        finally:
+            self._condition = outer
+            self.conditions.pop()
 
     def read(self, point: intervention_pb2.HookPoint, location: Location) -> int:
         """Adds a read and gives its node id."""
         node = self._add_node(location)
+        # Reading changes nothing: so it need not wait for a condition.
+        node.condition = 0
         node.read.hook_point.CopyFrom(point)
         return node.id
 
@@ -123,29 +230,20 @@ class TraceRecorder:
         node.write.value.CopyFrom(encoded)
 
     def call(
-        self,
-        name: str,
-        args: Sequence[object],
-        kwargs: Mapping[str, object],
-        location: Location,
+        self, name: str, args: Sequence[object], kwargs: Mapping[str, object], location: Location
     ) -> int:
         """Adds an operation and gives its node id."""
-        call = intervention_pb2.Call(name=name)
-        self._add_arguments(call, args, kwargs, location)
+        call = self._arguments(intervention_pb2.Call(name=name), args, kwargs, location)
         node = self._add_node(location)
         node.call.CopyFrom(call)
         return node.id
 
     def module_call(
-        self,
-        module_path: str,
-        args: Sequence[object],
-        kwargs: Mapping[str, object],
-        location: Location,
+        self, path: str, args: Sequence[object], kwargs: Mapping[str, object], location: Location
     ) -> int:
         """Adds the application of a module to values and gives its node id."""
-        call = intervention_pb2.ModuleCall(module_path=module_path)
-        self._add_arguments(call, args, kwargs, location)
+        empty = intervention_pb2.ModuleCall(module_path=path)
+        call = self._arguments(empty, args, kwargs, location)
         node = self._add_node(location)
         node.module_call.CopyFrom(call)
         return node.id
@@ -158,27 +256,43 @@ class TraceRecorder:
         node.save.name = name
         self.session_recorder.saved[node.id] = value
 
-    def log(self, values: Sequence[object]) -> None:
+    def log(self, values: Sequence[object], location: Location) -> None:
         """Adds a message that is sent when its values exist."""
-        location = user_location()
         encoded = [self.session_recorder.encode(value, location) for value in values]
         node = self._add_node(location)
         node.log.values.extend(encoded)
 
-    def _add_arguments(
-        self,
-        call: intervention_pb2.Call | intervention_pb2.ModuleCall,
-        args: Sequence[object],
-        kwargs: Mapping[str, object],
-        location: Location,
-    ) -> None:
+    def assign(self, variable: int, value: object, location: Location) -> None:
+        """Gives a variable another value."""
+        encoded = self.session_recorder.encode(value, location)
+        node = self._add_node(location)
+        node.assign.node_id = variable
+        node.assign.value.CopyFrom(encoded)
+
+    def skip(self, path: str, value: object, location: Location) -> None:
+        """Has a module not run, and gives what it is to return."""
+        encoded = self.session_recorder.encode(value, location)
+        node = self._add_node(location)
+        node.skip.module_path = path
+        node.skip.value.CopyFrom(encoded)
+
+    def stop(self, location: Location) -> None:
+        """Ends the forward pass when all that was recorded before has run."""
+        self._add_node(location).stop.SetInParent()
+
+    def _arguments(
+        self, call: _CallT, args: Sequence[object], kwargs: Mapping[str, object], location: Location
+    ) -> _CallT:
         encode = self.session_recorder.encode
         call.args.extend(encode(arg, location) for arg in args)
         for key, value in kwargs.items():
             call.kwargs[key].CopyFrom(encode(value, location))
+        return call
 
     def _add_node(self, location: Location) -> intervention_pb2.Node:
         recorder = self.session_recorder
-        return self._trace.nodes.add(
-            id=recorder.next_id(), location=recorder.location_index(location)
+        return self._nodes.add(  # type: ignore[attr-defined,no-any-return]
+            id=recorder.next_id(),
+            location=recorder.location_index(location),
+            condition=self._condition,
         )

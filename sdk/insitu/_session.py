@@ -1,21 +1,26 @@
-"""Sessions and traces: the `with` blocks in which the user's code is recorded."""
+"""Sessions: the `with` blocks in which the user's code is recorded."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Self
 
+from insitu._control import Branch, Loop
+from insitu._factories import FactoryMode
+from insitu._lint import warn_of_unused
 from insitu._proxy import fill, reference
 from insitu._recorder import SessionRecorder
 from insitu._source import user_location
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from contextvars import Token
     from types import TracebackType
 
     from insitu._model import LanguageModel
-    from insitu._recorder import TraceRecorder
+    from insitu._trace import Tracer
     from insitu.backends import Backend
 
 _ACTIVE: ContextVar[Session | None] = ContextVar("insitu_session", default=None)
@@ -26,6 +31,16 @@ def active_session() -> Session | None:
     return _ACTIVE.get()
 
 
+@contextmanager
+def detached() -> Iterator[None]:
+    """Hides the session whose block is open here, for a while."""
+    token = _ACTIVE.set(None)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
 class Session:
     """One request: traces that run strictly in order, where the model is.
 
@@ -33,25 +48,66 @@ class Session:
     there after the block.
     """
 
-    def __init__(self, model: LanguageModel, backend: Backend) -> None:
+    def __init__(self, model: LanguageModel, backend: Backend, *, runs: bool = True) -> None:
+        """Makes a session.
+
+        Args:
+            model: the model that opened it.
+            backend: where it runs.
+            runs: whether it runs at the end of its block; else it is only recorded.
+        """
         self.model = model
         self.backend = backend
+        self._runs = runs
         self._recorder = SessionRecorder(reference)
         self._tracer: Tracer | None = None
         self._token: Token[Session | None] | None = None
+        self._open = ExitStack()
 
     def log(self, *values: object) -> None:
-        """Prints values when the session comes to this place; they arrive as its LOG events."""
-        self._recorder.add_log(values)
+        """Prints values when the session comes to this place; they arrive as its LOG events.
+
+        A large tensor is printed as its shape and statistics.
+        """
+        if self._recorder.trace is not None:
+            self._recorder.trace.log(values, user_location())
+        else:
+            self._recorder.add_log(values)
 
     def exit(self) -> None:
         """Ends the session here, as completed: later steps do not run."""
-        self._recorder.add_exit()
+        self._recorder.exit()
 
-    @property
-    def current_trace(self) -> TraceRecorder | None:
-        """The trace whose block is open, if one is."""
-        return self._tracer._recorder if self._tracer is not None else None
+    def cond(self, condition: object) -> Branch:
+        """Records what runs only if a condition holds, known when the session runs.
+
+        Between traces whole traces may be inside; in a trace, what is done to its values.
+
+            with session.cond(loss > 1) as branch:
+                ...
+            with branch.else_():
+                ...
+
+        Args:
+            condition: a value of the session of one element, or anything that is true or false.
+        """
+        return Branch(self._recorder, condition, user_location())
+
+    def iter(self, items: object, *, return_context: bool = False) -> Loop:
+        """Records what runs once for each item of a list, range, tensor or value of the session.
+
+            with session.iter([0.5, 1.0, 2.0]) as scale:
+                with model.trace(prompt):
+                    ...
+
+        Numbers are tensors without dimensions inside. A value saved inside comes back as the last
+        item left it; collect others with `insitu.list()`.
+
+        Args:
+            items: what to run over; known or not while recording.
+            return_context: whether the block gets (item, loop), to call loop.exit(); else the item.
+        """
+        return Loop(self._recorder, items, user_location(), return_context=return_context)
 
     def __enter__(self) -> Self:
         if active_session() is not None:
@@ -67,6 +123,7 @@ class Session:
                 location=user_location(),
             )
         self._token = _ACTIVE.set(self)
+        self._open.enter_context(FactoryMode(self._recorder))
         return self
 
     def __exit__(
@@ -75,14 +132,16 @@ class Session:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._open.close()
         if self._token is not None:
             _ACTIVE.reset(self._token)
-        if exc_type is None:
+        if exc_type is None and self._runs:
             self._run()
         self._recorder.state = "done"
 
     def _run(self) -> None:
         recorder = self._recorder
+        recorder.save_containers()
         if not recorder.session.steps:
             raise error(
                 Reason.MALFORMED_SESSION,
@@ -90,62 +149,10 @@ class Session:
                 "into it",
                 location=user_location(),
             )
+        warn_of_unused(recorder.session)
         recorder.state = "running"
         try:
             for node_id, value in self.backend.run(recorder.session):
                 fill(recorder.saved[node_id], value)
         finally:
             recorder.state = "done"
-
-
-class Tracer:
-    """One run of the model over an input, with interventions.
-
-    Opened by itself it is a session of one trace.
-    """
-
-    def __init__(self, session: Session, rows: list[list[int]], *, owns_session: bool) -> None:
-        self._session = session
-        self._rows = rows
-        self._owns_session = owns_session
-        self._recorder: TraceRecorder | None = None
-
-    def log(self, *values: object) -> None:
-        """Prints values when they are there; they arrive as the session's LOG events."""
-        if self._recorder is None:
-            raise error(
-                Reason.MALFORMED_SESSION,
-                "this trace is not open; log inside its `with` block",
-                location=user_location(),
-            )
-        self._recorder.log(values)
-
-    def __enter__(self) -> Self:
-        if self._owns_session:
-            self._session.__enter__()
-        if self._session._tracer is not None:
-            raise error(
-                Reason.MALFORMED_SESSION,
-                "a trace can not be opened inside another; put it after the other's block, in one "
-                "session",
-                location=user_location(),
-            )
-        try:
-            self._recorder = self._session._recorder.add_trace(self._session.model.name, self._rows)
-        except BaseException as exception:
-            if self._owns_session:
-                self._session.__exit__(type(exception), exception, None)
-            raise
-        self._session._tracer = self
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._session._tracer = None
-        self._recorder = None
-        if self._owns_session:
-            self._session.__exit__(exc_type, exc, traceback)

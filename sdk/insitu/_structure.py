@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from insitu_proto.v1 import model_pb2
     from insitu_wire.errors import Location
@@ -18,7 +18,19 @@ if TYPE_CHECKING:
 class ModuleTree:
     """The modules of a model by path, and who is whose child."""
 
-    def __init__(self, description: model_pb2.ModelDescription) -> None:
+    def __init__(
+        self, description: model_pb2.ModelDescription, rename: Mapping[str, str] | None = None
+    ) -> None:
+        """Makes the tree.
+
+        Args:
+            description: the model's.
+            rename: further names: of a module, by its full path, at the root; or of every module
+                that has a name, beside it.
+
+        Raises:
+            ConfigurationError: INVALID_CONFIGURATION for a name that a module has already.
+        """
         self._modules = {module.path: module for module in description.modules}
         self._children: dict[str, list[str]] = defaultdict(list)
         for path in self._modules:
@@ -26,6 +38,9 @@ class ModuleTree:
                 parent, _, name = path.rpartition(".")
                 self._children[parent].append(name)
         self._model = description.name
+        self._aliases: dict[str, dict[str, str]] = defaultdict(dict)
+        for old, new in (rename or {}).items():
+            self._add_alias(old, new)
         self._places = _places(description.modules)
 
     def __contains__(self, path: str) -> bool:
@@ -33,6 +48,38 @@ class ModuleTree:
 
     def __getitem__(self, path: str) -> model_pb2.Module:
         return self._modules[path]
+
+    @property
+    def modules(self) -> Collection[model_pb2.Module]:
+        """All modules, parents before children."""
+        return self._modules.values()
+
+    def find(self, parent: str, path: str) -> str | None:
+        """Gives the full path of a module below another, by its own or further names."""
+        full = f"{parent}.{path}" if parent else path
+        if full in self._modules:
+            return full
+        found: str | None = parent
+        for name in path.split("."):
+            below = f"{found}.{name}" if found else name
+            found = below if below in self._modules else self._aliases[found or ""].get(name)
+            if found is None:
+                return None
+        return found
+
+    def _add_alias(self, old: str, new: str) -> None:
+        paths = [old] if "." in old else [p for p in self._modules if p.rpartition(".")[2] == old]
+        for path in paths:
+            parent = "" if "." in old else path.rpartition(".")[0]
+            if new in self._children[parent] or not new.isidentifier():
+                raise error(
+                    Reason.INVALID_CONFIGURATION,
+                    f"rename={{{old!r}: {new!r}}}: {parent or 'the model'} has a module {new!r} "
+                    "already, or that is no name; choose another",
+                    modulePath=path,
+                )
+            if path in self._modules:
+                self._aliases[parent][new] = path
 
     def children(self, path: str) -> list[str]:
         """Gives the names of a module's children, in order."""

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from insitu_wire.errors import Location
 
 Prompt = (
-    str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | Mapping[str, Any]
+    str
+    | Sequence[str]
+    | Sequence[int]
+    | Sequence[Sequence[int]]
+    | Sequence[Mapping[str, str]]
+    | torch.Tensor
+    | Mapping[str, Any]
 )
 
 
@@ -36,7 +42,8 @@ def token_rows(
     if not rows or not all(rows) or not all(_is_id(token) for row in rows for token in row):
         raise error(
             Reason.MALFORMED_SESSION,
-            f"a prompt is text, token ids, or a list of either, and not empty; not {prompt!r:.80}",
+            "a prompt is text, token ids, chat messages ({'role': ..., 'content': ...}), or a list "
+            f"of these, and not empty; not {prompt!r:.80}",
             location=location,
         )
     return rows
@@ -50,11 +57,20 @@ def _rows(prompt: Any, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> list
             return _without_padding(prompt["input_ids"], prompt.get("attention_mask"))
         case torch.Tensor():
             return _rows(prompt.tolist(), tokenizer)
+        case [{"role": _}, *_]:
+            return [_chat(prompt, tokenizer())]
         case [int(), *_]:
             return [list(prompt)]
         case [_, *_]:
             return [row for item in prompt for row in _rows(item, tokenizer)]
     return [[]]
+
+
+def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Gives a conversation's tokens, up to where the assistant is to speak."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def _without_padding(ids: Any, mask: Any) -> list[list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from datetime import timedelta
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from insitu_proto.v1 import shard_service_pb2
-from insitu_shard.engine import Finished, HandleStore, SegmentRun
+from insitu_shard.engine import Finished, HandleStore, SegmentRun, StepFollows
 from insitu_shard.engine.ranks import Ranks
 from insitu_wire.errors import Error
 
@@ -101,14 +100,14 @@ class Leader:
         """
         request = shard_service_pb2.RunSegmentRequest(session_id=session_id, segment=segment)
         self._channel.send(_Command.BEGIN_SEGMENT, request.SerializeToString())
-        run = SegmentRun(self.model, segment, self.handles.values(session_id))
-        for index in range(run.num_steps):
-            if is_cancelled():
+        run = _begin(self.model, request, self.handles)
+        for event in run.run():
+            if not isinstance(event, StepFollows):
+                yield event
+            elif is_cancelled():
                 return
-            if run.has_exited:
-                break
-            self._channel.send(_Command.RUN_STEP, struct.pack("<I", index))
-            yield from run.run_step(index)
+            else:
+                self._channel.send(_Command.RUN_STEP)
         yield Finished(run.has_exited)
 
     def release(self, session_id: str) -> int:
@@ -124,15 +123,16 @@ class Leader:
 def follow(model: LoadedModel, channel: CommandChannel) -> None:
     """Does on this rank what the leader does, until it says stop."""
     handles = HandleStore()
-    run: SegmentRun | None = None
+    run: Iterator[SegmentEvent | StepFollows] = iter(())
     while True:
         command, payload = channel.receive()
         match command:
             case _Command.BEGIN_SEGMENT:
                 request = shard_service_pb2.RunSegmentRequest.FromString(payload)
-                run = _begin(model, request, handles)
-            case _Command.RUN_STEP if run is not None:
-                _run_step(run, struct.unpack("<I", payload)[0])
+                run = _steps_of(model, request, handles)
+                _run_to_next_step(run)
+            case _Command.RUN_STEP:
+                _run_to_next_step(run)
             case _Command.RELEASE_SESSION:
                 handles.release(payload.decode())
             case _Command.STOP:
@@ -141,18 +141,22 @@ def follow(model: LoadedModel, channel: CommandChannel) -> None:
 
 def _begin(
     model: LoadedModel, request: shard_service_pb2.RunSegmentRequest, handles: HandleStore
-) -> SegmentRun | None:
-    try:
-        return SegmentRun(model, request.segment, handles.values(request.session_id))
-    except Error:
-        # The leader meets the same error, tells it, and sends no step.
-        return None
+) -> SegmentRun:
+    values = handles.values(request.session_id)
+    return SegmentRun({model.name: model}, request.segment, values)
 
 
-def _run_step(run: SegmentRun, index: int) -> None:
+def _steps_of(
+    model: LoadedModel, request: shard_service_pb2.RunSegmentRequest, handles: HandleStore
+) -> Iterator[SegmentEvent | StepFollows]:
     try:
-        for _ in run.run_step(index):
-            pass
+        yield from _begin(model, request, handles).run()
     except Error:
-        # The ranks agreed that the trace failed; the leader tells why.
+        # The leader meets the same error, or the ranks agreed on it; it tells and sends no step.
         return
+
+
+def _run_to_next_step(run: Iterator[SegmentEvent | StepFollows]) -> None:
+    for event in run:
+        if isinstance(event, StepFollows):
+            return

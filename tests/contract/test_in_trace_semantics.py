@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from insitu import Error, InvalidTraceError, LanguageModel, ValueNotAvailableError
-from insitu_shard.engine.graph import Call, HookPoint, Node, Read, Ref, Side, Trace
-from insitu_shard.engine.plan import plan_trace
+from insitu_shard.engine.graph import Call, HookPoint, Node, Read, Ref, Side
+from insitu_shard.engine.plan import plan_nodes
 from support.tiny_models import TinyModels
 
 IDS = [5, 9, 17, 23]
@@ -342,6 +342,6 @@ def test_a_saved_layer_output_can_be_copied_and_pickled(model: LanguageModel) ->
 def test_many_writes_to_one_value_are_planned_in_linear_time() -> None:
     nodes = [Node(1, Read(HookPoint("m", Side.OUTPUT)))]
     nodes += [Node(i, Call("torch.Tensor.add_", (Ref(1), 1), {})) for i in range(2, 2000)]
-    plan = plan_trace(Trace(((1,),), tuple(nodes)), used_later=())
+    plan = plan_nodes(nodes, used_later=())
     assert max(map(len, plan.predecessors.values())) <= 3
     assert max(map(len, plan.readers_before.values())) <= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sqlite3
 import sys
@@ -96,7 +97,9 @@ def test_the_script_of_the_readme_prints_and_logs_what_it_says(
         done.stderr,
         re.MULTILINE,
     )
-    first = [kind for id_, kind, _ in lines if id_ == lines[0][0]]
+    kinds = [kind for id_, kind, _ in lines if id_ == lines[0][0]]
+    # A slow machine shows RUNNING once more, for the second trace.
+    first = [kind for kind, _ in itertools.groupby(kinds)]
     second = [(kind, text) for id_, kind, text in lines if id_ == lines[-1][0]]
     assert first == ["RECEIVED", "APPROVED", "QUEUED", "RUNNING", "COMPLETED"]
     assert [kind for kind, _ in second] == [

@@ -57,22 +57,26 @@ class HookPoint(_message.Message):
     MODULE_PATH_FIELD_NUMBER: _builtins.int
     SIDE_FIELD_NUMBER: _builtins.int
     CALL_INDEX_FIELD_NUMBER: _builtins.int
+    INVOKE_FIELD_NUMBER: _builtins.int
     module_path: _builtins.str
     """Module path as in named_modules(), such as "model.layers.5.mlp"; empty for the model itself."""
     side: Global___HookSide.ValueType
     """Side of the call."""
     call_index: _builtins.int
     """Which call of the module within the trace, from 0 (generation calls a module once a step)."""
+    invoke: _builtins.int
+    """Index into Trace.invokes, plus 1, of the invoke whose rows are meant, without the padding that other invokes cause; 0 for the whole batch."""
     def __init__(
         self,
         *,
         module_path: _builtins.str = ...,
         side: Global___HookSide.ValueType = ...,
         call_index: _builtins.int = ...,
+        invoke: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_index", b"call_index", "module_path", b"module_path", "side", b"side"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_index", b"call_index", "invoke", b"invoke", "module_path", b"module_path", "side", b"side"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -123,10 +127,16 @@ class Node(_message.Message):
     GRADIENT_FIELD_NUMBER: _builtins.int
     SAVE_FIELD_NUMBER: _builtins.int
     LOG_FIELD_NUMBER: _builtins.int
+    ASSIGN_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    SKIP_FIELD_NUMBER: _builtins.int
+    CONDITION_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Unique in the session, from 1, increasing in the order of definition."""
     location: _builtins.int
     """Index into Session.locations, plus 1; 0 where the line is not known."""
+    condition: _builtins.int
+    """Index into Trace.conditions, plus 1; 0 where the node runs in any case."""
     @_builtins.property
     def read(self) -> Global___Read:
         """Gives the value at a hook point."""
@@ -155,6 +165,18 @@ class Node(_message.Message):
     def log(self) -> Global___Log:
         """Sends a message to the user."""
 
+    @_builtins.property
+    def assign(self) -> Global___Assign:
+        """Gives a variable another value."""
+
+    @_builtins.property
+    def stop(self) -> Global___Stop:
+        """Ends the forward pass."""
+
+    @_builtins.property
+    def skip(self) -> Global___Skip:
+        """Gives a module's output without running it."""
+
     def __init__(
         self,
         *,
@@ -167,16 +189,97 @@ class Node(_message.Message):
         gradient: Global___Gradient | None = ...,
         save: Global___Save | None = ...,
         log: Global___Log | None = ...,
+        assign: Global___Assign | None = ...,
+        stop: Global___Stop | None = ...,
+        skip: Global___Skip | None = ...,
+        condition: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "gradient", b"gradient", "log", b"log", "module_call", b"module_call", "operation", b"operation", "read", b"read", "save", b"save", "write", b"write"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "call", b"call", "gradient", b"gradient", "log", b"log", "module_call", b"module_call", "operation", b"operation", "read", b"read", "save", b"save", "skip", b"skip", "stop", b"stop", "write", b"write"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "gradient", b"gradient", "id", b"id", "location", b"location", "log", b"log", "module_call", b"module_call", "operation", b"operation", "read", b"read", "save", b"save", "write", b"write"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "call", b"call", "condition", b"condition", "gradient", b"gradient", "id", b"id", "location", b"location", "log", b"log", "module_call", b"module_call", "operation", b"operation", "read", b"read", "save", b"save", "skip", b"skip", "stop", b"stop", "write", b"write"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["read", "write", "call", "module_call", "gradient", "save", "log"]  # noqa: Y015
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["read", "write", "call", "module_call", "gradient", "save", "log", "assign", "stop", "skip"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
 
 Global___Node: _TypeAlias = Node  # noqa: Y015
+
+@_typing.final
+class Assign(_message.Message):
+    """Gives the value that a node made another value: later uses of the node see that."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.int
+    """Id of the node: one that the operation insitu.variable made."""
+    @_builtins.property
+    def value(self) -> _value_pb2.Value:
+        """The value."""
+
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.int = ...,
+        value: _value_pb2.Value | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node_id", b"node_id", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Assign: _TypeAlias = Assign  # noqa: Y015
+
+@_typing.final
+class Stop(_message.Message):
+    """Ends the forward pass when all nodes defined before have run; those defined after do not run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stop: _TypeAlias = Stop  # noqa: Y015
+
+@_typing.final
+class Skip(_message.Message):
+    """Gives what a call of a module returns, in place of running the module."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODULE_PATH_FIELD_NUMBER: _builtins.int
+    CALL_INDEX_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    module_path: _builtins.str
+    """Module path as in named_modules()."""
+    call_index: _builtins.int
+    """Which call of the module within the trace, from 0."""
+    @_builtins.property
+    def value(self) -> _value_pb2.Value:
+        """What the call is to return; for a decoder layer, its hidden state."""
+
+    def __init__(
+        self,
+        *,
+        module_path: _builtins.str = ...,
+        call_index: _builtins.int = ...,
+        value: _value_pb2.Value | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_index", b"call_index", "module_path", b"module_path", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Skip: _TypeAlias = Skip  # noqa: Y015
 
 @_typing.final
 class Read(_message.Message):

@@ -63,6 +63,7 @@ class Step(_message.Message):
     EXIT_FIELD_NUMBER: _builtins.int
     LOOP_FIELD_NUMBER: _builtins.int
     BRANCH_FIELD_NUMBER: _builtins.int
+    COMPUTE_FIELD_NUMBER: _builtins.int
     location: _builtins.int
     """Index into Session.locations, plus 1; 0 where the line is not known."""
     @_builtins.property
@@ -85,6 +86,10 @@ class Step(_message.Message):
     def branch(self) -> Global___Branch:
         """Runs steps if a condition holds."""
 
+    @_builtins.property
+    def compute(self) -> Global___Compute:
+        """Computes on values, without a pass of a model."""
+
     def __init__(
         self,
         *,
@@ -94,29 +99,59 @@ class Step(_message.Message):
         exit: Global___Exit | None = ...,
         loop: Global___Loop | None = ...,
         branch: Global___Branch | None = ...,
+        compute: Global___Compute | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "exit", b"exit", "kind", b"kind", "log", b"log", "loop", b"loop", "trace", b"trace"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "compute", b"compute", "exit", b"exit", "kind", b"kind", "log", b"log", "loop", b"loop", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "exit", b"exit", "kind", b"kind", "location", b"location", "log", b"log", "loop", b"loop", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "compute", b"compute", "exit", b"exit", "kind", b"kind", "location", b"location", "log", b"log", "loop", b"loop", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["trace", "log", "exit", "loop", "branch"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["trace", "log", "exit", "loop", "branch", "compute"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___Step: _TypeAlias = Step  # noqa: Y015
 
 @_typing.final
-class Exit(_message.Message):
-    """Ends the session as completed."""
+class Compute(_message.Message):
+    """Computes on values of earlier steps, outside any forward pass."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    NODES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[_intervention_pb2.Node]:
+        """Operations in the order of definition. None may name a hook point."""
+
     def __init__(
         self,
+        *,
+        nodes: _abc.Iterable[_intervention_pb2.Node] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Compute: _TypeAlias = Compute  # noqa: Y015
+
+@_typing.final
+class Exit(_message.Message):
+    """Ends the session as completed, or a loop of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOOP_ITEM_NODE_ID_FIELD_NUMBER: _builtins.int
+    loop_item_node_id: _builtins.int
+    """Loop.item_node_id of the enclosing loop to leave; 0 ends the session."""
+    def __init__(
+        self,
+        *,
+        loop_item_node_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loop_item_node_id", b"loop_item_node_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -132,7 +167,7 @@ class Loop(_message.Message):
     ITEM_NODE_ID_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     item_node_id: _builtins.int
-    """Id under which steps refer to the current item."""
+    """Id under which steps refer to the current item; after the loop, the last one. Numbers become tensors without dimensions."""
     @_builtins.property
     def items(self) -> _value_pb2.Value:
         """The items: a list, tuple, tensor or reference."""

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from insitu_proto.v1 import intervention_pb2 as _intervention_pb2
+from insitu_proto.v1 import value_pb2 as _value_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -54,6 +55,7 @@ class Trace(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     INVOKES_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
+    CONDITIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model, as ListModels gives it."""
     mode: Global___TraceMode.ValueType
@@ -66,6 +68,10 @@ class Trace(_message.Message):
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[_intervention_pb2.Node]:
         """Operations in the order of definition. Inside a trace that order is not the order of execution: a node runs as soon as its values exist."""
 
+    @_builtins.property
+    def conditions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Condition]:
+        """Conditions that nodes name by their place in this list, plus 1."""
+
     def __init__(
         self,
         *,
@@ -73,14 +79,47 @@ class Trace(_message.Message):
         mode: Global___TraceMode.ValueType = ...,
         invokes: _abc.Iterable[Global___Invoke] | None = ...,
         nodes: _abc.Iterable[_intervention_pb2.Node] | None = ...,
+        conditions: _abc.Iterable[Global___Condition] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["invokes", b"invokes", "mode", b"mode", "model", b"model", "nodes", b"nodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "invokes", b"invokes", "mode", b"mode", "model", b"model", "nodes", b"nodes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Trace: _TypeAlias = Trace  # noqa: Y015
+
+@_typing.final
+class Condition(_message.Message):
+    """Says when nodes of a trace run. Where it does not hold they do not, and their values are not set; what uses a value that is not set is not set either."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: _builtins.int
+    IS_NEGATED_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    is_negated: _builtins.bool
+    """Whether the nodes run where the value is false."""
+    parent: _builtins.int
+    """Index into Trace.conditions, plus 1, of a condition that must hold too; 0 for none."""
+    @_builtins.property
+    def value(self) -> _value_pb2.Value:
+        """A value that is true or false; a tensor must have one element."""
+
+    def __init__(
+        self,
+        *,
+        value: _value_pb2.Value | None = ...,
+        is_negated: _builtins.bool = ...,
+        parent: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_negated", b"is_negated", "parent", b"parent", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Condition: _TypeAlias = Condition  # noqa: Y015
 
 @_typing.final
 class Invoke(_message.Message):
@@ -89,18 +128,24 @@ class Invoke(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ROWS_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenRow]:
-        """Rows of the batch, in order. At least one."""
+        """Rows of the batch, in order. At least one, unless token_ids is set."""
+
+    @_builtins.property
+    def token_ids(self) -> _value_pb2.Value:
+        """Refers to token ids that an earlier step computes: a list or tensor of ids, or of rows of ids."""
 
     def __init__(
         self,
         *,
         rows: _abc.Iterable[Global___TokenRow] | None = ...,
+        token_ids: _value_pb2.Value | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

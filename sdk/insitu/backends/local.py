@@ -46,16 +46,12 @@ class LocalBackend:
             steps=session.steps, locations=session.locations, first_trace_number=1
         )
         with self._running:
-            run = engine.SegmentRun(self._model, segment, values={})
-            for index in range(run.num_steps):
-                for event in run.run_step(index):
-                    match event:
-                        case engine.Logged(message=message):
-                            log_event(name, "LOG", message)
-                        case engine.Saved(node_id=node_id, value=value):
-                            yield node_id, value
-                if run.has_exited:
-                    return
+            for event in engine.SegmentRun({self._name: self._model}, segment, values={}).run():
+                match event:
+                    case engine.Logged(message=message):
+                        log_event(name, "LOG", message)
+                    case engine.Saved(node_id=node_id, value=value):
+                        yield node_id, value
 
     def close(self) -> None:
         """Frees the model's weights."""

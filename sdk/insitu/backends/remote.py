@@ -16,6 +16,7 @@ from insitu.backends._tokenizer import cached_tokenizer
 from insitu_proto.v1 import event_pb2, scheduler_service_pb2, scheduler_service_pb2_grpc
 from insitu_wire.errors import Error, Reason, UnavailableError, error, from_failure, from_rpc_error
 from insitu_wire.limits import API_KEY_METADATA, CHANNEL_OPTIONS, MAX_SESSION_BYTES
+from insitu_wire.steps import all_steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -190,7 +191,11 @@ def _check_size(session: session_pb2.Session) -> None:
 
 
 def _saves_something(session: session_pb2.Session) -> bool:
-    return any(node.HasField("save") for step in session.steps for node in step.trace.nodes)
+    return any(
+        node.HasField("save")
+        for step in all_steps(session.steps)
+        for node in (*step.trace.nodes, *step.compute.nodes)
+    )
 
 
 def _kind_name(event: event_pb2.Event) -> str:

@@ -4,7 +4,14 @@ The shard service drives it on every rank of a group; the SDK's local backend dr
 """
 
 from insitu_shard.engine.describe import describe
-from insitu_shard.engine.events import Finished, Logged, Saved, SegmentEvent, TraceStarted
+from insitu_shard.engine.events import (
+    Finished,
+    Logged,
+    Saved,
+    SegmentEvent,
+    StepFollows,
+    TraceStarted,
+)
 from insitu_shard.engine.handles import HandleStore
 from insitu_shard.engine.model import (
     LoadedModel,
@@ -23,6 +30,7 @@ __all__ = [
     "Saved",
     "SegmentEvent",
     "SegmentRun",
+    "StepFollows",
     "TraceStarted",
     "check_ranks",
     "describe",

@@ -7,7 +7,7 @@ an intervention its output is always the hidden state.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -18,6 +18,20 @@ if TYPE_CHECKING:
     from insitu_shard.engine.graph import HookPoint
 
 
+class BoundaryValue(Protocol):
+    """What the model holds at a boundary."""
+
+    @property
+    def raw(self) -> Any:
+        """What the model is to go on with."""
+
+    def read(self, point: HookPoint) -> object:
+        """Gives the value at a hook point."""
+
+    def write(self, point: HookPoint, value: object) -> None:
+        """Replaces the value at a hook point."""
+
+
 @dataclass(slots=True)
 class InputValue:
     """The arguments of a call."""
@@ -25,10 +39,24 @@ class InputValue:
     args: tuple[object, ...]
     kwargs: dict[str, object]
 
-    def read(self, side: Side) -> object:
+    @property
+    def raw(self) -> Any:
+        """The arguments as (positional, keyword)."""
+        return self.args, self.kwargs
+
+    def holding(self, raw: Any) -> InputValue:
+        """Gives the same for other arguments."""
+        return InputValue(*raw)
+
+    def read(self, point: HookPoint) -> object:
         """Gives the first argument, or all of them as (positional, keyword)."""
-        if side is Side.INPUTS:
+        if point.side is Side.INPUTS:
             return self.args, self.kwargs
+        return self.first
+
+    @property
+    def first(self) -> object:
+        """The first argument; None if there is none."""
         return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
 
     def write(self, point: HookPoint, value: object) -> None:
@@ -49,7 +77,16 @@ class OutputValue:
     result: object
     is_block: bool = field(default=False)
 
-    def read(self, side: Side) -> object:
+    @property
+    def raw(self) -> Any:
+        """The result as the module gave it."""
+        return self.result
+
+    def holding(self, raw: Any) -> OutputValue:
+        """Gives the same for another result."""
+        return OutputValue(raw, self.is_block)
+
+    def read(self, point: HookPoint) -> object:
         """Gives the result; for a decoder layer, its hidden state."""
         if self.is_block and isinstance(self.result, tuple):
             return self.result[0]
@@ -126,7 +163,7 @@ def _fitted_argument(old: object, new: object, point: HookPoint) -> object:
     return _fitted(old, new, point) if are_floats else _fitted(old.to(new.dtype), new, point)
 
 
-def check_token_ids(value: InputValue, vocab_size: int, point: str) -> None:
+def check_token_ids(arguments: tuple[Any, Any], vocab_size: int, point: str) -> None:
     """Refuses ids that the embedding has no row for.
 
     A rank that holds a part of the rows would give zeros for them and say nothing.
@@ -134,7 +171,7 @@ def check_token_ids(value: InputValue, vocab_size: int, point: str) -> None:
     Raises:
         Error: MALFORMED_SESSION.
     """
-    ids = value.read(Side.INPUT)
+    ids = InputValue(*arguments).first
     if not isinstance(ids, torch.Tensor) or not ids.numel():
         return
     if ids.is_floating_point() or ids.min() < 0 or ids.max() >= vocab_size:

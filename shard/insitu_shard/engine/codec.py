@@ -10,7 +10,7 @@ from insitu_wire import torch_codec
 from insitu_wire.errors import Location, Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import torch
 
@@ -27,10 +27,26 @@ class StepDecoder:
     """Decodes the steps of one session."""
 
     def __init__(
-        self, locations: Sequence[intervention_pb2.SourceLocation], *, device: torch.device
+        self,
+        locations: Sequence[intervention_pb2.SourceLocation],
+        *,
+        device: torch.device,
+        first_trace_number: int = 1,
     ) -> None:
+        """Makes the decoder.
+
+        Args:
+            locations: the session's.
+            device: where its tensors are put.
+            first_trace_number: number of the first trace that is decoded.
+        """
         self._locations = [Location(at.file, at.line, at.source) for at in locations]
         self._device = device
+        self._trace_number = first_trace_number - 1
+
+    def steps(self, steps: Iterable[session_pb2.Step]) -> tuple[graph.Step, ...]:
+        """Decodes steps, in order."""
+        return tuple(self.step(step) for step in steps)
 
     def step(self, step: session_pb2.Step) -> graph.Step:
         """Decodes a step.
@@ -41,21 +57,49 @@ class StepDecoder:
         location = self._location(step.location)
         match step.WhichOneof("kind"):
             case "trace":
-                return graph.Step(self._trace(step.trace), location)
+                self._trace_number += 1
+                return graph.Step(self._trace(step.trace), location, self._trace_number)
+            case "compute":
+                return graph.Step(graph.Compute(self._nodes(step.compute.nodes)), location)
+            case "loop":
+                return graph.Step(self._loop(step.loop), location)
+            case "branch":
+                return graph.Step(self._branch(step.branch), location)
             case "log":
                 return graph.Step(graph.Log(self._values(step.log.values)), location)
             case "exit":
-                return graph.Step(graph.Exit(), location)
+                return graph.Step(graph.Exit(step.exit.loop_item_node_id), location)
             case kind:
                 raise _unsupported(f"a step of kind {kind}", location)
 
     def _trace(self, trace: trace_pb2.Trace) -> graph.Trace:
-        rows = tuple(tuple(row.token_ids) for invoke in trace.invokes for row in invoke.rows)
-        return graph.Trace(rows, tuple(self._node(node) for node in trace.nodes))
+        return graph.Trace(
+            trace.model,
+            tuple(self._invoke(invoke) for invoke in trace.invokes),
+            self._nodes(trace.nodes),
+            tuple(
+                graph.Condition(self._value(at.value), at.is_negated, at.parent)
+                for at in trace.conditions
+            ),
+        )
+
+    def _invoke(self, invoke: trace_pb2.Invoke) -> graph.Invoke:
+        token_ids = self._value(invoke.token_ids) if invoke.HasField("token_ids") else None
+        return graph.Invoke(tuple(tuple(row.token_ids) for row in invoke.rows), token_ids)
+
+    def _loop(self, loop: session_pb2.Loop) -> graph.Loop:
+        return graph.Loop(self._value(loop.items), loop.item_node_id, self.steps(loop.steps))
+
+    def _branch(self, branch: session_pb2.Branch) -> graph.Branch:
+        condition = self._value(branch.condition)
+        return graph.Branch(condition, self.steps(branch.steps), self.steps(branch.else_steps))
+
+    def _nodes(self, nodes: Iterable[intervention_pb2.Node]) -> tuple[graph.Node, ...]:
+        return tuple(self._node(node) for node in nodes)
 
     def _node(self, node: intervention_pb2.Node) -> graph.Node:
         location = self._location(node.location)
-        return graph.Node(node.id, self._operation(node, location), location)
+        return graph.Node(node.id, self._operation(node, location), location, node.condition)
 
     def _operation(self, node: intervention_pb2.Node, location: Location | None) -> graph.Operation:
         match node.WhichOneof("operation"):
@@ -77,6 +121,13 @@ class StepDecoder:
                 return graph.Save(self._value(node.save.value), node.save.name)
             case "log":
                 return graph.Log(self._values(node.log.values))
+            case "assign":
+                return graph.Assign(node.assign.node_id, self._value(node.assign.value))
+            case "stop":
+                return graph.Stop()
+            case "skip":
+                skip = node.skip
+                return graph.Skip(skip.module_path, skip.call_index, self._value(skip.value))
             case kind:
                 raise _unsupported(f"an operation of kind {kind}", location)
 
@@ -96,7 +147,7 @@ class StepDecoder:
 
 
 def _hook_point(point: intervention_pb2.HookPoint) -> graph.HookPoint:
-    return graph.HookPoint(point.module_path, _SIDES[point.side], point.call_index)
+    return graph.HookPoint(point.module_path, _SIDES[point.side], point.call_index, point.invoke)
 
 
 def _unsupported(what: str, location: Location | None) -> Exception:

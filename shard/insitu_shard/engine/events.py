@@ -40,4 +40,9 @@ class Finished:
     """Whether session.exit was reached: nothing of the session may run after."""
 
 
+@dataclass(frozen=True, slots=True)
+class StepFollows:
+    """A step that computes comes next. The ranks of a group wait here for each other."""
+
+
 SegmentEvent = TraceStarted | Logged | Saved | Finished

@@ -4,51 +4,53 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.utils import _pytree as pytree
-
+from insitu_shard.engine.control import holds
 from insitu_shard.engine.failures import raised
 from insitu_shard.engine.graph import (
+    UNSET,
+    Assign,
     Call,
     Log,
     ModuleCall,
     Read,
     Save,
+    Skip,
+    Stop,
     Write,
     operands,
-    references,
     resolve,
 )
 from insitu_shard.engine.logs import format_values
-from insitu_shard.engine.memory import MemoryMap, copied_if_in, copied_together, storages
+from insitu_shard.engine.memory import MemoryMap, copied, copied_if_in, copied_together, storages
 from insitu_shard.engine.operations import function
 from insitu_wire.errors import Error
-from insitu_wire.operations import is_in_place
+from insitu_wire.operations import FACTORIES, is_in_place, writes_into_container
 from insitu_wire.torch_codec import encode_saved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from insitu_shard.engine.boundary_value import InputValue, OutputValue
-    from insitu_shard.engine.graph import Node, NodeId, Operation
+    from insitu_shard.engine.boundary_value import BoundaryValue
+    from insitu_shard.engine.graph import Node, NodeId
     from insitu_shard.engine.model import LoadedModel
-    from insitu_shard.engine.plan import TracePlan
+    from insitu_shard.engine.plan import Plan
 
 
 class Executor:
-    """Runs the nodes of one trace, in whatever order it is told.
+    """Runs the nodes of one block, in whatever order it is told.
 
     Attributes:
-        values: what nodes gave, until nothing of the trace uses it any more.
+        values: what nodes gave, until nothing of the block uses it any more.
+        assigned: what variables of this block and of earlier steps were given.
         saved: values of save nodes.
         logs: messages of log nodes.
-        done: nodes that ran.
+        skips: what skipped calls return, by module path and call index.
+        done: nodes that ran, or whose condition did not hold.
+        stopped_at: the stop node that ran, if one did.
         is_calling_module: whether a module runs on a node's behalf, so that hooks stay silent.
     """
 
-    def __init__(
-        self, plan: TracePlan, model: LoadedModel, earlier: Mapping[NodeId, object]
-    ) -> None:
+    def __init__(self, plan: Plan, model: LoadedModel, earlier: Mapping[NodeId, object]) -> None:
         self._plan = plan
         self._model = model
         self._earlier = earlier
@@ -56,13 +58,16 @@ class Executor:
         self._copies: dict[NodeId, dict[NodeId, object]] = {}
         self._memory = MemoryMap() if plan.writes_in_place else None
         self.values: dict[NodeId, object] = {}
+        self.assigned: dict[NodeId, object] = {}
         self.saved: dict[NodeId, object] = {}
         self.logs: dict[NodeId, str] = {}
+        self.skips: dict[tuple[str, int], object] = {}
         self.done: set[NodeId] = set()
+        self.stopped_at: NodeId | None = None
         self.is_calling_module = False
 
-    def run(self, node: Node, boundary_value: InputValue | OutputValue | None) -> None:
-        """Runs a node.
+    def run(self, node: Node, boundary_value: BoundaryValue | None) -> None:
+        """Runs a node, unless its condition does not hold or a value that it uses is not set.
 
         Args:
             node: the node.
@@ -72,7 +77,7 @@ class Executor:
             Error: what went wrong, with the node's location.
         """
         try:
-            value = self._apply(node, boundary_value)
+            value = self._apply(node, boundary_value) if self._is_to_run(node) else UNSET
         except Error as err:
             err.location = err.location or node.location
             raise
@@ -83,19 +88,32 @@ class Executor:
             self._keep(self.values, node.id, value)
         self._free_operands(node)
 
-    def _apply(self, node: Node, boundary_value: InputValue | OutputValue | None) -> object:
+    def _is_to_run(self, node: Node) -> bool:
+        used = self._plan.uses[node.id]
+        if any(self._value_of(node_id, node.id) is UNSET for node_id in used):
+            return False
+        number = node.condition
+        while number:
+            condition = self._plan.conditions[number - 1]
+            if holds(self._resolve(condition.value, node.id)) == condition.is_negated:
+                return False
+            number = condition.parent
+        return True
+
+    def _apply(self, node: Node, boundary_value: BoundaryValue | None) -> object:  # noqa: C901
         match node.operation:
             case Read(hook_point=point):
                 assert boundary_value is not None
-                return boundary_value.read(point.side)
+                return boundary_value.read(point)
             case Write(hook_point=point, value=value):
                 assert boundary_value is not None
                 boundary_value.write(point, self._resolve(value, node.id))
-                return None
             case Call(name=name, args=args, kwargs=kwargs):
                 if is_in_place(name):
                     self._before_write(node)
                 arguments, keywords = self._resolve((args, dict(kwargs)), node.id)
+                if name in FACTORIES:
+                    keywords.setdefault("device", self._model.device)
                 return function(name)(*arguments, **keywords)
             case ModuleCall(module_path=path, args=args, kwargs=kwargs):
                 return self._call_module(path, *self._resolve((args, dict(kwargs)), node.id))
@@ -104,10 +122,16 @@ class Executor:
                 # Refuses here, at the user's line, what could not be sent.
                 encode_saved(saved)
                 self._keep(self.saved, node.id, saved)
-                return None
             case Log(values=logged):
                 self.logs[node.id] = format_values(self._resolve(logged, node.id))
-                return None
+            case Assign(target=target, value=value):
+                self._copy_for_earlier_readers(node)
+                self.assigned[target] = self._resolve(value, node.id)
+            case Skip(module_path=path, call_index=index, value=value):
+                self.skips[path, index] = self._resolve(value, node.id)
+            case Stop():
+                self.stopped_at = node.id
+        return None
 
     def _call_module(self, path: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         layouts = self._model.layouts
@@ -128,42 +152,42 @@ class Executor:
 
     def _before_write(self, writer: Node) -> None:
         """Lets a write in place be seen by whom it concerns, and by nobody else."""
+        assert isinstance(writer.operation, Call)
         self._copy_for_earlier_readers(writer)
-        self._part_from_strangers(writer)
+        if not writes_into_container(writer.operation.name):
+            self._part_from_strangers(writer, writer.operation.args[0])
 
     def _copy_for_earlier_readers(self, writer: Node) -> None:
-        """Before a write in place: copies what waiting, earlier-defined readers are to see."""
+        """Before a write: keeps for waiting, earlier-defined readers what they are to see."""
+        is_assignment = isinstance(writer.operation, Assign)
         for reader_id in self._plan.readers_before.get(writer.id, ()):
             if reader_id in self.done:
                 continue
             copies = self._copies.setdefault(reader_id, {})
-            for used in references(list(operands(self._plan.nodes[reader_id].operation))):
-                source = self.values if used in self.values else self._earlier
-                if used in source and used not in copies:
-                    copies[used] = pytree.tree_map_only(torch.Tensor, torch.clone, source[used])
+            for used in self._plan.uses[reader_id]:
+                if used not in copies and (value := self._current(used)) is not UNSET:
+                    copies[used] = value if is_assignment else copied(value)
 
-    def _part_from_strangers(self, writer: Node) -> None:
+    def _part_from_strangers(self, writer: Node, target: object) -> None:
         """Copies values that happen to share the written memory, but are no views of it.
 
         What a layer gives is what the next one takes, and yet to the user these are two values.
         """
         assert self._memory is not None
-        operation = writer.operation
-        assert isinstance(operation, Call)
-        target = self._resolve(operation.args[0], writer.id)
         roots = self._plan.roots[writer.id]
+        sharing = self._memory.sharing(self._resolve(target, writer.id))
         for values in (self.values, self.saved):
             strangers = {
                 node_id: values[node_id]
-                for node_id in self._memory.sharing(target)
+                for node_id in sharing
                 if node_id in values and not self._plan.roots[node_id] & roots
             }
-            for node_id, copied in copied_together(strangers).items():
-                self._keep(values, node_id, copied)
+            for node_id, copy in copied_together(strangers).items():
+                self._keep(values, node_id, copy)
 
     def _free_operands(self, node: Node) -> None:
         self._copies.pop(node.id, None)
-        for used in set(references(list(operands(node.operation)))) & self._num_uses.keys():
+        for used in self._plan.uses[node.id] & self._num_uses.keys():
             self._num_uses[used] -= 1
             if not self._num_uses[used] and used not in self._plan.outliving:
                 self.values.pop(used, None)
@@ -174,11 +198,14 @@ class Executor:
 
     def _value_of(self, used: NodeId, reader: NodeId) -> object:
         copies = self._copies.get(reader, {})
-        if used in copies:
-            return copies[used]
-        return self.values[used] if used in self._plan.nodes else self._earlier[used]
+        return copies[used] if used in copies else self._current(used)
+
+    def _current(self, used: NodeId) -> object:
+        if used in self.assigned:
+            return self.assigned[used]
+        values = self.values if used in self._plan.nodes else self._earlier
+        return values.get(used, UNSET)
 
     def _describable_operands(self, node: Node) -> tuple[object, ...]:
-        operation: Operation = node.operation
-        resolved: tuple[object, ...] = self._resolve(operands(operation), node.id)
+        resolved: tuple[object, ...] = self._resolve(operands(node.operation), node.id)
         return resolved

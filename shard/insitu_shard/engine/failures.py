@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
     from insitu_shard.engine.graph import Node, NodeId
-    from insitu_shard.engine.plan import TracePlan
+    from insitu_shard.engine.plan import Plan
     from insitu_wire.errors import Error
 
 # How torch's messages speak of tensors that do not fit each other.
@@ -61,7 +61,7 @@ def model_raised(exception: Exception) -> Error:
     )
 
 
-def cyclic_write(node_id: NodeId, plan: TracePlan, done: AbstractSet[NodeId]) -> Error:
+def cyclic_write(node_id: NodeId, plan: Plan, done: AbstractSet[NodeId]) -> Error:
     """Describes a write whose value the pass makes only after the place to write to."""
     node = plan.nodes[node_id]
     source = _first_unreached(node_id, plan, done)
@@ -76,7 +76,7 @@ def cyclic_write(node_id: NodeId, plan: TracePlan, done: AbstractSet[NodeId]) ->
     )
 
 
-def _first_unreached(node_id: NodeId, plan: TracePlan, done: AbstractSet[NodeId]) -> Node | None:
+def _first_unreached(node_id: NodeId, plan: Plan, done: AbstractSet[NodeId]) -> Node | None:
     """Finds the hook point that a node waits for, through any number of other nodes."""
     waiting = [node_id]
     seen: set[NodeId] = set()
@@ -89,7 +89,7 @@ def _first_unreached(node_id: NodeId, plan: TracePlan, done: AbstractSet[NodeId]
     return None
 
 
-def not_reached(node_id: NodeId, plan: TracePlan) -> Error:
+def not_reached(node_id: NodeId, plan: Plan) -> Error:
     """Describes a hook point that the forward pass never came to."""
     node = plan.nodes[node_id]
     return error(

@@ -29,6 +29,8 @@ class HookPoint:
     module_path: str
     side: Side
     call_index: int = 0
+    invoke: int = 0
+    """Number of the invoke whose rows are meant, from 1; 0 for the whole batch."""
 
     @property
     def boundary(self) -> Boundary:
@@ -104,7 +106,38 @@ class Log:
     values: tuple[object, ...]
 
 
-Operation = Read | Write | Call | ModuleCall | Save | Log
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Gives a variable another value."""
+
+    target: NodeId
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Ends the forward pass when all nodes defined before have run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """Gives what a call of a module returns, in place of running the module."""
+
+    module_path: str
+    call_index: int
+    value: object
+
+
+Operation = Read | Write | Call | ModuleCall | Save | Log | Assign | Stop | Skip
+
+
+class Unset(Enum):
+    """Stands for the value of a node that did not run, or that used such a value."""
+
+    UNSET = "unset"
+
+
+UNSET = Unset.UNSET
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,45 +147,101 @@ class Node:
     id: NodeId
     operation: Operation
     location: Location | None = None
+    condition: int = 0
+    """Number of the trace's condition under which it runs, from 1; 0 for none."""
 
     @property
     def boundary(self) -> Boundary | None:
         """The moment of the forward pass that the node is tied to, if any."""
         if isinstance(self.operation, Read | Write):
             return self.operation.hook_point.boundary
+        if isinstance(self.operation, Skip):
+            return Boundary(self.operation.module_path, True, self.operation.call_index)
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """Says when nodes of a trace run."""
+
+    value: object
+    is_negated: bool
+    parent: int
+    """Number of a condition that must hold too, from 1; 0 for none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Invoke:
+    """One input of a trace, which owns rows of the batch."""
+
+    rows: tuple[tuple[int, ...], ...]
+    """Token ids of each row."""
+    token_ids: object = None
+    """A reference to token ids that an earlier step gives, in place of rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
     """One run of a model with interventions."""
 
-    rows: tuple[tuple[int, ...], ...]
-    """Token ids of each row of the batch."""
+    model: str
+    invokes: tuple[Invoke, ...]
     nodes: tuple[Node, ...]
     """In the order of definition."""
+    conditions: tuple[Condition, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Operations on values, outside any forward pass."""
+
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """Runs steps once an item."""
+
+    items: object
+    item_node_id: NodeId
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Runs one of two lists of steps."""
+
+    condition: object
+    steps: tuple[Step, ...]
+    else_steps: tuple[Step, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """Ends the session."""
+    """Ends the session, or the loop whose item has the id."""
+
+    loop: NodeId = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step of a segment."""
 
-    kind: Trace | Log | Exit
+    kind: Trace | Compute | Loop | Branch | Log | Exit
     location: Location | None = None
+    trace_number: int = 0
+    """Number of the trace in the session, from 1; 0 if it is none."""
 
 
 def operands(operation: Operation) -> tuple[object, ...]:
     """Gives the arguments of an operation, in which references may be nested."""
     match operation:
-        case Read():
+        case Read() | Stop():
             return ()
-        case Write(value=value) | Save(value=value):
+        case Write(value=value) | Save(value=value) | Skip(value=value):
             return (value,)
+        case Assign(target=target, value=value):
+            return (Ref(target), value)
         case Log(values=values):
             return values
         case Call(args=args, kwargs=kwargs) | ModuleCall(args=args, kwargs=kwargs):

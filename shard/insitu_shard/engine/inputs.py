@@ -2,12 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from insitu_wire.errors import Reason, error
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from insitu_shard.engine.graph import Invoke
+
+Rows = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InvokeRows:
+    """Where an invoke's rows are in the batch."""
+
+    first_row: int
+    num_rows: int
+    padding: int
+    """Positions before the invoke's longest row begins."""
+    length: int
+    """Tokens in the invoke's longest row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows of all invokes of a trace."""
+
+    rows: Rows
+    invokes: tuple[InvokeRows, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens in the longest row."""
+        return max(map(len, self.rows))
+
+    @staticmethod
+    def of(rows_of_invokes: Sequence[Rows]) -> Batch:
+        """Puts the rows of invokes below each other."""
+        longest = max(len(row) for rows in rows_of_invokes for row in rows)
+        invokes = []
+        first_row = 0
+        for rows in rows_of_invokes:
+            length = max(map(len, rows))
+            invokes.append(InvokeRows(first_row, len(rows), longest - length, length))
+            first_row += len(rows)
+        return Batch(tuple(row for rows in rows_of_invokes for row in rows), tuple(invokes))
 
 
 def model_inputs(
@@ -33,3 +77,43 @@ def model_inputs(
         "attention_mask": attention_mask,
         "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0),
     }
+
+
+def rows_of(invoke: Invoke, token_ids: object, vocab_size: int) -> Rows:
+    """Gives an invoke's rows.
+
+    Args:
+        invoke: the invoke.
+        token_ids: what its reference to token ids stands for, if it has one.
+        vocab_size: how many token ids there are.
+
+    Raises:
+        InvalidTraceError: MALFORMED_SESSION, if that is not token ids.
+    """
+    if invoke.token_ids is None:
+        return invoke.rows
+    rows = token_ids.tolist() if isinstance(token_ids, torch.Tensor) else token_ids
+    rows = [rows] if isinstance(rows, list | tuple) and not _are_rows(rows) else rows
+    if _are_rows(rows):
+        assert isinstance(rows, list | tuple)
+        plain = tuple(tuple(map(_as_id, row)) for row in rows)
+        if all(plain) and all(0 <= token < vocab_size for row in plain for token in row):
+            return plain
+    raise error(
+        Reason.MALFORMED_SESSION,
+        f"a trace runs over token ids from 0 to {vocab_size - 1}, or rows of them, and not over "
+        f"{token_ids!r:.80}",
+        vocabSize=vocab_size,
+    )
+
+
+def _are_rows(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(row, list | tuple | torch.Tensor) and getattr(row, "ndim", 1) for row in value
+    )
+
+
+def _as_id(token: object) -> int:
+    if isinstance(token, torch.Tensor):
+        token = token.item()
+    return token if isinstance(token, int) else -1

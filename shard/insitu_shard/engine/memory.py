@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -39,6 +39,11 @@ class MemoryMap:
     def sharing(self, value: object) -> list[NodeId]:
         """Gives the nodes whose values may share memory with a value."""
         return sorted({node_id for key in storages(value) for node_id in self._node_ids[key]})
+
+
+def copied(value: Any) -> Any:
+    """Copies the tensors of a value, and the containers around them."""
+    return pytree.tree_map_only(torch.Tensor, torch.clone, value)
 
 
 def copied_if_in(memory: AbstractSet[StorageKey], value: object) -> object:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
+from insitu_proto.v1 import model_pb2
 from insitu_shard.engine.describe import describe, measure_fake
 from insitu_shard.engine.layout import Layouts, find_layouts
 from insitu_shard.engine.measure import PROBE_SIZES, block_paths, measure
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from insitu_proto.v1 import model_pb2
 
 _TOKENIZER_FILE = re.compile(
     r"tokenizer.*\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
@@ -74,6 +74,21 @@ class LoadedModel:
     def storages(self) -> frozenset[StorageKey]:
         """The memory of its weights and buffers, which no session may write to."""
         return storages([*self.module.parameters(), *self.module.buffers()])
+
+    def structure(self, path: str, *, is_input: bool) -> model_pb2.StructureSpec:
+        """Gives what is known of the tensors at a module boundary of the whole model.
+
+        For inputs, a pair of the positional and the keyword arguments.
+        """
+        module = self._described_modules[path]
+        if not is_input:
+            return module.output
+        pair = model_pb2.StructureList(items=[module.args, module.kwargs])
+        return model_pb2.StructureSpec(tuple=pair)
+
+    @cached_property
+    def _described_modules(self) -> dict[str, model_pb2.Module]:
+        return {module.path: module for module in self.describe().modules}
 
     @cached_property
     def tokenizer_files(self) -> list[Path]:

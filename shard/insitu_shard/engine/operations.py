@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from insitu_shard.engine.memory import copied
 from insitu_wire.errors import Reason, error
-from insitu_wire.operations import OPERATIONS, nearest
+from insitu_wire.operations import OPERATIONS, VARIABLE, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,10 +36,28 @@ def function(name: str) -> Callable[..., Any]:
 @cache
 def _functions() -> dict[str, Callable[..., Any]]:
     namespace = SimpleNamespace(torch=torch, operator=operator)
-    functions = {name: operator.attrgetter(name)(namespace) for name in OPERATIONS}
+    functions = {
+        name: operator.attrgetter(name)(namespace)
+        for name in OPERATIONS
+        if not name.startswith("insitu.")
+    }
     return functions | {
         # What looked like a tensor while it was recorded may be a tuple: torch.unique gives either.
         "torch.Tensor.__getitem__": operator.getitem,
         # Stays a tensor, so that tensor methods on it go on working where the model runs.
         "torch.Tensor.item": lambda tensor: tensor.reshape(()).clone(),
+        VARIABLE: lambda value: value,
+        "insitu.list": lambda items: list(copied(items)),
+        "insitu.dict": lambda items: dict(copied(items)),
+        "insitu.append": lambda container, item: container.append(copied(item)),
+        "insitu.extend": lambda container, items: container.extend(copied(list(items))),
+        "insitu.set_item": lambda container, key, item: operator.setitem(
+            container, _key(key), copied(item)
+        ),
+        "insitu.len": lambda value: torch.tensor(len(value)),
     }
+
+
+def _key(key: object) -> object:
+    """Gives a number for a tensor of one element: the items of a loop over numbers are such."""
+    return key.item() if isinstance(key, torch.Tensor) else key

@@ -1,11 +1,10 @@
-"""Decides, before a trace runs, what each of its nodes waits for.
+"""Decides, before a block of nodes runs, what each of its nodes waits for.
 
 Inside a trace the order of definition is free: a node runs as soon as its values exist. Two things
-restore what that order means. A node that uses a tensor waits for the in-place writes to it that
-were defined before. And an in-place write that runs while an earlier-defined reader still waits
-leaves that reader a copy of what was there. What shares memory is known by its roots: values made
-from one root may be views of each other, and values without a common one never are (`execute.py`
-sees to that).
+restore what that order means. A node that uses a tensor waits for the writes to it that were
+defined before. And a write that runs while an earlier-defined reader still waits leaves that reader
+what was there. What shares memory is known by its roots: values made from one root may be views of
+each other, and values without a common one never are (`execute.py` sees to that).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from insitu_shard.engine.graph import (
+    Assign,
     Boundary,
     Call,
     Node,
@@ -22,59 +22,70 @@ from insitu_shard.engine.graph import (
     Read,
     Ref,
     Save,
+    Skip,
+    Stop,
     Write,
     operands,
     references,
 )
-from insitu_wire.operations import is_in_place, may_alias
+from insitu_wire.errors import Reason, error
+from insitu_wire.operations import VARIABLE, is_in_place, may_alias, writes_into_container
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from insitu_shard.engine.graph import Trace
+    from insitu_shard.engine.graph import Condition
 
-Root = NodeId | Boundary
-"""What owns memory: the node that made it, or the boundary that it was read at."""
+Root = NodeId | tuple[Boundary, int]
+"""What owns memory: the node that made it, or the boundary and invoke that it was read at; for the
+value of an earlier step, its id negated."""
 
-# Values of earlier traces may share memory with each other: they count as one.
-EARLIER: frozenset[Root] = frozenset({0})
+# Values of earlier steps may share memory with each other: they have a root in common.
+_ANY_EARLIER = 0
 
 
 @dataclass(frozen=True, slots=True)
-class TracePlan:
-    """What each node of a trace waits for and leads to."""
+class Plan:
+    """What each node of a block waits for and leads to."""
 
     nodes: Mapping[NodeId, Node]
     """All nodes, in the order of definition."""
+    conditions: Sequence[Condition]
+    """What nodes name by their `condition`."""
+    uses: Mapping[NodeId, frozenset[NodeId]]
+    """Nodes, of this block or earlier, whose values a node uses."""
     predecessors: Mapping[NodeId, frozenset[NodeId]]
-    """Nodes of this trace that must have run before."""
+    """Nodes of this block that must have run before."""
     successors: Mapping[NodeId, tuple[NodeId, ...]]
     """Nodes that wait for this one."""
     at_boundary: Mapping[Boundary, tuple[NodeId, ...]]
-    """Reads and writes that run at a boundary."""
+    """Reads, writes and skips that run at a boundary."""
     due_at_boundary: Mapping[Boundary, tuple[NodeId, ...]]
     """Nodes that write the model's value at a boundary, so that later they would come too late."""
     readers_before: Mapping[NodeId, tuple[NodeId, ...]]
-    """For an in-place write: earlier-defined readers of what it overwrites."""
+    """For a write to a value: earlier-defined readers of what it overwrites."""
     roots: Mapping[NodeId, frozenset[Root]]
     """What owns the memory of a node's value."""
     num_uses: Mapping[NodeId, int]
-    """How many nodes of this trace use a node's value."""
+    """How many nodes of this block use a node's value."""
     outliving: frozenset[NodeId]
-    """Nodes whose value is needed after the trace."""
+    """Nodes whose value is needed after the block."""
     writes_in_place: bool
-    """Whether any node writes into an existing tensor."""
+    """Whether any node writes into an existing value."""
 
 
-def plan_trace(trace: Trace, *, used_later: Iterable[NodeId]) -> TracePlan:
-    """Plans one trace.
+def plan_nodes(
+    nodes: Sequence[Node], conditions: Sequence[Condition] = (), *, used_later: Iterable[NodeId]
+) -> Plan:
+    """Plans one block: a trace, or a computation between traces.
 
     Args:
-        trace: the trace.
+        nodes: its nodes, in the order of definition.
+        conditions: what they name by their `condition`.
         used_later: ids that later steps of the session refer to.
     """
-    planner = _Planner({node.id: node for node in trace.nodes})
-    for node in trace.nodes:
+    planner = _Planner({node.id: node for node in nodes}, conditions)
+    for node in nodes:
         planner.add(node)
     return planner.finish(frozenset(used_later))
 
@@ -82,9 +93,11 @@ def plan_trace(trace: Trace, *, used_later: Iterable[NodeId]) -> TracePlan:
 @dataclass(slots=True)
 class _Planner:
     nodes: dict[NodeId, Node]
+    conditions: Sequence[Condition]
     roots: dict[NodeId, frozenset[Root]] = field(default_factory=dict)
     last_write: dict[Root, NodeId] = field(default_factory=dict)
     readers: dict[Root, list[NodeId]] = field(default_factory=lambda: defaultdict(list))
+    uses: dict[NodeId, frozenset[NodeId]] = field(default_factory=dict)
     predecessors: dict[NodeId, set[NodeId]] = field(default_factory=dict)
     readers_before: dict[NodeId, tuple[NodeId, ...]] = field(default_factory=dict)
     num_uses: dict[NodeId, int] = field(default_factory=lambda: defaultdict(int))
@@ -92,28 +105,47 @@ class _Planner:
 
     def add(self, node: Node) -> None:
         """Adds the next node in the order of definition."""
-        used = set(references(list(operands(node.operation))))
+        used = frozenset(references(list(operands(node.operation)))) | self._condition_uses(node)
+        self.uses[node.id] = used
         used_here = used & self.nodes.keys()
         for node_id in used_here:
             self.num_uses[node_id] += 1
-        used_roots = {root for node_id in used for root in self.roots.get(node_id, EARLIER)}
-        waits = self.predecessors[node.id] = used_here
+        used_roots = {root for node_id in used for root in self._roots(node_id)}
+        waits = self.predecessors[node.id] = set(used_here)
         waits.update(self.last_write[root] for root in used_roots if root in self.last_write)
+        if isinstance(node.operation, Stop):
+            waits.update(self.predecessors.keys() - {node.id})
         self.roots[node.id] = self._roots_of(node, used_roots)
-        if (target := _target(node)) is not None:
-            self._add_in_place(node, self.roots.get(target, EARLIER))
-        if isinstance(node.operation, Write):
-            self.due[node.operation.hook_point.boundary].append(node.id)
+        if overwritten := self._overwritten(node):
+            self._add_write(node, overwritten)
+        if isinstance(node.operation, Write | Skip) and node.boundary is not None:
+            self.due[node.boundary].append(node.id)
         for root in used_roots:
             self.readers[root].append(node.id)
+
+    def _condition_uses(self, node: Node) -> frozenset[NodeId]:
+        used: set[NodeId] = set()
+        number = node.condition
+        while number:
+            condition = self.conditions[number - 1]
+            used.update(references(condition.value))
+            number = condition.parent
+        return frozenset(used)
+
+    def _roots(self, node_id: NodeId) -> frozenset[Root]:
+        if node_id in self.roots:
+            return self.roots[node_id]
+        return frozenset({_ANY_EARLIER, -node_id})
 
     def _roots_of(self, node: Node, used_roots: set[Root]) -> frozenset[Root]:
         match node.operation:
             case Read(hook_point=point):
-                return frozenset({point.boundary})
+                return frozenset({(point.boundary, point.invoke)})
+            case Call(name=name) if name == VARIABLE:
+                return frozenset({node.id, *used_roots})
             # A view is of what it is called on, not of an index.
             case Call(name=name, args=(Ref(node_id=target), *_)) if may_alias(name):
-                return self.roots.get(target, EARLIER)
+                return self._roots(target)
             # Some operations take lists.
             case Call(name=name) if may_alias(name) and used_roots:
                 return frozenset(used_roots)
@@ -121,21 +153,53 @@ class _Planner:
                 return frozenset(used_roots)
         return frozenset({node.id})
 
-    def _add_in_place(self, node: Node, overwritten: frozenset[Root]) -> None:
-        readers = {reader for root in overwritten for reader in self.readers[root]}
+    def _overwritten(self, node: Node) -> frozenset[Root]:
+        """Gives what a node writes into, if it does."""
+        match node.operation:
+            case Assign(target=target, value=value):
+                own = self._own_root(target)
+                aliases = {root for used in references(value) for root in self._roots(used)}
+                self.roots[target] = self._roots(target) | aliases
+                return own
+            case Call(name=name, args=(Ref(node_id=target), *_)) if writes_into_container(name):
+                return self._own_root(target)
+            case Call(name=name, args=(Ref(node_id=target), *_)) if is_in_place(name):
+                return self._roots(target)
+        return frozenset()
+
+    def _own_root(self, node_id: NodeId) -> frozenset[Root]:
+        return frozenset({node_id if node_id in self.nodes else -node_id})
+
+    def _add_write(self, node: Node, overwritten: frozenset[Root]) -> None:
+        readers = {reader for root in overwritten for reader in self.readers[root]} - {node.id}
         # A view that is made later must show the write: so the write waits for it. Other readers
         # may run after the write, on a copy.
         views = {reader for reader in readers if self.roots[reader] & overwritten}
-        self.predecessors[node.id] |= views - {node.id}
+        self.predecessors[node.id] |= views
         self.readers_before[node.id] = tuple(sorted(readers - views))
         for root in overwritten:
             self.last_write[root] = node.id
             # Whoever writes next waits for this one.
             self.readers[root] = []
-            if isinstance(root, Boundary):
-                self.due[root].append(node.id)
+            if isinstance(root, tuple):
+                self._check_invokes(node, *root)
+                self.due[root[0]].append(node.id)
 
-    def finish(self, used_later: frozenset[NodeId]) -> TracePlan:
+    def _check_invokes(self, writer: Node, boundary: Boundary, invoke: int) -> None:
+        before = (node for node in self.nodes.values() if node.id < writer.id)
+        points = (getattr(node.operation, "hook_point", None) for node in before)
+        if not invoke and any(
+            point and point.boundary == boundary and point.invoke for point in points
+        ):
+            raise error(
+                Reason.UNSUPPORTED_FEATURE,
+                f"this writes to a part of {boundary.module_path} for the whole batch, after "
+                "invokes have read or written their rows of it; put it before the invokes, or "
+                "write the whole value, as in module.output = value",
+                location=writer.location,
+            )
+
+    def finish(self, used_later: frozenset[NodeId]) -> Plan:
         """Gives the plan of what was added."""
         successors: dict[NodeId, list[NodeId]] = defaultdict(list)
         at_boundary: dict[Boundary, list[NodeId]] = defaultdict(list)
@@ -144,8 +208,10 @@ class _Planner:
                 successors[predecessor].append(node.id)
             if node.boundary is not None:
                 at_boundary[node.boundary].append(node.id)
-        return TracePlan(
+        return Plan(
             nodes=self.nodes,
+            conditions=self.conditions,
+            uses=self.uses,
             predecessors={key: frozenset(value) for key, value in self.predecessors.items()},
             successors={key: tuple(value) for key, value in successors.items()},
             at_boundary={key: tuple(value) for key, value in at_boundary.items()},
@@ -156,11 +222,3 @@ class _Planner:
             outliving=used_later & self.nodes.keys(),
             writes_in_place=bool(self.readers_before),
         )
-
-
-def _target(node: Node) -> NodeId | None:
-    """Gives the node whose value an in-place operation writes into, if it is one."""
-    match node.operation:
-        case Call(name=name, args=(Ref(node_id=node_id), *_)) if is_in_place(name):
-            return node_id
-    return None

@@ -5,123 +5,211 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from insitu_shard.engine.codec import StepDecoder
-from insitu_shard.engine.events import Logged, Saved, SegmentEvent, TraceStarted
-from insitu_shard.engine.graph import Call, Exit, Log, Save, Trace, operands, references, resolve
-from insitu_shard.engine.inputs import model_inputs
+from insitu_shard.engine.control import holds, items_of
+from insitu_shard.engine.events import Logged, Saved, SegmentEvent, StepFollows, TraceStarted
+from insitu_shard.engine.graph import (
+    UNSET,
+    Branch,
+    Compute,
+    Exit,
+    Log,
+    Loop,
+    Node,
+    Save,
+    Trace,
+    references,
+    resolve,
+)
+from insitu_shard.engine.inputs import Batch, model_inputs, rows_of
 from insitu_shard.engine.interleaver import Interleaver
+from insitu_shard.engine.liveness import Liveness, has_in_place_call
 from insitu_shard.engine.logs import format_values
 from insitu_shard.engine.memory import compact, copied_together
-from insitu_shard.engine.plan import plan_trace
-from insitu_wire.errors import Reason, error
-from insitu_wire.operations import is_in_place
+from insitu_shard.engine.plan import plan_nodes
+from insitu_wire.errors import Error, Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
     from insitu_proto.v1 import shard_service_pb2
     from insitu_shard.engine.graph import NodeId, Step
     from insitu_shard.engine.model import LoadedModel
+    from insitu_shard.engine.plan import Plan
+
+
+class _Leave(Exception):  # noqa: N818 - no error: an exit was reached
+    def __init__(self, loop: NodeId) -> None:
+        super().__init__()
+        self.loop = loop
 
 
 class SegmentRun:
     """One run of a segment. Every rank of a group makes one and runs the same steps in turn.
 
     Attributes:
-        num_steps: how many steps there are.
-        has_exited: whether session.exit was reached; no later step may be run.
+        has_exited: whether session.exit was reached; nothing of the session may run after.
     """
 
     def __init__(
         self,
-        model: LoadedModel,
+        models: Mapping[str, LoadedModel],
         segment: shard_service_pb2.Segment,
         values: dict[NodeId, object],
     ) -> None:
         """Decodes and prepares the steps.
 
         Args:
-            model: the model to run them on.
+            models: the models that its traces run on, by name.
             segment: the steps.
-            values: the session's values that outlive a trace; read, added to, and freed at their
+            values: the session's values that outlive a step; read, added to, and freed at their
                 last use.
         """
-        decoder = StepDecoder(segment.locations, device=model.device)
-        self._model = model
+        self._models = models
+        # Computations between traces run where any of its models is.
+        self._any_model = next(iter(models.values()))
+        decoder = StepDecoder(
+            segment.locations,
+            device=self._any_model.device,
+            first_trace_number=segment.first_trace_number,
+        )
+        self._steps = decoder.steps(segment.steps)
         self._values = values
-        self._steps = [decoder.step(step) for step in segment.steps]
-        self._used_later = _used_later(self._steps)
-        self._writes_in_place = any(map(_has_in_place_call, self._steps))
-        self._trace_number = segment.first_trace_number - 1
-        self.num_steps = len(self._steps)
+        self._liveness = Liveness(self._steps)
+        self._writes_in_place = has_in_place_call(self._steps)
+        self._loops: list[NodeId] = []
+        self._held: dict[NodeId, Saved] = {}
         self.has_exited = False
 
-    def run_step(self, index: int) -> Iterator[SegmentEvent]:
-        """Runs one step and yields what it tells.
+    def run(self) -> Iterator[SegmentEvent | StepFollows]:
+        """Runs the steps and yields what they tell, with `StepFollows` before each that computes.
 
         Raises:
-            Error: the step failed; the events of what ran before it in the step are not lost.
+            Error: a step failed; the events of what ran before it in the step are not lost.
         """
-        step = self._steps[index]
-        match step.kind:
-            case Trace():
-                self._trace_number += 1
-                yield TraceStarted(self._trace_number)
-                yield from self._run_trace(step.kind, self._used_later[index])
-            case Log(values=logged):
-                yield Logged(format_values(resolve(logged, self._values.__getitem__)))
-            case Exit():
-                self.has_exited = True
-        for node_id in self._values.keys() - self._used_later[index]:
-            del self._values[node_id]
+        try:
+            yield from self._run_steps(self._steps)
+        except _Leave:
+            self.has_exited = True
+        yield from self._release_held()
 
-    def _run_trace(self, trace: Trace, used_later: frozenset[NodeId]) -> Iterator[SegmentEvent]:
-        plan = plan_trace(trace, used_later=used_later)
-        inputs = model_inputs(
-            trace.rows, pad_token_id=self._model.pad_token_id, device=self._model.device
-        )
-        interleaver = Interleaver(plan, self._model, self._values)
-        interleaver.run(inputs)
-        has_failed = self._model.ranks.any(interleaver.error is not None)
-        for node_id in sorted(interleaver.logs):
-            yield Logged(interleaver.logs[node_id])
+    def _run_steps(self, steps: Sequence[Step]) -> Iterator[SegmentEvent | StepFollows]:
+        for step in steps:
+            try:
+                yield from self._run_step(step)
+            except Error as err:
+                err.location = err.location or step.location
+                yield from self._release_held()
+                raise
+            self._free(self._liveness.used_after(step))
+
+    def _run_step(self, step: Step) -> Iterator[SegmentEvent | StepFollows]:
+        match step.kind:
+            case Trace() as trace:
+                yield StepFollows()
+                yield TraceStarted(step.trace_number)
+                yield from self._run_trace(trace, step)
+            case Compute(nodes=nodes):
+                yield StepFollows()
+                plan = plan_nodes(nodes, used_later=self._liveness.used_after(step))
+                interleaver = Interleaver(plan, self._any_model, self._values)
+                interleaver.run(None)
+                yield from self._finish(interleaver, plan, 0)
+            case Log(values=logged):
+                if isinstance(values := self._resolve(logged), tuple):
+                    yield Logged(format_values(values))
+            case Branch(condition=condition, steps=steps, else_steps=else_steps):
+                if (value := self._resolve(condition)) is not UNSET:
+                    yield from self._run_steps(steps if holds(value) else else_steps)
+            case Loop() as loop:
+                yield from self._run_loop(loop)
+            case Exit(loop=loop_id):
+                raise _Leave(loop_id)
+
+    def _run_loop(self, loop: Loop) -> Iterator[SegmentEvent | StepFollows]:
+        items = self._resolve(loop.items)
+        self._loops.append(loop.item_node_id)
+        try:
+            for item in () if items is UNSET else items_of(items):
+                # What an item's steps do not set is not what those of the item before set.
+                for node_id in self._liveness.defined_in(loop):
+                    self._values.pop(node_id, None)
+                self._values[loop.item_node_id] = item
+                yield from self._run_steps(loop.steps)
+        except _Leave as leave:
+            if leave.loop != loop.item_node_id:
+                raise
+        finally:
+            self._loops.pop()
+        if not self._loops:
+            yield from self._release_held()
+
+    def _run_trace(self, trace: Trace, step: Step) -> Iterator[SegmentEvent]:
+        model = self._models[trace.model]
+        try:
+            batch = self._batch(trace, model)
+        except Error as err:
+            err.trace_number = step.trace_number
+            raise
+        if batch is None:
+            return
+        plan = plan_nodes(trace.nodes, trace.conditions, used_later=self._liveness.used_after(step))
+        interleaver = Interleaver(plan, model, self._values)
+        inputs = model_inputs(batch.rows, pad_token_id=model.pad_token_id, device=model.device)
+        interleaver.run(inputs, batch)
+        yield from self._finish(interleaver, plan, step.trace_number)
+
+    def _batch(self, trace: Trace, model: LoadedModel) -> Batch | None:
+        """Gives the rows of a trace; None if what they are made of was not set."""
+        token_ids = [self._resolve(invoke.token_ids) for invoke in trace.invokes]
+        if UNSET in [ids for ids in token_ids if isinstance(ids, type(UNSET))]:
+            return None
+        pairs = zip(trace.invokes, token_ids, strict=True)
+        return Batch.of([rows_of(invoke, ids, model.vocab_size) for invoke, ids in pairs])
+
+    def _finish(
+        self, interleaver: Interleaver, plan: Plan, trace_number: int
+    ) -> Iterator[SegmentEvent]:
+        has_failed = self._any_model.ranks.any(interleaver.error is not None)
+        for message in interleaver.logs:
+            yield Logged(message)
         if has_failed:
             err = interleaver.error or error(
                 Reason.INTERVENTION_RAISED, "the trace failed on another rank of the shard group"
             )
-            err.trace_number = self._trace_number
+            err.trace_number = trace_number
             raise err
+        outliving = interleaver.outliving
         beside = list(self._values.values()) if self._writes_in_place else None
-        self._values.update(compact(interleaver.outliving, beside=beside))
+        self._values.update(compact(outliving, beside=beside))
         # What stays here may still be written to: the receiver gets memory of its own.
         saved = compact(interleaver.saved)
-        if interleaver.outliving:
+        if outliving:
             saved = copied_together(saved)
-        for node_id, value in sorted(saved.items()):
-            operation = plan.nodes[node_id].operation
+        yield from self._saved(saved, plan.nodes)
+
+    def _saved(
+        self, values: Mapping[NodeId, object], nodes: Mapping[NodeId, Node]
+    ) -> Iterator[Saved]:
+        for node_id, value in sorted(values.items()):
+            operation = nodes[node_id].operation
             name = operation.name if isinstance(operation, Save) else ""
-            yield Saved(node_id, name, value)
+            event = Saved(node_id, name, value)
+            if self._loops:
+                # A later item may save it again: the last one counts.
+                self._held[node_id] = event
+            else:
+                yield event
 
+    def _release_held(self) -> Iterator[Saved]:
+        yield from self._held.values()
+        self._held.clear()
 
-def _has_in_place_call(step: Step) -> bool:
-    nodes = step.kind.nodes if isinstance(step.kind, Trace) else ()
-    operations = (node.operation for node in nodes)
-    return any(isinstance(made, Call) and is_in_place(made.name) for made in operations)
+    def _resolve(self, value: object) -> object:
+        """Puts values in the place of references; UNSET if one is not set."""
+        if any(node_id not in self._values for node_id in references(value)):
+            return UNSET
+        return resolve(value, self._values.__getitem__)
 
-
-def _used_later(steps: list[Step]) -> list[frozenset[NodeId]]:
-    """Gives, for each step, the ids that steps after it refer to."""
-    later: list[frozenset[NodeId]] = []
-    used: frozenset[NodeId] = frozenset()
-    for step in reversed(steps):
-        later.append(used)
-        used |= frozenset(_used_by(step))
-    return later[::-1]
-
-
-def _used_by(step: Step) -> Iterator[NodeId]:
-    match step.kind:
-        case Trace(nodes=nodes):
-            for node in nodes:
-                yield from references(list(operands(node.operation)))
-        case Log(values=values):
-            yield from references(list(values))
+    def _free(self, used_later: frozenset[NodeId]) -> None:
+        for node_id in self._values.keys() - used_later:
+            del self._values[node_id]

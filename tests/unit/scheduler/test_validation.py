@@ -60,6 +60,14 @@ def edited(edit: Callable[[Session], object]) -> Session:
     return session
 
 
+def _nested(depth: int) -> Step:
+    step = Step(exit=Exit())
+    for _ in range(depth):
+        condition = Value(bool_value=True)
+        step = Step(branch=Branch(condition=condition, steps=[step]))
+    return step
+
+
 def nested(depth: int) -> Value:
     value = Value(int_value=1)
     for _ in range(depth - 1):
@@ -94,8 +102,18 @@ def test_a_session_that_uses_all_that_the_server_runs_is_accepted() -> None:
     [
         (Reason.MALFORMED_SESSION, "no steps", Session()),
         (Reason.UNSUPPORTED_FEATURE, "step 1 is of a kind", Session(steps=[Step()])),
-        (Reason.UNSUPPORTED_FEATURE, "loop", Session(steps=[Step(loop=Loop())])),
-        (Reason.UNSUPPORTED_FEATURE, "branch", Session(steps=[Step(branch=Branch())])),
+        (Reason.UNSUPPORTED_FEATURE, "kind", Session(steps=[Step(loop=Loop(item_node_id=1))])),
+        (Reason.UNSUPPORTED_FEATURE, "kind", Session(steps=[Step(branch=Branch())])),
+        (
+            Reason.MALFORMED_SESSION,
+            "a loop that it is not in",
+            Session(steps=[Step(exit=Exit(loop_item_node_id=3))]),
+        ),
+        (
+            Reason.MALFORMED_SESSION,
+            "nested deeper",
+            Session(steps=[_nested(20)]),
+        ),
         (Reason.UNSUPPORTED_FEATURE, "node 1 is an", Session(steps=[trace(Node(id=1))])),
         (
             Reason.UNSUPPORTED_FEATURE,

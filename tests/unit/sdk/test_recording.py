@@ -203,7 +203,8 @@ def test_values_of_two_sessions_do_not_mix(model: LanguageModel) -> None:
 @pytest.mark.parametrize("prompt", [[], "", [[]], [[5], []], [-1], {"ids": [1]}], ids=repr)
 def test_a_prompt_that_is_none_is_refused(model: LanguageModel, prompt: object) -> None:
     with pytest.raises(InvalidTraceError, match="a prompt is text"):
-        model.trace(prompt)  # type: ignore[arg-type]
+        with model.trace(prompt):  # type: ignore[arg-type]
+            pass
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,11 @@ def test_a_prompt_that_is_none_is_refused(model: LanguageModel, prompt: object) 
 def test_prompts_of_every_kind_become_rows(
     model: LanguageModel, prompt: object, rows: list[list[int]]
 ) -> None:
-    assert model.trace(prompt)._rows == rows  # type: ignore[arg-type]
+    with model.scan(prompt) as tracer:  # type: ignore[arg-type]
+        assert tracer._recorder is not None
+        assert tracer._recorder.trace is not None
+        (invoke,) = tracer._recorder.trace.invokes
+    assert [list(row.token_ids) for row in invoke.rows] == rows
 
 
 def test_threads_share_a_local_model(model: LanguageModel) -> None:

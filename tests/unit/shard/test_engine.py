@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from insitu_proto.v1 import intervention_pb2, shard_service_pb2, trace_pb2
-from insitu_shard.engine import HandleStore, Logged, Saved, SegmentRun, TraceStarted, load_model
+from insitu_shard.engine import (
+    HandleStore,
+    Logged,
+    Saved,
+    SegmentRun,
+    StepFollows,
+    TraceStarted,
+    load_model,
+)
 from insitu_shard.engine.graph import Side
 from insitu_shard.engine.inputs import model_inputs
 from insitu_shard.engine.layout import BoundaryLayout, Split, _split
@@ -21,6 +29,7 @@ IDS = [5, 9, 17, 23]
 def _segment() -> tuple[shard_service_pb2.Segment, trace_pb2.Trace]:
     segment = shard_service_pb2.Segment(first_trace_number=1)
     trace = segment.steps.add().trace
+    trace.model = "tiny"
     trace.mode = trace_pb2.TRACE_MODE_FORWARD
     trace.invokes.add().rows.add(token_ids=IDS)
     return segment, trace
@@ -33,8 +42,8 @@ def _read(trace: trace_pb2.Trace, node_id: int, path: str, call_index: int = 0) 
 
 
 def _run(tiny: TinyModels, segment: shard_service_pb2.Segment) -> list[object]:
-    run = SegmentRun(load_model("tiny", tiny.folder("llama")), segment, values={})
-    return [event for index in range(run.num_steps) for event in run.run_step(index)]
+    model = load_model("tiny", tiny.folder("llama"))
+    return list(SegmentRun({"tiny": model}, segment, values={}).run())
 
 
 def test_a_write_that_would_come_too_late_is_an_error_where_the_model_runs_too(
@@ -68,16 +77,17 @@ def test_steps_tell_in_order_what_happens_and_free_what_nobody_needs(tiny: TinyM
     segment.steps.add().log.values.add().reference.node_id = 1
     segment.steps.add().exit.SetInParent()
     store = HandleStore()
-    run = SegmentRun(load_model("tiny", tiny.folder("llama")), segment, store.values("s"))
-    first = list(run.run_step(0))
-    assert [type(event) for event in first] == [TraceStarted, Saved]
+    model = load_model("tiny", tiny.folder("llama"))
+    run = SegmentRun({"tiny": model}, segment, store.values("s"))
+    events = run.run()
+    assert [type(next(events)) for _ in range(3)] == [StepFollows, TraceStarted, Saved]
     assert store.num_values == 1
     assert store.num_bytes == 4 * 64 * 4
-    (logged,) = run.run_step(1)
+    logged = next(events)
     assert isinstance(logged, Logged)
     assert logged.message.startswith("tensor(float32[1, 4, 64]")
+    assert list(events) == []
     assert store.num_values == 0
-    assert list(run.run_step(2)) == []
     assert run.has_exited
 
 

@@ -10,18 +10,17 @@ from insitu_shard.engine.graph import (
     Ref,
     Save,
     Side,
-    Trace,
     Write,
 )
-from insitu_shard.engine.plan import TracePlan, plan_trace
+from insitu_shard.engine.plan import Plan, plan_nodes
 
 HIDDEN = HookPoint("layers.1", Side.OUTPUT)
 LATER = HookPoint("layers.2", Side.OUTPUT)
 
 
-def _plan(*operations: Operation, used_later: tuple[int, ...] = ()) -> TracePlan:
+def _plan(*operations: Operation, used_later: tuple[int, ...] = ()) -> Plan:
     nodes = tuple(Node(number, operation) for number, operation in enumerate(operations, 1))
-    return plan_trace(Trace(((1,),), nodes), used_later=used_later)
+    return plan_nodes(nodes, used_later=used_later)
 
 
 def _call(word: str, *args: object) -> Call:
@@ -85,7 +84,7 @@ def test_writes_to_one_memory_keep_their_order() -> None:
 
 def test_values_of_earlier_traces_count_as_one_memory() -> None:
     nodes = (Node(11, _call("zero_", Ref(3))), Node(12, _call("sum", Ref(5))))
-    plan = plan_trace(Trace(((1,),), nodes), used_later=())
+    plan = plan_nodes(nodes, used_later=())
     assert plan.predecessors[12] == {11}
 
 

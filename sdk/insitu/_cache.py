@@ -1,0 +1,85 @@
+"""Saves what many modules return, in one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch.utils import _pytree as pytree
+
+from insitu._envoy import Envoy
+from insitu._proxy import Proxy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+    from insitu._model import LanguageModel
+    from insitu_proto.v1 import model_pb2
+
+
+@dataclass(slots=True)
+class CacheEntry:
+    """What a cache has of one module."""
+
+    output: Any = None
+    """What the module returned, or what was made of it; None if not asked for."""
+    inputs: Any = None
+    """Its arguments as (positional, keyword), or what was made of them; None if not asked for."""
+
+
+class Cache(dict[str, CacheEntry]):
+    """What modules returned, by path; there after the trace's session has run."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        modules: Sequence[str | Envoy] | None,
+        include_output: bool,
+        include_inputs: bool,
+        reduce: Callable[[torch.Tensor], object] | None,
+    ) -> None:
+        super().__init__()
+        self._model = model
+        self._include_output = include_output
+        self._include_inputs = include_inputs
+        self._reduce = reduce
+        self._envoys = (
+            [model.get(path) for path in _cacheable(model)]
+            if modules is None
+            else [at if isinstance(at, Envoy) else model.get(at) for at in modules]
+        )
+
+    def record(self) -> None:
+        """Adds the reads and saves to the open trace."""
+        for envoy in self._envoys:
+            entry = self[envoy.path] = CacheEntry()
+            if self._include_output:
+                entry.output = self._saved(envoy.output)
+            if self._include_inputs:
+                entry.inputs = self._saved(envoy.inputs)
+
+    def _saved(self, value: Any) -> Any:
+        if self._reduce is not None:
+            value = pytree.tree_map_only(Proxy, self._reduce, value)
+        for part in pytree.tree_leaves(value):
+            if isinstance(part, Proxy):
+                part.save()
+        return value
+
+
+def _cacheable(model: LanguageModel) -> list[str]:
+    """Gives the modules that a forward pass calls and that return tensors."""
+    return [
+        module.path
+        for module in model._tree.modules
+        if module.path and module.call_order and _returns_tensors(module.output)
+    ]
+
+
+def _returns_tensors(spec: model_pb2.StructureSpec) -> bool:
+    kind = spec.WhichOneof("kind")
+    if kind in ("tuple", "list"):
+        return all(_returns_tensors(item) for item in getattr(spec, kind).items)
+    return kind == "tensor"

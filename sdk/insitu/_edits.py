@@ -1,0 +1,66 @@
+"""Interventions that are recorded once and applied to many traces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from insitu_proto.v1 import intervention_pb2, trace_pb2
+from insitu_wire.errors import Location
+from insitu_wire.steps import values_of
+from insitu_wire.values import walk
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from insitu._recorder import BlockRecorder, SessionRecorder
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """The nodes of one edit, to be copied into traces."""
+
+    trace: trace_pb2.Trace
+    locations: Sequence[intervention_pb2.SourceLocation]
+
+    @staticmethod
+    def recorded_by(recorder: SessionRecorder) -> Edit:
+        """Takes what was recorded in an edit's block."""
+        trace = trace_pb2.Trace()
+        for step in recorder.session.steps:
+            trace.MergeFrom(step.trace)
+        return Edit(trace, list(recorder.session.locations))
+
+    def apply(self, block: BlockRecorder) -> None:
+        """Copies the nodes into a trace, before anything else is recorded in it."""
+        assert block.trace is not None
+        recorder = block.session_recorder
+        new_ids: dict[int, int] = {}
+        first_condition = len(block.trace.conditions)
+        for condition in self.trace.conditions:
+            copy = block.trace.conditions.add()
+            copy.CopyFrom(condition)
+            copy.parent += first_condition if copy.parent else 0
+        for node in self.trace.nodes:
+            copied = block.trace.nodes.add()
+            copied.CopyFrom(node)
+            copied.id = new_ids[node.id] = recorder.next_id()
+            copied.condition += first_condition if copied.condition else 0
+            if node.location:
+                at = self.locations[node.location - 1]
+                location = Location(at.file, at.line, at.source)
+                copied.location = recorder.location_index(location)
+        _renumber(block.trace, new_ids, first_condition)
+
+
+def _renumber(trace: trace_pb2.Trace, new_ids: dict[int, int], first_condition: int) -> None:
+    """Has the copied nodes, the last of the trace, refer to each other."""
+    ours = trace.nodes[len(trace.nodes) - len(new_ids) :]
+    conditions = [condition.value for condition in trace.conditions[first_condition:]]
+    for value in (*conditions, *(value for node in ours for value in values_of(node))):
+        for part in walk(value):
+            if part.HasField("reference"):
+                part.reference.node_id = new_ids.get(part.reference.node_id, part.reference.node_id)
+    for node in ours:
+        if node.HasField("assign"):
+            node.assign.node_id = new_ids.get(node.assign.node_id, node.assign.node_id)

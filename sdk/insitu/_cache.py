@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils import _pytree as pytree
 
 from insitu._envoy import Envoy
-from insitu._proxy import Proxy
+from insitu._proxy import Proxy, as_meta
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    import torch
 
     from insitu._model import LanguageModel
     from insitu_proto.v1 import model_pb2
@@ -61,12 +60,18 @@ class Cache(dict[str, CacheEntry]):
                 entry.inputs = self._saved(envoy.inputs)
 
     def _saved(self, value: Any) -> Any:
-        if self._reduce is not None:
-            value = pytree.tree_map_only(Proxy, self._reduce, value)
+        value = pytree.tree_map_only(Proxy, self._reduced, value)
         for part in pytree.tree_leaves(value):
             if isinstance(part, Proxy):
                 part.save()
         return value
+
+
+    def _reduced(self, value: Proxy) -> object:
+        if not isinstance(as_meta(value), torch.Tensor):
+            # No tensor: a flag or a cache among the arguments.
+            return None
+        return self._reduce(value) if self._reduce is not None else value
 
 
 def _cacheable(model: LanguageModel) -> list[str]:

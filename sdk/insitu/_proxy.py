@@ -211,7 +211,7 @@ def wrap(structure: Any, origin: Origin, kind: type[Proxy] | None = None) -> Any
             mapping._origin = origin
             return mapping
         case Unknown():
-            return Proxy.make(origin, None)
+            return Proxy.make(origin, None, kind)
     return structure
 
 

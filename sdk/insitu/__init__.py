@@ -19,6 +19,7 @@ from insitu_wire.errors import (
     CancelledError,
     CapacityError,
     ConfigurationError,
+    DeadlineError,
     Error,
     InternalError,
     InterventionError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from insitu._envoy import Envoy
     from insitu._model import LanguageModel
     from insitu._session import Session, Tracer
+    from insitu._submission import SessionState, Submission, attach
 
 __all__ = [
     "CONFIG",
@@ -44,6 +46,7 @@ __all__ = [
     "CancelledError",
     "CapacityError",
     "ConfigurationError",
+    "DeadlineError",
     "Envoy",
     "Error",
     "InternalError",
@@ -54,12 +57,15 @@ __all__ = [
     "NotFoundError",
     "PermissionDeniedError",
     "Session",
+    "SessionState",
     "SessionStateError",
+    "Submission",
     "Tracer",
     "UnavailableError",
     "UnknownModuleError",
     "ValueNotAvailableError",
     "VersionError",
+    "attach",
 ]
 
 # Imported at first use: these need torch, which takes seconds.
@@ -67,7 +73,10 @@ _LAZY = {
     "Envoy": "insitu._envoy",
     "LanguageModel": "insitu._model",
     "Session": "insitu._session",
+    "SessionState": "insitu._submission",
+    "Submission": "insitu._submission",
     "Tracer": "insitu._session",
+    "attach": "insitu._submission",
 }
 
 

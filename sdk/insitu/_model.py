@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from insitu._envoy import Envoy
 from insitu._session import Session, Tracer, active_session
 from insitu._source import user_location
 from insitu._structure import ModuleTree
+from insitu._submission import submit
 from insitu._tokens import token_rows
 from insitu.backends.remote import RemoteBackend
 from insitu_wire.errors import Reason, error
@@ -48,25 +49,37 @@ class LanguageModel(Envoy):
     """Name by which the server knows the model, or the path of its folder."""
     _dtype: torch.dtype | None
 
-    def session(self, *, remote: bool = False) -> Session:
+    def session(self, *, remote: bool = False, blocking: bool = True) -> Session:
         """Opens a session: one request that holds traces.
 
         Args:
             remote: whether it runs on the server instead of in this process.
+            blocking: whether the end of the block waits for it; if not, the session's `submission`
+                gives what became of it. Needs `remote=True`.
         """
-        return Session(self, self._remote if remote else self._local)
+        if blocking:
+            return Session(self, self._remote if remote else self._local)
+        if not remote:
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                "blocking=False needs remote=True: a session in this process ends with its block",
+                location=user_location(),
+            )
+        return Session(self, self._remote, submit=partial(submit, self._remote))
 
-    def trace(self, prompt: Prompt, *, remote: bool = False) -> Tracer:
+    def trace(self, prompt: Prompt, *, remote: bool = False, blocking: bool = True) -> Tracer:
         """Opens a trace: one forward pass over a prompt, with interventions.
 
         Args:
             prompt: text, token ids, a list of either (rows of one batch), a tensor of ids
                 [rows, length], or what the tokenizer returned.
             remote: whether it runs on the server; inside a session, the session decides.
+            blocking: whether the end of the block waits for it; inside a session, the session
+                decides.
         """
         session = active_session()
         if session is None:
-            session = self.session(remote=remote)
+            session = self.session(remote=remote, blocking=blocking)
             return Tracer(session, self._rows(prompt, session.backend), owns_session=True)
         if session.model is not self:
             raise error(

@@ -5,18 +5,25 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Self
 
+from insitu._names import name_saves
 from insitu._proxy import fill, reference
 from insitu._recorder import SessionRecorder
 from insitu._source import user_location
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from contextvars import Token
     from types import TracebackType
 
     from insitu._model import LanguageModel
     from insitu._recorder import TraceRecorder
+    from insitu._submission import Submission
     from insitu.backends import Backend
+    from insitu_proto.v1 import session_pb2
+
+    Receive = Callable[[Iterable[tuple[int, object]]], None]
+    Submit = Callable[[session_pb2.Session, Receive], Submission]
 
 _ACTIVE: ContextVar[Session | None] = ContextVar("insitu_session", default=None)
 
@@ -33,9 +40,20 @@ class Session:
     there after the block.
     """
 
-    def __init__(self, model: LanguageModel, backend: Backend) -> None:
+    def __init__(
+        self, model: LanguageModel, backend: Backend, *, submit: Submit | None = None
+    ) -> None:
+        """Makes a session that can be opened once.
+
+        Args:
+            model: the model of its traces.
+            backend: where it runs.
+            submit: hands it in at the end of its block, instead of running it there.
+        """
         self.model = model
         self.backend = backend
+        self._submit = submit
+        self._submission: Submission | None = None
         self._recorder = SessionRecorder(reference)
         self._tracer: Tracer | None = None
         self._token: Token[Session | None] | None = None
@@ -47,6 +65,18 @@ class Session:
     def exit(self) -> None:
         """Ends the session here, as completed: later steps do not run."""
         self._recorder.add_exit()
+
+    @property
+    def submission(self) -> Submission:
+        """The grip on the session, after its block, if it was opened with blocking=False."""
+        if self._submission is None:
+            raise error(
+                Reason.VALUE_NOT_AVAILABLE,
+                "the session has not been submitted: open it with remote=True, blocking=False, and "
+                "use its submission after the block",
+                location=user_location(),
+            )
+        return self._submission
 
     @property
     def current_trace(self) -> TraceRecorder | None:
@@ -77,11 +107,17 @@ class Session:
     ) -> None:
         if self._token is not None:
             _ACTIVE.reset(self._token)
-        if exc_type is None:
-            self._run()
-        self._recorder.state = "done"
+        if exc_type is not None:
+            self._recorder.state = "done"
+            return
+        try:
+            self._finish()
+        except BaseException:
+            self._recorder.state = "done"
+            raise
 
-    def _run(self) -> None:
+    def _finish(self) -> None:
+        """Runs what was recorded, or hands it in."""
         recorder = self._recorder
         if not recorder.session.steps:
             raise error(
@@ -90,12 +126,21 @@ class Session:
                 "into it",
                 location=user_location(),
             )
+        name_saves(recorder.session.steps)
+        if self._submit is not None:
+            recorder.state = "submitted"
+            self._submission = self._submit(recorder.session, self._receive)
+            return
         recorder.state = "running"
+        self._receive(self.backend.run(recorder.session))
+
+    def _receive(self, saved: Iterable[tuple[int, object]]) -> None:
+        """Makes saved proxies their values, as these come to the session's end."""
         try:
-            for node_id, value in self.backend.run(recorder.session):
-                fill(recorder.saved[node_id], value)
+            for node_id, value in saved:
+                fill(self._recorder.saved[node_id], value)
         finally:
-            recorder.state = "done"
+            self._recorder.state = "done"
 
 
 class Tracer:
@@ -109,6 +154,11 @@ class Tracer:
         self._rows = rows
         self._owns_session = owns_session
         self._recorder: TraceRecorder | None = None
+
+    @property
+    def submission(self) -> Submission:
+        """The session's; for a trace that was opened by itself with blocking=False."""
+        return self._session.submission
 
     def log(self, *values: object) -> None:
         """Prints values when they are there; they arrive as the session's LOG events."""

@@ -49,23 +49,24 @@ class LanguageModel(Envoy):
     """Name by which the server knows the model, or the path of its folder."""
     _dtype: torch.dtype | None
 
-    def session(self, *, remote: bool = False, blocking: bool = True) -> Session:
+    def session(self, *, remote: bool = False, blocking: bool = True, run: bool = True) -> Session:
         """Opens a session: one request that holds traces.
 
         Args:
             remote: whether it runs on the server instead of in this process.
             blocking: whether the end of the block waits for it; if not, the session's `submission`
                 gives what became of it. Needs `remote=True`.
+            run: whether it runs at all; if not, it is recorded, for its `save`.
         """
         if blocking:
-            return Session(self, self._remote if remote else self._local)
+            return Session(self, self._remote if remote else self._local, run=run)
         if not remote:
             raise error(
                 Reason.INVALID_CONFIGURATION,
                 "blocking=False needs remote=True: a session in this process ends with its block",
                 location=user_location(),
             )
-        return Session(self, self._remote, submit=partial(submit, self._remote))
+        return Session(self, self._remote, run=run, submit=partial(submit, self._remote))
 
     def trace(self, prompt: Prompt, *, remote: bool = False, blocking: bool = True) -> Tracer:
         """Opens a trace: one forward pass over a prompt, with interventions.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -24,6 +24,13 @@ def saves(steps: Iterable[Step]) -> Iterator[Node]:
         yield from (node for node in step.trace.nodes if node.HasField("save"))
         for inner in (step.loop.steps, step.branch.steps, step.branch.else_steps):
             yield from saves(inner)
+
+
+def by_name(saved: Iterable[tuple[str, object]]) -> dict[str, Any]:
+    """Gives saved values by their names, also where another client left these as they were."""
+    pairs = list(saved)
+    names = unique_names(name for name, _ in pairs)
+    return {name: value for name, (_, value) in zip(names, pairs, strict=True)}
 
 
 def unique_names(names: Iterable[str]) -> list[str]:

@@ -124,6 +124,11 @@ def not_here(origin: Origin) -> Error:
 def _problem(origin: Origin) -> tuple[str, str]:
     """Tells why a value has no elements, and the cure."""
     match origin.recorder.state, _is_saved(origin):
+        case "recorded", _:
+            return (
+                "has no elements, for its session was recorded without running",
+                "open it without run=False to run it, or save it to a file for `insitu run`",
+            )
         case "submitted", True:
             return (
                 "is not here before its session has ended",

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Self
 from insitu._names import name_saves
 from insitu._proxy import fill, reference
 from insitu._recorder import SessionRecorder
+from insitu._session_file import write_session
 from insitu._source import user_location
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextvars import Token
+    from os import PathLike
     from types import TracebackType
 
     from insitu._model import LanguageModel
@@ -41,18 +43,26 @@ class Session:
     """
 
     def __init__(
-        self, model: LanguageModel, backend: Backend, *, submit: Submit | None = None
+        self,
+        model: LanguageModel,
+        backend: Backend,
+        *,
+        run: bool = True,
+        submit: Submit | None = None,
     ) -> None:
         """Makes a session that can be opened once.
 
         Args:
             model: the model of its traces.
             backend: where it runs.
+            run: whether it runs at all; if not, it is only recorded.
             submit: hands it in at the end of its block, instead of running it there.
         """
         self.model = model
         self.backend = backend
+        self._runs = run
         self._submit = submit
+        self._is_recorded = False
         self._submission: Submission | None = None
         self._recorder = SessionRecorder(reference)
         self._tracer: Tracer | None = None
@@ -65,6 +75,19 @@ class Session:
     def exit(self) -> None:
         """Ends the session here, as completed: later steps do not run."""
         self._recorder.add_exit()
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes what was recorded to a file, which `insitu run` runs; for use after the block.
+
+        The same code gives the same bytes.
+        """
+        if not self._is_recorded:
+            raise error(
+                Reason.MALFORMED_SESSION,
+                "the session has not been recorded to its end; save it after its block",
+                location=user_location(),
+            )
+        write_session(path, self._recorder.session)
 
     @property
     def submission(self) -> Submission:
@@ -117,7 +140,7 @@ class Session:
             raise
 
     def _finish(self) -> None:
-        """Runs what was recorded, or hands it in."""
+        """Runs what was recorded, or hands it in, or leaves it at that."""
         recorder = self._recorder
         if not recorder.session.steps:
             raise error(
@@ -127,6 +150,10 @@ class Session:
                 location=user_location(),
             )
         name_saves(recorder.session.steps)
+        self._is_recorded = True
+        if not self._runs:
+            recorder.state = "recorded"
+            return
         if self._submit is not None:
             recorder.state = "submitted"
             self._submission = self._submit(recorder.session, self._receive)

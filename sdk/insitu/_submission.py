@@ -6,14 +6,13 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from insitu._config import CONFIG
-from insitu._names import unique_names
+from insitu._names import by_name
 from insitu.backends._watch import kind_name
 from insitu.backends.remote import RemoteBackend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from insitu.backends._download import Received
     from insitu_proto.v1.session_pb2 import Session
 
 
@@ -89,7 +88,8 @@ class Submission:
             Error: as `wait`, unless the result may be partial.
         """
         if partial:
-            return _by_name(self._backend.fetch(self.id, is_partial=True))
+            received = self._backend.fetch(self.id, is_partial=True)
+            return by_name((one.name, one.value) for one in received)
         self.wait(timeout)
         return dict(self._fetch(is_partial=False))
 
@@ -104,7 +104,7 @@ class Submission:
         """Gives the values of a session that has ended, downloading them once."""
         if self._values is None:
             received = list(self._backend.fetch(self.id, is_partial=is_partial))
-            self._values = _by_name(received)
+            self._values = by_name((one.name, one.value) for one in received)
             if self._receive is not None:
                 self._receive((one.node_id, one.value) for one in received)
         return self._values
@@ -129,9 +129,3 @@ def attach(session_id: str) -> Submission:
     submission = Submission(RemoteBackend(CONFIG), session_id)
     submission.status()
     return submission
-
-
-def _by_name(received: Iterable[Received]) -> dict[str, object]:
-    received = list(received)
-    names = unique_names([one.name for one in received])
-    return {name: one.value for name, one in zip(names, received, strict=True)}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ from insitu import (
     ValueNotAvailableError,
 )
 from support.tiny_models import TinyModels
-from support.up import Up, run_python
+from support.up import Up, interruptible, run_python
 
 IDS = [5, 9, 17, 23]
 KEY = "a-secret-of-ada"
@@ -254,13 +253,9 @@ def test_nobody_takes_hold_of_what_does_not_exist_or_is_not_theirs(
 def test_ctrl_c_while_waiting_for_a_submission_leaves_it_alone(
     model: LanguageModel, tmp_path: Path
 ) -> None:
-    import signal
-
     session_id = _submit_elsewhere(tmp_path, num_traces=2000)
     code = f"import insitu; insitu.attach({session_id!r}).wait()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-    ) as client:
+    with interruptible([sys.executable, "-c", code]) as client:
         assert client.stderr is not None
         for line in client.stderr:
             if " - RUNNING: " in line:

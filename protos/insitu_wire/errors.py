@@ -10,6 +10,7 @@
 - - LeaseLostError: the shard group was lost, submit again
 - - CapacityError: a limit is reached
 - - CancelledError: the session was cancelled
+- - DeadlineError: the time to wait was over; also a TimeoutError
 - - UnavailableError: the server can not be reached, or stops
 - - ConfigurationError: a setting of this program is not usable
 - - VersionError: the server is older than what was asked of it
@@ -68,6 +69,7 @@ class Reason(StrEnum):
     CHECKSUM_MISMATCH = auto()
     INTERNAL = auto()
     INVALID_CONFIGURATION = auto()
+    WAIT_TIMEOUT = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +162,10 @@ class CancelledError(Error):
     """The session was cancelled."""
 
 
+class DeadlineError(Error, TimeoutError):
+    """The time to wait was over before the session was."""
+
+
 class UnavailableError(Error):
     """The server can not be reached, or stops."""
 
@@ -206,6 +212,7 @@ _TABLE: dict[Reason, tuple[grpc.StatusCode, type[Error]]] = {
     Reason.REQUEST_ID_REUSED: (_Code.FAILED_PRECONDITION, SessionStateError),
     Reason.INTERVENTION_RAISED: (_Code.INVALID_ARGUMENT, InterventionError),
     Reason.SESSION_CANCELLED: (_Code.CANCELLED, CancelledError),
+    Reason.WAIT_TIMEOUT: (_Code.DEADLINE_EXCEEDED, DeadlineError),
     Reason.REPLICA_LOST: (_Code.ABORTED, LeaseLostError),
     Reason.SERVER_UNREACHABLE: (_Code.UNAVAILABLE, UnavailableError),
     Reason.SHUTTING_DOWN: (_Code.UNAVAILABLE, UnavailableError),

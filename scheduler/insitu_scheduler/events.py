@@ -98,6 +98,12 @@ class EventLog:
         return self._events[-1]
 
     @property
+    def state(self) -> Event:
+        """The newest event that is no LOG: its kind is the session's state."""
+        log = EventKind.EVENT_KIND_LOG
+        return next(event for event in reversed(self._events) if event.kind != log)
+
+    @property
     def has_ended(self) -> bool:
         """Whether the terminal event is there."""
         return bool(self._events) and self.last.kind in TERMINAL_KINDS

@@ -7,6 +7,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
+from weakref import WeakValueDictionary
 
 from insitu_proto.v1.result_pb2 import SavedValue
 from insitu_wire.errors import Error, Reason, error
@@ -38,13 +39,18 @@ class ResultStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._writers: WeakValueDictionary[SessionId, ResultWriter] = WeakValueDictionary()
 
     def writer(self, session_id: SessionId) -> ResultWriter:
         """Begins to write a session's values; its file is made with the first."""
-        return ResultWriter(self._path(session_id))
+        writer = ResultWriter(self._path(session_id))
+        self._writers[session_id] = writer
+        return writer
 
     async def list_values(self, session_id: SessionId) -> list[StoredValue]:
-        """Gives the values that a session has saved completely."""
+        """Gives the values that a session has saved completely, also while it saves more."""
+        if writer := self._writers.get(session_id):
+            writer.flush()
         return await asyncio.to_thread(_scan, self._path(session_id))
 
     async def read(
@@ -106,26 +112,36 @@ class ResultWriter:
         if self._received_bytes != self._header.num_bytes:
             raise self._mismatch(f"{self._received_bytes} bytes")
 
+    def flush(self) -> None:
+        """Writes what is buffered, less than a chunk: quick enough for the event loop."""
+        if buffer := self._take_buffer():
+            self._write(buffer)
+
     async def close(self) -> None:
         """Writes what is buffered; a value that is not complete will not be read back."""
         if self._buffer or self._file:
-            await asyncio.to_thread(self._flush_and_close)
+            await asyncio.to_thread(self._write_and_close, self._take_buffer())
 
     async def _append(self, data: bytes) -> None:
         self._buffer.append(data)
         self._buffered_bytes += len(data)
         if self._buffered_bytes >= CHUNK_BYTES:
-            await asyncio.to_thread(self._flush)
+            await asyncio.to_thread(self._write, self._take_buffer())
 
-    def _flush(self) -> None:
+    def _take_buffer(self) -> list[bytes]:
+        """Empties the buffer, so that a thread and the event loop never write the same twice."""
+        buffer, self._buffer, self._buffered_bytes = self._buffer, [], 0
+        return buffer
+
+    def _write(self, buffer: list[bytes]) -> None:
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("wb")
-        self._file.writelines(self._buffer)
-        self._buffer, self._buffered_bytes = [], 0
+        self._file.writelines(buffer)
+        self._file.flush()
 
-    def _flush_and_close(self) -> None:
-        self._flush()
+    def _write_and_close(self, buffer: list[bytes]) -> None:
+        self._write(buffer)
         if self._file is not None:
             self._file.close()
 

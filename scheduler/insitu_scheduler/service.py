@@ -84,15 +84,24 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         finally:
             self._dispatcher.watchers.leave(log.session_id)
 
+    async def GetSession(
+        self, request: pb.GetSessionRequest, context: Context
+    ) -> pb.GetSessionResponse:
+        """Tells a session's state."""
+        log = await self._own_log(request.session_id, context)
+        return pb.GetSessionResponse(event=log.state)
+
     async def FetchResult(
         self, request: pb.FetchResultRequest, context: Context
     ) -> AsyncIterator[pb.FetchResultResponse]:
         """Streams a session's saved values."""
         log = await self._own_log(request.session_id, context)
-        if not log.has_ended:
-            raise _result_not_found(log, "it has not ended; watch it until it has")
+        if not log.has_ended and not request.is_partial:
+            raise _result_not_found(
+                log, "it has not ended; watch it until it has, or ask for a partial result"
+            )
         stored = await self._results.list_values(log.session_id)
-        values = _select(log, stored, request.node_ids)
+        values = _select(log, stored, request)
         summary = pb.ResultSummary(
             num_values=len(values), num_bytes=sum(value.header.num_bytes for value in values)
         )
@@ -170,13 +179,14 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
 
 
 def _select(
-    log: EventLog, stored: Sequence[StoredValue], node_ids: Sequence[int]
+    log: EventLog, stored: Sequence[StoredValue], request: pb.FetchResultRequest
 ) -> list[StoredValue]:
     """Picks the values that were asked for; all, if none was."""
+    node_ids = request.node_ids
     saved = {value.header.node_id for value in stored}
     if missing := [node_id for node_id in node_ids if node_id not in saved]:
         raise _result_not_found(log, f"it saved nothing under node {missing[0]}")
-    if not stored and not _completed(log.last):
+    if not stored and not request.is_partial and not _completed(log.last):
         raise _result_not_found(log, "it ended before it had saved anything")
     return [value for value in stored if not node_ids or value.header.node_id in node_ids]
 

@@ -19,6 +19,7 @@ from insitu_wire.errors import (
     CancelledError,
     CapacityError,
     ConfigurationError,
+    DeadlineError,
     Error,
     InternalError,
     InterventionError,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from insitu._lint import UnusedValueWarning
     from insitu._model import LanguageModel
     from insitu._session import Session
+    from insitu._submission import SessionState, Submission, attach
     from insitu._trace import Tracer
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "CancelledError",
     "CapacityError",
     "ConfigurationError",
+    "DeadlineError",
     "Envoy",
     "Error",
     "InternalError",
@@ -57,13 +60,16 @@ __all__ = [
     "NotFoundError",
     "PermissionDeniedError",
     "Session",
+    "SessionState",
     "SessionStateError",
+    "Submission",
     "Tracer",
     "UnavailableError",
     "UnknownModuleError",
     "UnusedValueWarning",
     "ValueNotAvailableError",
     "VersionError",
+    "attach",
     "dict",
     "list",
     "variable",
@@ -78,7 +84,10 @@ _LAZY = {
     "Envoy": "insitu._envoy",
     "LanguageModel": "insitu._model",
     "Session": "insitu._session",
+    "SessionState": "insitu._submission",
+    "Submission": "insitu._submission",
     "Tracer": "insitu._trace",
+    "attach": "insitu._submission",
 }
 
 

@@ -24,8 +24,8 @@ class CacheEntry:
 
     output: Any = None
     """What the module returned, or what was made of it; None if not asked for."""
-    inputs: Any = None
-    """Its arguments as (positional, keyword), or what was made of them; None if not asked for."""
+    input: Any = None
+    """Its first argument, or what was made of it; None if not asked for."""
 
 
 class Cache(dict[str, CacheEntry]):
@@ -57,7 +57,7 @@ class Cache(dict[str, CacheEntry]):
             if self._include_output:
                 entry.output = self._saved(envoy.output)
             if self._include_inputs:
-                entry.inputs = self._saved(envoy.inputs)
+                entry.input = self._saved(envoy.input)
 
     def _saved(self, value: Any) -> Any:
         value = pytree.tree_map_only(Proxy, self._reduced, value)
@@ -65,7 +65,6 @@ class Cache(dict[str, CacheEntry]):
             if isinstance(part, Proxy):
                 part.save()
         return value
-
 
     def _reduced(self, value: Proxy) -> object:
         if not isinstance(as_meta(value), torch.Tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from insitu._envoy import Envoy
 from insitu._session import Session, active_session, detached
 from insitu._source import user_location
 from insitu._structure import ModuleTree
+from insitu._submission import submit
 from insitu._trace import Tracer
 from insitu.backends.remote import RemoteBackend
 from insitu_wire.errors import Reason, error
@@ -61,15 +62,28 @@ class LanguageModel(Envoy):
     _rename: Mapping[str, str] | None
     _edits: tuple[Edit, ...]
 
-    def session(self, *, remote: bool = False) -> Session:
+    def session(self, *, remote: bool = False, blocking: bool = True, run: bool = True) -> Session:
         """Opens a session: one request that holds traces.
 
         Args:
             remote: whether it runs on the server instead of in this process.
+            blocking: whether the end of the block waits for it; if not, the session's `submission`
+                gives what became of it. Needs `remote=True`.
+            run: whether it runs at all; if not, it is recorded, for its `save`.
         """
-        return Session(self, self._remote if remote else self._local)
+        if blocking:
+            return Session(self, self._remote if remote else self._local, run=run)
+        if not remote:
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                "blocking=False needs remote=True: a session in this process ends with its block",
+                location=user_location(),
+            )
+        return Session(self, self._remote, run=run, submit=partial(submit, self._remote))
 
-    def trace(self, prompt: Prompt | None = None, *, remote: bool = False) -> Tracer:
+    def trace(
+        self, prompt: Prompt | None = None, *, remote: bool = False, blocking: bool = True
+    ) -> Tracer:
         """Opens a trace: one forward pass over a prompt, with interventions.
 
         Args:
@@ -77,10 +91,13 @@ class LanguageModel(Envoy):
                 ids [rows, length], what the tokenizer returned, or a value of the session that is
                 such ids. Without one, invokes in the block give the rows.
             remote: whether it runs on the server; inside a session, the session decides.
+            blocking: whether the end of the block waits for it; inside a session, the session
+                decides.
         """
         session = active_session()
         if session is None:
-            return Tracer(self.session(remote=remote), self, prompt, owns_session=True)
+            session = self.session(remote=remote, blocking=blocking)
+            return Tracer(session, self, prompt, owns_session=True)
         if session.model._base is not self._base:
             raise error(
                 Reason.UNSUPPORTED_FEATURE,
@@ -96,7 +113,7 @@ class LanguageModel(Envoy):
         with model.scan("Hello"):
             hidden_size = model.model.layers[0].output.shape[-1]
         """
-        session = Session(self, self._backend, runs=False)
+        session = Session(self, self._backend, run=False)
         return Tracer(session, self, prompt, owns_session=True)
 
     @contextmanager
@@ -114,7 +131,7 @@ class LanguageModel(Envoy):
             inplace: whether this model object gets them; else a copy of it, which the block gives.
         """
         edited = self if inplace else self._copy()
-        session = Session(self, self._backend, runs=False)
+        session = Session(self, self._backend, run=False)
         with detached(), Tracer(session, self, None, owns_session=True, is_edit=True):
             yield edited
         edited.__dict__["_edits"] = (*edited._edits, Edit.recorded_by(session._recorder))

@@ -126,26 +126,53 @@ def check_in_time(needed: Moment, written_by: int, location: Location) -> None:
 
 def missing(origin: Origin) -> str:
     """Says why a value is not there, for its repr."""
-    if origin.recorder.state == "done":
-        return f"{origin} was not saved: call .save() on it inside the session"
-    return f"{origin} has no elements before the session has run"
+    return f"{origin} {_problem(origin)[0]}"
 
 
 def not_here(origin: Origin) -> Error:
     """Makes the error for who needs a value's elements, with the cure."""
-    if origin.recorder.state == "done":
-        message = (
-            f"{origin} was not saved, so it stayed where the model runs; call .save() on it inside "
-            "the session, and use it after the block"
-        )
-    else:
-        message = (
-            f"{origin} has no elements before the session has run; call .save() on it and use it "
-            "after the block, or use operations that run with the session, such as torch.where"
-        )
     return error(
         Reason.VALUE_NOT_AVAILABLE,
-        message,
+        f"{origin} {'; '.join(_problem(origin))}",
         location=user_location(),
         value=assigned_name(origin.location) or origin.description,
     )
+
+
+def _problem(origin: Origin) -> tuple[str, str]:
+    """Tells why a value has no elements, and the cure."""
+    match origin.recorder.state, _is_saved(origin):
+        case "recorded", _:
+            return (
+                "has no elements, for its session was recorded without running",
+                "open it without run=False to run it, or save it to a file for `insitu run`",
+            )
+        case "submitted", True:
+            return (
+                "is not here before its session has ended",
+                "call .wait() on the session's submission first",
+            )
+        case "done", True:
+            return (
+                "has not come back, for what makes it did not run",
+                "a condition did not hold, a stop or exit came before it, or the session failed",
+            )
+        case "submitted" | "done", False:
+            return (
+                "was not saved: call .save() on it inside the session",
+                "what is not saved stays where the model runs",
+            )
+    return (
+        "has no elements before the session has run",
+        "call .save() on it and use it after the block, or use operations that run with the "
+        "session, such as torch.where",
+    )
+
+
+def _is_saved(origin: Origin | None) -> bool:
+    """Tells whether a value, or what it is an item of, is to come back and has not yet."""
+    if origin is None:
+        return False
+    saved = origin.recorder.saved.values()
+    is_it = any(getattr(value, "_origin", None) is origin for value in saved)
+    return is_it or _is_saved(origin.parent)

@@ -9,19 +9,27 @@ from typing import TYPE_CHECKING, Self
 from insitu._control import Branch, Loop
 from insitu._factories import FactoryMode
 from insitu._lint import warn_of_unused
+from insitu._names import name_saves
 from insitu._proxy import fill, reference
 from insitu._recorder import SessionRecorder
+from insitu._session_file import write_session
 from insitu._source import user_location
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from contextvars import Token
+    from os import PathLike
     from types import TracebackType
 
     from insitu._model import LanguageModel
+    from insitu._submission import Submission
     from insitu._trace import Tracer
     from insitu.backends import Backend
+    from insitu_proto.v1 import session_pb2
+
+    Receive = Callable[[Iterable[tuple[int, object]]], None]
+    Submit = Callable[[session_pb2.Session, Receive], Submission]
 
 _ACTIVE: ContextVar[Session | None] = ContextVar("insitu_session", default=None)
 
@@ -48,17 +56,28 @@ class Session:
     there after the block.
     """
 
-    def __init__(self, model: LanguageModel, backend: Backend, *, runs: bool = True) -> None:
-        """Makes a session.
+    def __init__(
+        self,
+        model: LanguageModel,
+        backend: Backend,
+        *,
+        run: bool = True,
+        submit: Submit | None = None,
+    ) -> None:
+        """Makes a session that can be opened once.
 
         Args:
-            model: the model that opened it.
+            model: the model of its traces.
             backend: where it runs.
-            runs: whether it runs at the end of its block; else it is only recorded.
+            run: whether it runs at all; if not, it is only recorded.
+            submit: hands it in at the end of its block, instead of running it there.
         """
         self.model = model
         self.backend = backend
-        self._runs = runs
+        self._runs = run
+        self._submit = submit
+        self._is_recorded = False
+        self._submission: Submission | None = None
         self._recorder = SessionRecorder(reference)
         self._tracer: Tracer | None = None
         self._token: Token[Session | None] | None = None
@@ -109,6 +128,31 @@ class Session:
         """
         return Loop(self._recorder, items, user_location(), return_context=return_context)
 
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes what was recorded to a file, which `insitu run` runs; for use after the block.
+
+        The same code gives the same bytes.
+        """
+        if not self._is_recorded:
+            raise error(
+                Reason.MALFORMED_SESSION,
+                "the session has not been recorded to its end; save it after its block",
+                location=user_location(),
+            )
+        write_session(path, self._recorder.session)
+
+    @property
+    def submission(self) -> Submission:
+        """The grip on the session, after its block, if it was opened with blocking=False."""
+        if self._submission is None:
+            raise error(
+                Reason.VALUE_NOT_AVAILABLE,
+                "the session has not been submitted: open it with remote=True, blocking=False, and "
+                "use its submission after the block",
+                location=user_location(),
+            )
+        return self._submission
+
     def __enter__(self) -> Self:
         if active_session() is not None:
             raise error(
@@ -135,11 +179,17 @@ class Session:
         self._open.close()
         if self._token is not None:
             _ACTIVE.reset(self._token)
-        if exc_type is None and self._runs:
-            self._run()
-        self._recorder.state = "done"
+        if exc_type is not None:
+            self._recorder.state = "done"
+            return
+        try:
+            self._finish()
+        except BaseException:
+            self._recorder.state = "done"
+            raise
 
-    def _run(self) -> None:
+    def _finish(self) -> None:
+        """Runs what was recorded, or hands it in, or leaves it at that."""
         recorder = self._recorder
         recorder.save_containers()
         if not recorder.session.steps:
@@ -150,9 +200,22 @@ class Session:
                 location=user_location(),
             )
         warn_of_unused(recorder.session)
+        name_saves(recorder.session.steps)
+        self._is_recorded = True
+        if not self._runs:
+            recorder.state = "recorded"
+            return
+        if self._submit is not None:
+            recorder.state = "submitted"
+            self._submission = self._submit(recorder.session, self._receive)
+            return
         recorder.state = "running"
+        self._receive(self.backend.run(recorder.session))
+
+    def _receive(self, saved: Iterable[tuple[int, object]]) -> None:
+        """Makes saved proxies their values, as these come to the session's end."""
         try:
-            for node_id, value in self.backend.run(recorder.session):
-                fill(recorder.saved[node_id], value)
+            for node_id, value in saved:
+                fill(self._recorder.saved[node_id], value)
         finally:
-            recorder.state = "done"
+            self._recorder.state = "done"

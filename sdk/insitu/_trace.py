@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from insitu._model import LanguageModel
     from insitu._recorder import BlockRecorder
     from insitu._session import Session
+    from insitu._submission import Submission
     from insitu._tokens import Prompt
 
 
@@ -47,6 +48,11 @@ class Tracer:
         self._is_edit = is_edit
         self._recorder: BlockRecorder | None = None
         self._caches: list[Cache] = []
+
+    @property
+    def submission(self) -> Submission:
+        """The session's; for a trace that was opened by itself with blocking=False."""
+        return self._session.submission
 
     def log(self, *values: object) -> None:
         """Prints values when they are there; they arrive as the session's LOG events."""
@@ -109,11 +115,11 @@ class Tracer:
         Args:
             modules: paths or envoys; by default all that the forward pass calls.
             include_output: whether to save outputs.
-            include_inputs: whether to save inputs, as (positional, keyword).
+            include_inputs: whether to save first arguments.
             reduce: recorded on each tensor before it comes back, such as `lambda x: x[:, -1]`.
 
         Returns:
-            A mapping of module paths; each has `.output` and `.inputs`.
+            A mapping of module paths; each has `.output` and `.input`.
         """
         self._open("cache")
         cache = Cache(self._model, modules, include_output, include_inputs, reduce)

@@ -211,7 +211,7 @@ def test_a_cache_of_chosen_modules_is_reduced_before_it_comes_back(model: Langua
         )
     assert list(cache) == ["model.layers.0", "model.layers.1.mlp"]
     assert cache["model.layers.0"].output.shape == (1,)
-    assert cache["model.layers.1.mlp"].inputs[0][0].shape == (1,)
+    assert cache["model.layers.1.mlp"].input.shape == (1,)
 
 
 def test_a_scan_tells_shapes_and_runs_nothing(model: LanguageModel) -> None:

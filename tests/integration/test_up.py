@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from insitu import CONFIG, LanguageModel
+from insitu import CONFIG, CancelledError, LanguageModel, SessionState, attach
 from support.tiny_models import TinyModels
-from support.up import INSITU, Up, insitu, run_python
+from support.up import INSITU, Up, insitu, interruptible, run_python
 
 IDS = [5, 9, 17, 23]
 
@@ -170,7 +170,9 @@ def test_a_client_that_is_gone_in_the_middle_cancels_its_session_and_holds_up_no
     assert "CANCELLED" in states
 
 
-def test_ctrl_c_in_a_blocking_session_cancels_it(up: Up, tmp_path: Path) -> None:
+def test_ctrl_c_in_a_blocking_session_cancels_it_and_the_group_goes_on_serving(
+    up: Up, model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = tmp_path / "client.py"
     script.write_text(
         "import insitu\n"
@@ -180,10 +182,8 @@ def test_ctrl_c_in_a_blocking_session_cancels_it(up: Up, tmp_path: Path) -> None
         "        with model.trace([5, 9, 17]):\n"
         "            model.model.layers[2].output[0][:] = 0\n"
     )
-    environment = {**os.environ, "INSITU_ENDPOINT": up.endpoint, "INSITU_API_KEY": "ctrl-c"}
-    with subprocess.Popen(
-        [sys.executable, str(script)], stderr=subprocess.PIPE, text=True, env=environment
-    ) as client:
+    monkeypatch.setenv("INSITU_API_KEY", "ctrl-c")
+    with interruptible([sys.executable, str(script)]) as client:
         assert client.stderr is not None
         for line in client.stderr:
             if " - RUNNING: " in line:
@@ -191,18 +191,14 @@ def test_ctrl_c_in_a_blocking_session_cancels_it(up: Up, tmp_path: Path) -> None
         client.send_signal(signal.SIGINT)
         rest = client.stderr.read()
     assert "KeyboardInterrupt" in rest
-    import sqlite3
-
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        with sqlite3.connect(up.data_dir / "journal.sqlite") as connection:
-            query = "SELECT state FROM sessions ORDER BY created_at DESC LIMIT 1"
-            (state,) = connection.execute(query).fetchone()
-        connection.close()
-        if state == "CANCELLED":
-            return
-        time.sleep(0.1)
-    pytest.fail(f"the session is {state}")
+    monkeypatch.setattr(CONFIG, "_api_key", "ctrl-c")
+    submission = attach(line.split(" - ")[0].split()[-1])
+    with pytest.raises(CancelledError):
+        submission.wait(timeout=10)
+    assert submission.status() is SessionState.CANCELLED
+    with model.trace(IDS, remote=True):
+        tokens = model.lm_head.output.argmax(-1).save()
+    assert tokens.shape == (1, 4)
 
 
 def test_help_is_documentation() -> None:

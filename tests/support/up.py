@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -80,6 +81,19 @@ class Up:
         if self.process.stdout is not None:
             self.process.stdout.close()
         return self.process.returncode
+
+
+def interruptible(command: list[str]) -> subprocess.Popen[str]:
+    """Starts a client whose events can be read, and which Ctrl-C reaches.
+
+    It would not where the tests themselves run in the background of a shell.
+    """
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def insitu(*arguments: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:

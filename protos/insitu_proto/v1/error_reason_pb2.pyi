@@ -82,6 +82,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A flaw of insitu itself. The message has the id under which the server logged it."""
     ERROR_REASON_INVALID_CONFIGURATION: _ErrorReason.ValueType  # 27
     """A setting of a command or client is not usable. The message names it and its allowed values."""
+    ERROR_REASON_WAIT_TIMEOUT: _ErrorReason.ValueType  # 28
+    """The client's time to wait was over before the session was. The session goes on: wait again, or cancel it."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Says why something was refused or failed. The name without its prefix is the reason of
@@ -144,6 +146,8 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 26
 """A flaw of insitu itself. The message has the id under which the server logged it."""
 ERROR_REASON_INVALID_CONFIGURATION: ErrorReason.ValueType  # 27
 """A setting of a command or client is not usable. The message names it and its allowed values."""
+ERROR_REASON_WAIT_TIMEOUT: ErrorReason.ValueType  # 28
+"""The client's time to wait was over before the session was. The session goes on: wait again, or cancel it."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

@@ -46,6 +46,11 @@ class SchedulerServiceStub:
                 request_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.WatchSessionRequest.SerializeToString,
                 response_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.WatchSessionResponse.FromString,
                 _registered_method=True)
+        self.GetSession = channel.unary_unary(
+                '/insitu.v1.SchedulerService/GetSession',
+                request_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.GetSessionRequest.SerializeToString,
+                response_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.GetSessionResponse.FromString,
+                _registered_method=True)
         self.FetchResult = channel.unary_stream(
                 '/insitu.v1.SchedulerService/FetchResult',
                 request_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.FetchResultRequest.SerializeToString,
@@ -101,8 +106,16 @@ class SchedulerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetSession(self, request, context):
+        """Tells a session's state, without waiting. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def FetchResult(self, request, context):
-        """Streams the saved values of a session that ended. Idempotent.
+        """Streams the saved values of a session that ended, or those that are there so far. Idempotent. Fails
+        with RESULT_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,6 +168,11 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.WatchSession,
                     request_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.WatchSessionRequest.FromString,
                     response_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.WatchSessionResponse.SerializeToString,
+            ),
+            'GetSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSession,
+                    request_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.GetSessionRequest.FromString,
+                    response_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.GetSessionResponse.SerializeToString,
             ),
             'FetchResult': grpc.unary_stream_rpc_method_handler(
                     servicer.FetchResult,
@@ -243,6 +261,33 @@ class SchedulerService:
             '/insitu.v1.SchedulerService/WatchSession',
             insitu__proto_dot_v1_dot_scheduler__service__pb2.WatchSessionRequest.SerializeToString,
             insitu__proto_dot_v1_dot_scheduler__service__pb2.WatchSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/insitu.v1.SchedulerService/GetSession',
+            insitu__proto_dot_v1_dot_scheduler__service__pb2.GetSessionRequest.SerializeToString,
+            insitu__proto_dot_v1_dot_scheduler__service__pb2.GetSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

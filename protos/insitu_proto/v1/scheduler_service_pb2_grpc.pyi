@@ -45,8 +45,12 @@ class SchedulerServiceStub:
     """Streams a session's events, the past ones first, and ends after a terminal one. An attached session
     whose watcher goes away is cancelled if nobody resumes within a few seconds.
     """
+    GetSession: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetSessionRequest, _scheduler_service_pb2.GetSessionResponse]
+    """Tells a session's state, without waiting. Idempotent."""
     FetchResult: _grpc.UnaryStreamMultiCallable[_scheduler_service_pb2.FetchResultRequest, _scheduler_service_pb2.FetchResultResponse]
-    """Streams the saved values of a session that ended. Idempotent."""
+    """Streams the saved values of a session that ended, or those that are there so far. Idempotent. Fails
+    with RESULT_NOT_FOUND.
+    """
     CancelSession: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.CancelSessionRequest, _scheduler_service_pb2.CancelSessionResponse]
     """Cancels a session in any state. Idempotent; a session that has ended stays as it is."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListModelsRequest, _scheduler_service_pb2.ListModelsResponse]
@@ -75,8 +79,12 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     """Streams a session's events, the past ones first, and ends after a terminal one. An attached session
     whose watcher goes away is cancelled if nobody resumes within a few seconds.
     """
+    GetSession: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetSessionRequest, _scheduler_service_pb2.GetSessionResponse]  # type: ignore[assignment]
+    """Tells a session's state, without waiting. Idempotent."""
     FetchResult: _aio.UnaryStreamMultiCallable[_scheduler_service_pb2.FetchResultRequest, _scheduler_service_pb2.FetchResultResponse]  # type: ignore[assignment]
-    """Streams the saved values of a session that ended. Idempotent."""
+    """Streams the saved values of a session that ended, or those that are there so far. Idempotent. Fails
+    with RESULT_NOT_FOUND.
+    """
     CancelSession: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.CancelSessionRequest, _scheduler_service_pb2.CancelSessionResponse]  # type: ignore[assignment]
     """Cancels a session in any state. Idempotent; a session that has ended stays as it is."""
     ListModels: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListModelsRequest, _scheduler_service_pb2.ListModelsResponse]  # type: ignore[assignment]
@@ -116,12 +124,22 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def GetSession(
+        self,
+        request: _scheduler_service_pb2.GetSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.GetSessionResponse, _abc.Awaitable[_scheduler_service_pb2.GetSessionResponse]]:
+        """Tells a session's state, without waiting. Idempotent."""
+
+    @_abc_1.abstractmethod
     def FetchResult(
         self,
         request: _scheduler_service_pb2.FetchResultRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_scheduler_service_pb2.FetchResultResponse], _abc.AsyncIterator[_scheduler_service_pb2.FetchResultResponse]]:
-        """Streams the saved values of a session that ended. Idempotent."""
+        """Streams the saved values of a session that ended, or those that are there so far. Idempotent. Fails
+        with RESULT_NOT_FOUND.
+        """
 
     @_abc_1.abstractmethod
     def CancelSession(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -16,10 +16,21 @@ if TYPE_CHECKING:
     from insitu_proto.v1 import result_pb2, scheduler_service_pb2
 
 
+class Received(NamedTuple):
+    """A saved value that has come back."""
+
+    node_id: int
+    """Id of its save node."""
+    name: str
+    """The user's variable, made unique; empty where the client did not name it."""
+    value: object
+    """The value."""
+
+
 def download(
     responses: Iterable[scheduler_service_pb2.FetchResultResponse],
-) -> Iterator[tuple[int, object]]:
-    """Yields each saved value by the id of its save node, under a progress bar.
+) -> Iterator[Received]:
+    """Yields each saved value, under a progress bar where there are any.
 
     Raises:
         InternalError: CHECKSUM_MISMATCH, if what came is not what was sent.
@@ -27,7 +38,11 @@ def download(
     stream = iter(responses)
     summary = next(stream).summary
     with tqdm(
-        total=summary.num_bytes, unit="B", unit_scale=True, desc="Downloading result"
+        total=summary.num_bytes,
+        unit="B",
+        unit_scale=True,
+        desc="Downloading result",
+        disable=not summary.num_values,
     ) as progress:
         for response in stream:
             saved = response.saved_value
@@ -37,7 +52,8 @@ def download(
                 data += chunk
                 progress.update(len(chunk))
             _check(saved, data)
-            yield saved.node_id, torch_codec.decode(saved.value, data=data)
+            value = torch_codec.decode(saved.value, data=data)
+            yield Received(saved.node_id, saved.name, value)
 
 
 def _check(saved: result_pb2.SavedValue, data: bytearray) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -88,15 +88,45 @@ def demo_model() -> None:
     print(prepare_demo_model())
 
 
+_File = Annotated[Path, typer.Argument(help="File that session.save(path) wrote.")]
+
+
+@app.command()
+def run(
+    file: _File,
+    remote: Annotated[
+        bool,
+        typer.Option("--remote/--local", help="Whether it runs on the server, or in this process."),
+    ] = True,
+    output: Annotated[
+        Path | None, typer.Option(help="File for the saved values, as safetensors.")
+    ] = None,
+) -> None:
+    """Runs a session from a file, and shows its events and what it saved."""
+    from insitu.cli._run import run_file
+
+    run_file(file, remote=remote, output=output)
+
+
+@app.command()
+def show(file: _File) -> None:
+    """Prints a session from a file as text, under the lines of code that recorded it."""
+    from insitu._session_file import read_session
+    from insitu.cli._dump import dump
+
+    for line in dump(read_session(file)):
+        print(line)
+
+
 @app.command()
 def status() -> None:
     """Shows the server's models, shard groups and queues."""
     from insitu.backends.remote import RemoteBackend
-    from insitu.cli._status import show
+    from insitu.cli._status import show_state
 
     backend = RemoteBackend(CONFIG)
     try:
-        show(backend.server_state(), CONFIG.endpoint)
+        show_state(backend.server_state(), CONFIG.endpoint)
     finally:
         backend.close()
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from insitu_proto.v1.scheduler_service_pb2 import GetServerStateResponse
 
 
-def show(state: GetServerStateResponse, endpoint: str) -> None:
+def show_state(state: GetServerStateResponse, endpoint: str) -> None:
     """Prints the server's shard groups and queues."""
     console = Console()
     console.print(f"insitu {state.version} at {endpoint}")

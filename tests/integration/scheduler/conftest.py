@@ -86,8 +86,16 @@ class Client:
                     break
         return seen
 
-    async def fetch(self, session_id: str, *node_ids: int) -> dict[int, bytes]:
-        request = pb.FetchResultRequest(session_id=session_id, node_ids=node_ids)
+    async def state(self, session_id: str) -> str:
+        response = await self.call("GetSession", pb.GetSessionRequest(session_id=session_id))
+        return names([response.event])[0]
+
+    async def fetch(
+        self, session_id: str, *node_ids: int, is_partial: bool = False
+    ) -> dict[int, bytes]:
+        request = pb.FetchResultRequest(
+            session_id=session_id, node_ids=node_ids, is_partial=is_partial
+        )
         values: dict[int, bytes] = {}
         node_id = 0
         async for response in self.stream("FetchResult", request):

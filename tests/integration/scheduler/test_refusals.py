@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 async def test_every_method_needs_a_key(connect: Callable[[str], Client]) -> None:
     client = connect("")
-    for method in ("SubmitSession", "CancelSession", "ListModels", "GetModel", "GetServerState"):
+    methods = ("SubmitSession", "GetSession", "CancelSession")
+    for method in (*methods, "ListModels", "GetModel", "GetServerState"):
         with pytest.raises(Error) as caught:
             await client.call(method, getattr(pb, f"{method}Request")())
         assert caught.value.reason is Reason.MISSING_CREDENTIAL
@@ -53,7 +54,7 @@ async def test_a_session_of_another_user_is_refused(
 ) -> None:
     session_id = await connect("ann-key").submit(saving())
     bob = connect("bob-key")
-    for call in (bob.watch, bob.fetch, bob.cancel):
+    for call in (bob.watch, bob.state, bob.fetch, bob.cancel):
         with pytest.raises(Error) as caught:
             await call(session_id)
         assert caught.value.reason is Reason.PERMISSION_DENIED

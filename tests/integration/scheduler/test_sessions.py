@@ -221,6 +221,65 @@ async def test_a_result_is_not_there_before_the_end_nor_for_other_nodes(
     assert caught.value.reason is Reason.RESULT_NOT_FOUND
 
 
+async def test_a_partial_result_has_what_finished_traces_saved(
+    client: Client, shard: FakeShard
+) -> None:
+    go_on = asyncio.Event()
+
+    async def save_twice(request: RunSegmentRequest) -> AsyncIterator[RunSegmentResponse]:
+        yield trace_started(1)
+        for response in saved(2, b"abc"):
+            yield response
+        yield trace_started(2)
+        yield saved(4, b"half")[0]
+        await go_on.wait()
+        yield saved(4, b"half")[1]
+        yield finished()
+
+    shard.script = save_twice
+    session_id = await client.submit(saving())
+    assert (await client.state(session_id)) in ("QUEUED", "RUNNING")
+    async with asyncio.timeout(5):
+        while not (found := await client.fetch(session_id, is_partial=True)):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert found == {2: b"abc"}
+    assert await client.state(session_id) == "RUNNING"
+    go_on.set()
+    await client.watch(session_id)
+    assert await client.fetch(session_id) == {2: b"abc", 4: b"half"}
+
+
+async def test_a_partial_result_may_be_empty(client: Client, shard: FakeShard) -> None:
+    shard.script = forever
+    session_id = await client.submit(saving())
+    assert await client.fetch(session_id, is_partial=True) == {}
+    await client.cancel(session_id)
+    await client.watch(session_id)
+    assert await client.fetch(session_id, is_partial=True) == {}
+
+
+async def test_a_sessions_state_is_told_without_waiting(client: Client, shard: FakeShard) -> None:
+    shard.hold.clear()
+    running, waiting = await client.submit(saving()), await client.submit(saving())
+    await shard.running.wait()
+    assert await client.state(waiting) == "QUEUED"
+    shard.hold.set()
+    await client.watch(waiting)
+    assert [await client.state(one) for one in (running, waiting)] == ["COMPLETED"] * 2
+
+
+async def test_what_a_session_prints_is_not_its_state(client: Client, shard: FakeShard) -> None:
+    async def print_and_wait(request: RunSegmentRequest) -> AsyncIterator[RunSegmentResponse]:
+        yield log_line("hello")
+        await asyncio.Event().wait()
+
+    shard.script = print_and_wait
+    session_id = await client.submit(saving())
+    await client.watch_until(session_id, "LOG")
+    assert await client.state(session_id) == "RUNNING"
+    await client.cancel(session_id)
+
+
 async def test_later_traces_are_announced_at_most_once_a_second(
     client: Client, shard: FakeShard
 ) -> None:

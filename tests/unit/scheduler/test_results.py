@@ -86,6 +86,19 @@ async def test_a_value_cut_short_is_left_out_and_those_before_it_stay(store: Res
     assert (await read(store))[0] == {1: b"whole"}
 
 
+async def test_complete_values_can_be_read_while_more_are_written(store: ResultStore) -> None:
+    writer = store.writer(SESSION)
+    await writer.begin(header(1, b"whole"))
+    await writer.write(b"whole")
+    await writer.begin(header(2, b"two halves"))
+    await writer.write(b"two ")
+    assert (await read(store))[0] == {1: b"whole"}
+    await writer.write(b"halves")
+    assert (await read(store))[0] == {1: b"whole", 2: b"two halves"}
+    await writer.close()
+    assert (await read(store))[0] == {1: b"whole", 2: b"two halves"}
+
+
 async def test_other_bytes_than_announced_are_refused(store: ResultStore) -> None:
     writer = store.writer(SESSION)
     await writer.begin(header(1, b"abc"))

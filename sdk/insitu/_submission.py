@@ -1,0 +1,131 @@
+"""Sessions on a server that this process need not wait for."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from insitu._config import CONFIG
+from insitu._names import by_name
+from insitu.backends._watch import kind_name
+from insitu.backends.remote import RemoteBackend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from insitu_proto.v1.session_pb2 import Session
+
+
+class SessionState(StrEnum):
+    """Where a session on a server stands."""
+
+    RECEIVED = "RECEIVED"
+    APPROVED = "APPROVED"
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    COMPLETED = "COMPLETED"
+    ERROR = "ERROR"
+    CANCELLED = "CANCELLED"
+
+
+class Submission:
+    """The grip on a session that was submitted; it goes on when this process ends.
+
+    Attributes:
+        id: names the session; `insitu.attach` takes it, in any process of the same user.
+    """
+
+    def __init__(
+        self,
+        backend: RemoteBackend,
+        session_id: str,
+        receive: Callable[[Iterable[tuple[int, object]]], None] | None = None,
+    ) -> None:
+        """Takes hold of a session.
+
+        Args:
+            backend: the server that has it.
+            session_id: its id.
+            receive: takes the saved values, by the ids of their save nodes, once it has ended.
+        """
+        self.id = session_id
+        self._backend = backend
+        self._watch = backend.watch(session_id)
+        self._receive = receive
+        self._values: dict[str, object] | None = None
+
+    def status(self) -> SessionState:
+        """Asks the server for the session's state, without waiting."""
+        return SessionState(kind_name(self._backend.state(self.id)))
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Shows the session's events to its end; the saved values of its block are there then.
+
+        Args:
+            timeout: how long to wait, in seconds; None for as long as it takes.
+
+        Raises:
+            Error: why the session failed; what its finished traces saved is there.
+            DeadlineError: it has not ended in time. It is a TimeoutError too; the session goes on.
+        """
+        failure = self._watch.to_end(timeout)
+        if self._receive is not None:
+            self._fetch(is_partial=failure is not None)
+        if failure is not None:
+            raise failure
+
+    def result(self, *, timeout: float | None = None, partial: bool = False) -> dict[str, Any]:
+        """Gives the saved values by the names of the user's variables.
+
+        The second value of a name x is x_2; values without a name are value_1, value_2.
+
+        Args:
+            timeout: how long to wait, in seconds; None for as long as it takes.
+            partial: whether to give, without waiting, what the traces that have finished saved,
+                also if a later one failed.
+
+        Raises:
+            Error: as `wait`, unless the result may be partial.
+        """
+        if partial:
+            received = self._backend.fetch(self.id, is_partial=True)
+            return by_name((one.name, one.value) for one in received)
+        self.wait(timeout)
+        return dict(self._fetch(is_partial=False))
+
+    def cancel(self) -> None:
+        """Cancels the session; one that has ended stays as it is."""
+        self._backend.cancel(self.id)
+
+    def __repr__(self) -> str:
+        return f"Submission({self.id!r})"
+
+    def _fetch(self, *, is_partial: bool) -> dict[str, object]:
+        """Gives the values of a session that has ended, downloading them once."""
+        if self._values is None:
+            received = list(self._backend.fetch(self.id, is_partial=is_partial))
+            self._values = by_name((one.name, one.value) for one in received)
+            if self._receive is not None:
+                self._receive((one.node_id, one.value) for one in received)
+        return self._values
+
+
+def submit(
+    backend: RemoteBackend,
+    session: Session,
+    receive: Callable[[Iterable[tuple[int, object]]], None],
+) -> Submission:
+    """Submits a session that goes on when nobody watches it."""
+    return Submission(backend, backend.submit(session, is_detached=True), receive)
+
+
+def attach(session_id: str) -> Submission:
+    """Takes hold of a session that was submitted before, by this process or another.
+
+    Raises:
+        NotFoundError: the server has no such session.
+        PermissionDeniedError: it is another user's.
+    """
+    submission = Submission(RemoteBackend(CONFIG), session_id)
+    submission.status()
+    return submission

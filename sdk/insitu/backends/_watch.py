@@ -1,0 +1,106 @@
+"""Follows a session on the server to its end."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from insitu._logging import log_event
+from insitu_proto.v1 import event_pb2
+from insitu_wire.errors import Error, Reason, UnavailableError, error, from_failure
+
+if TYPE_CHECKING:
+    from insitu.backends.remote import RemoteBackend
+
+_MAX_RESUMES = 8
+_MAX_PAUSE_SECONDS = 5.0
+_TERMINAL_KINDS = frozenset(
+    {event_pb2.EVENT_KIND_COMPLETED, event_pb2.EVENT_KIND_ERROR, event_pb2.EVENT_KIND_CANCELLED}
+)
+
+
+class Watch:
+    """Shows one session's events, each once, however often it is interrupted."""
+
+    def __init__(self, backend: RemoteBackend, session_id: str) -> None:
+        self._backend = backend
+        self._session_id = session_id
+        self._seen = 0
+        self._last: event_pb2.Event | None = None
+
+    def to_end(self, timeout: float | None = None) -> Error | None:
+        """Waits for the session's end; gives why it failed, if it did.
+
+        Args:
+            timeout: how long to wait, in seconds; None for as long as it takes.
+
+        Raises:
+            DeadlineError: WAIT_TIMEOUT, if the session has not ended by then.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        num_resumes = 0
+        while not self._has_ended:
+            before = self._seen
+            try:
+                self._show_events(deadline)
+            except UnavailableError:
+                if num_resumes == _MAX_RESUMES - 1:
+                    raise
+            num_resumes = num_resumes + 1 if self._seen == before else 0
+            deadline = self._check_time(deadline, timeout)
+            self._pause(num_resumes, deadline)
+        return self._failure()
+
+    def _show_events(self, deadline: float | None) -> None:
+        timeout = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        for event in self._backend.events(self._session_id, after=self._seen, timeout=timeout):
+            self._seen, self._last = event.sequence, event
+            log_event(self._session_id, kind_name(event), event.message)
+
+    def _check_time(self, deadline: float | None, timeout: float | None) -> float | None:
+        """Gives the deadline, or none if the session has ended, for its last events to be shown."""
+        if self._has_ended or deadline is None or time.monotonic() < deadline:
+            return deadline
+        if self._backend.state(self._session_id).kind in _TERMINAL_KINDS:
+            return None
+        raise error(
+            Reason.WAIT_TIMEOUT,
+            f"session {self._session_id} has not ended within {timeout:g} seconds; it goes on: "
+            "wait again, or cancel it",
+            sessionId=self._session_id,
+            timeoutSeconds=timeout,
+        )
+
+    def _pause(self, num_resumes: int, deadline: float | None) -> None:
+        """Waits a little before a broken stream is resumed, and gives up in the end."""
+        if num_resumes == _MAX_RESUMES:
+            raise error(
+                Reason.SERVER_UNREACHABLE,
+                f"the server keeps closing the stream of session {self._session_id}; see whether "
+                "it runs with `insitu status`",
+                sessionId=self._session_id,
+            )
+        if num_resumes:
+            left = _MAX_PAUSE_SECONDS if deadline is None else max(deadline - time.monotonic(), 0.0)
+            time.sleep(min(0.05 * 2**num_resumes, _MAX_PAUSE_SECONDS, left))
+
+    @property
+    def _has_ended(self) -> bool:
+        return self._last is not None and self._last.kind in _TERMINAL_KINDS
+
+    def _failure(self) -> Error | None:
+        match self._last:
+            case event_pb2.Event(kind=event_pb2.EVENT_KIND_ERROR, failure=failure):
+                return from_failure(failure)
+            case event_pb2.Event(kind=event_pb2.EVENT_KIND_CANCELLED):
+                return error(
+                    Reason.SESSION_CANCELLED,
+                    f"session {self._session_id} was cancelled",
+                    sessionId=self._session_id,
+                )
+        return None
+
+
+def kind_name(event: event_pb2.Event) -> str:
+    """Gives the name of what happened, such as "QUEUED"."""
+    return event_pb2.EventKind.Name(event.kind).removeprefix("EVENT_KIND_")

@@ -111,6 +111,9 @@ RANDOM = (
 VARIABLE = "insitu.variable"
 """Gives its argument; `Assign` may later give the result another value."""
 
+SELECT = "insitu.select"
+"""Gives its second argument if its first holds, else its third; the other need not be set."""
+
 # Lists and dicts that are built while a session runs. They take copies, so that nothing in them
 # changes with the tensor that it was made of.
 _CONTAINERS = "list dict append extend set_item len"
@@ -128,7 +131,7 @@ OPERATIONS: frozenset[str] = frozenset(
     | _names("torch.special", _SPECIAL)
     # Takes an item out of a tuple, list or dict.
     | {"operator.getitem"}
-    | {VARIABLE}
+    | {VARIABLE, SELECT}
     | _names("insitu", _CONTAINERS)
 )
 """Every operation, by its public name in torch or the standard library."""

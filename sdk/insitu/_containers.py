@@ -6,7 +6,7 @@ import builtins
 from typing import TYPE_CHECKING, Any, Self
 
 from insitu._origin import Container, NodeReference, Origin, latest, not_here
-from insitu._proxy import Proxy, as_meta, proxies_in, wrap
+from insitu._proxy import Proxy, as_meta, proxies_in, python_flow, wrap
 from insitu._session import active_session
 from insitu._shapes import Unknown, check_fits
 from insitu._source import user_location
@@ -50,7 +50,7 @@ class ProxyList(builtins.list[Any], Container):
         return super().__getitem__(key) if self._is_there else _item(self, key)
 
     def __iter__(self) -> Iterator[Any]:
-        return super().__iter__() if self._is_there else iter_at_run_time(self)
+        return super().__iter__() if self._is_there else python_flow().items(self)
 
     def __len__(self) -> int:
         return super().__len__() if self._is_there else _length(self)
@@ -88,7 +88,7 @@ class ProxyMapping(builtins.dict[Any, Any], Container):
         return super().__getitem__(key) if self._is_there else _item(self, key)
 
     def __iter__(self) -> Iterator[Any]:
-        return super().__iter__() if self._is_there else iter_at_run_time(self)
+        return super().__iter__() if self._is_there else python_flow().items(self)
 
     def __len__(self) -> int:
         return super().__len__() if self._is_there else _length(self)
@@ -158,16 +158,6 @@ def assign(target: Proxy, value: Any, location: Location) -> None:
     block.assign(target_id, value, location)
     origins = (target._origin, *(proxy._origin for proxy in proxies_in(value)))
     target._origin.moment = latest(origins, block.number)
-
-
-def iter_at_run_time(value: Any) -> Iterator[Any]:
-    """Refuses to iterate over what is known only when the session runs."""
-    raise error(
-        Reason.VALUE_NOT_AVAILABLE,
-        f"how many items {value._origin} has is known only when the session runs; loop over it "
-        "with `with session.iter(...) as item:`",
-        location=user_location(),
-    )
 
 
 def _recorder(location: Location) -> SessionRecorder:

@@ -84,7 +84,12 @@ class Proxy(torch.Tensor):
         return self
 
     def __iter__(self) -> Iterator[Proxy]:
+        if self._meta is None:
+            return iter(python_flow().items(self))
         return iter([cast("Proxy", self[index]) for index in range(len(self))])
+
+    def __bool__(self) -> bool:
+        return bool(python_flow().truth(self))
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return _describe(self)
@@ -179,6 +184,14 @@ class ProxyDict(dict[str, Any]):
             return self[name]
         except KeyError:
             raise AttributeError(f"{self._origin} has {', '.join(self)}, and no {name}") from None
+
+
+def python_flow() -> Any:
+    """Gives the module that knows Python's own control flow."""
+    # It records through proxies itself.
+    from insitu import _python_flow as module
+
+    return module
 
 
 _NEEDS_ELEMENTS = {

@@ -7,11 +7,15 @@ import re
 import sys
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import insitu_wire
 from insitu_wire.errors import Location
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 _OURS = tuple(
     str(Path(folder).resolve().parent) + "/"
@@ -22,10 +26,16 @@ _ASSIGNMENT = re.compile(r"^(?P<name>[^\W\d]\w*)\s*(?::[^=]+)?=(?!=)")
 
 def user_location() -> Location:
     """Gives the innermost running line that is neither insitu's nor torch's."""
+    frame = user_frame()
+    return _location(frame.f_code.co_filename, frame.f_lineno)
+
+
+def user_frame() -> FrameType:
+    """Gives the innermost running frame that is neither insitu's nor torch's."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
         frame = frame.f_back
-    return _location(frame.f_code.co_filename, frame.f_lineno)
+    return frame
 
 
 @lru_cache(maxsize=4096)

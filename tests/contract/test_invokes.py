@@ -129,7 +129,7 @@ def test_a_stop_may_hang_on_a_condition(model: LanguageModel) -> None:
             with tracer.cond(hidden.max() > threshold):
                 tracer.stop()
             logits = model.lm_head.output.save()
-        assert logits.is_meta == is_stopped
+        assert (type(logits) is not torch.Tensor) == is_stopped
 
 
 def test_a_skipped_layer_gives_what_it_is_told(model: LanguageModel) -> None:

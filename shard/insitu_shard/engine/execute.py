@@ -24,7 +24,7 @@ from insitu_shard.engine.logs import format_values
 from insitu_shard.engine.memory import MemoryMap, copied, copied_if_in, copied_together, storages
 from insitu_shard.engine.operations import function
 from insitu_wire.errors import Error
-from insitu_wire.operations import FACTORIES, is_in_place, writes_into_container
+from insitu_wire.operations import FACTORIES, SELECT, is_in_place, writes_into_container
 from insitu_wire.torch_codec import encode_saved
 
 if TYPE_CHECKING:
@@ -89,8 +89,7 @@ class Executor:
         self._free_operands(node)
 
     def _is_to_run(self, node: Node) -> bool:
-        used = self._plan.uses[node.id]
-        if any(self._value_of(node_id, node.id) is UNSET for node_id in used):
+        if not self._is_set(node):
             return False
         number = node.condition
         while number:
@@ -99,6 +98,17 @@ class Executor:
                 return False
             number = condition.parent
         return True
+
+    def _is_set(self, node: Node) -> bool:
+        """Whether all values are set that a node uses; a selection uses one of two."""
+        match node.operation:
+            case Call(name=name, args=(condition, one, other)) if name == SELECT:
+                condition = self._resolve(condition, node.id)
+                if condition is UNSET:
+                    return False
+                return self._resolve(one if holds(condition) else other, node.id) is not UNSET
+        used = self._plan.uses[node.id]
+        return all(self._value_of(node_id, node.id) is not UNSET for node_id in used)
 
     def _apply(self, node: Node, boundary_value: BoundaryValue | None) -> object:  # noqa: C901
         match node.operation:

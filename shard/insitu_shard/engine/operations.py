@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from insitu_shard.engine.control import holds
 from insitu_shard.engine.memory import copied
 from insitu_wire.errors import Reason, error
-from insitu_wire.operations import OPERATIONS, VARIABLE, nearest
+from insitu_wire.operations import OPERATIONS, SELECT, VARIABLE, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
         # Stays a tensor, so that tensor methods on it go on working where the model runs.
         "torch.Tensor.item": lambda tensor: tensor.reshape(()).clone(),
         VARIABLE: lambda value: value,
+        SELECT: lambda condition, one, other: one if holds(condition) else other,
         "insitu.list": lambda items: list(copied(items)),
         "insitu.dict": lambda items: dict(copied(items)),
         "insitu.append": lambda container, item: container.append(copied(item)),

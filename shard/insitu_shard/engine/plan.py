@@ -29,7 +29,7 @@ from insitu_shard.engine.graph import (
     references,
 )
 from insitu_wire.errors import Reason, error
-from insitu_wire.operations import VARIABLE, is_in_place, may_alias, writes_into_container
+from insitu_wire.operations import SELECT, VARIABLE, is_in_place, may_alias, writes_into_container
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -141,7 +141,7 @@ class _Planner:
         match node.operation:
             case Read(hook_point=point):
                 return frozenset({(point.boundary, point.invoke)})
-            case Call(name=name) if name == VARIABLE:
+            case Call(name=name) if name in (VARIABLE, SELECT):
                 return frozenset({node.id, *used_roots})
             # A view is of what it is called on, not of an index.
             case Call(name=name, args=(Ref(node_id=target), *_)) if may_alias(name):

@@ -29,3 +29,6 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     # Two servers on one port would share its calls silently.
     ("grpc.so_reuseport", 0),
 )
+
+MAX_TENSOR_BYTES = 4 * 1024**3
+"""Size of the largest tensor that an operation of a session may make."""

@@ -57,6 +57,7 @@ class SessionRun:
             steps=self.session.steps[segment.start : segment.stop],
             locations=self.session.locations,
             first_trace_number=segment.first_trace_number,
+            seed=self.session.seed,
         )
         async with aclosing(shard.run_segment(self.log.session_id, message)) as responses:
             async for response in responses:

@@ -40,7 +40,7 @@ class Branch:
             )
 
     def __enter__(self) -> Branch:
-        self._open.enter_context(self._taken(negated=False))
+        self._open.enter_context(self.taken(negated=False))
         return self
 
     def __exit__(
@@ -54,7 +54,7 @@ class Branch:
     @contextmanager
     def else_(self) -> Iterator[None]:
         """Records what runs if the condition does not hold."""
-        with self._taken(negated=True):
+        with self.taken(negated=True):
             yield
 
     def cond(self, condition: object) -> Branch:
@@ -62,7 +62,8 @@ class Branch:
         return Branch(self._recorder, condition, self._location)
 
     @contextmanager
-    def _taken(self, *, negated: bool) -> Iterator[None]:
+    def taken(self, *, negated: bool) -> Iterator[None]:
+        """Records what runs if the condition holds, or if it does not."""
         trace = self._recorder.trace
         if trace is not None:
             with trace.under(self._condition, self._location, negated=negated):

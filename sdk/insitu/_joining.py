@@ -22,6 +22,11 @@ def is_recordable(value: object) -> bool:
     return isinstance(value, torch.Tensor | bool | int | float)
 
 
+def kept(value: Proxy) -> Proxy:
+    """Gives the value as it is here, though it be a variable that changes later."""
+    return variable(value) if isinstance(value, Variable) else value
+
+
 def make_variable(value: Any) -> Variable:
     """Makes a variable of the session that starts as a value."""
     return variable(value if isinstance(value, torch.Tensor) else torch.tensor(value))

@@ -82,7 +82,12 @@ class LanguageModel(Envoy):
         return Session(self, self._remote, run=run, submit=partial(submit, self._remote))
 
     def trace(
-        self, prompt: Prompt | None = None, *, remote: bool = False, blocking: bool = True
+        self,
+        prompt: Prompt | None = None,
+        *,
+        remote: bool = False,
+        blocking: bool = True,
+        seed: int = 0,
     ) -> Tracer:
         """Opens a trace: one forward pass over a prompt, with interventions.
 
@@ -93,11 +98,13 @@ class LanguageModel(Envoy):
             remote: whether it runs on the server; inside a session, the session decides.
             blocking: whether the end of the block waits for it; inside a session, the session
                 decides.
+            seed: of the random numbers that the block draws, from 1; by default one that torch's
+                own generator gives.
         """
         session = active_session()
         if session is None:
             session = self.session(remote=remote, blocking=blocking)
-            return Tracer(session, self, prompt, owns_session=True)
+            return Tracer(session, self, prompt, owns_session=True, seed=seed)
         if session.model._base is not self._base:
             raise error(
                 Reason.UNSUPPORTED_FEATURE,
@@ -105,7 +112,7 @@ class LanguageModel(Envoy):
                 f"session over one model; trace {self.name} in a session of its own",
                 location=user_location(),
             )
-        return Tracer(session, self, prompt, owns_session=False)
+        return Tracer(session, self, prompt, owns_session=False, seed=seed)
 
     def scan(self, prompt: Prompt | None = None) -> Tracer:
         """Opens a trace that is recorded and checked, and does not run: for shapes.

@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from insitu._control import Branch, Loop
-from insitu._joining import is_recordable, join, make_variable
+from insitu._joining import is_recordable, join, kept, make_variable
 from insitu._origin import not_here
 from insitu._proxy import Proxy
 from insitu._source import user_frame, user_location
@@ -26,6 +26,7 @@ from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
     from types import FrameType
 
     from insitu._origin import Container
@@ -81,16 +82,20 @@ class _If:
     ) -> None:
         self._frame = frame
         self._statement = statement
-        self._condition = condition
         self._is_negated = is_negated
         self._location = user_location()
-        self._branch = Branch(condition._origin.recorder, condition, self._location)
+        # What is assigned in a branch does not change which of the two runs.
+        self._condition = kept(condition)
         self._body = ExitStack()
         self._before = dict(frame.f_locals)
+        self._after_else = self._before
 
     def enter(self) -> None:
-        """Starts to record the body."""
-        self._body.enter_context(self._branch._taken(negated=self._is_negated))
+        """Records what is run else, and starts to record the body."""
+        if self._statement.orelse:
+            # Before the body: after it, a trace function runs, in which Python traces nothing.
+            self._after_else = self._run_else()
+        self._body.enter_context(self._taken(negated=self._is_negated))
         _watch(self._frame, self._step)
 
     def _step(self, frame: FrameType, event: str) -> bool:
@@ -108,12 +113,9 @@ class _If:
     def _join(self, frame: FrameType) -> None:
         names = _stored_names([*self._statement.body, *self._statement.orelse])
         after_body = {name: frame.f_locals.get(name, _MISSING) for name in names}
-        after_else = {name: self._before.get(name, _MISSING) for name in names}
-        if self._statement.orelse:
-            after_else = self._run_else(frame, names)
         joined = {}
         for name in sorted(names):
-            one, other = after_body[name], after_else[name]
+            one, other = after_body[name], self._after_else.get(name, _MISSING)
             if one is other:
                 continue
             if one is _MISSING or other is _MISSING:
@@ -123,16 +125,17 @@ class _If:
             joined[name] = join(self._condition, *pair, name, self._location)
         _bind(frame, joined)
 
-    def _run_else(self, frame: FrameType, names: set[str]) -> dict[str, Any]:
-        code = compile(
-            ast.Module(body=self._statement.orelse, type_ignores=[]),
-            frame.f_code.co_filename,
-            "exec",
-        )
-        namespace = {**frame.f_globals, **self._before}
-        with self._branch._taken(negated=not self._is_negated):
+    def _taken(self, *, negated: bool) -> AbstractContextManager[None]:
+        branch = Branch(self._condition._origin.recorder, self._condition, self._location)
+        return branch.taken(negated=negated)
+
+    def _run_else(self) -> dict[str, Any]:
+        statements = ast.Module(body=self._statement.orelse, type_ignores=[])
+        code = compile(statements, self._frame.f_code.co_filename, "exec")
+        namespace = {**self._frame.f_globals, **self._before}
+        with self._taken(negated=not self._is_negated):
             exec(code, namespace)
-        return {name: namespace.get(name, _MISSING) for name in names}
+        return namespace
 
 
 class _For:
@@ -281,6 +284,6 @@ def _unknown_truth(value: Proxy) -> Error:
         Reason.VALUE_NOT_AVAILABLE,
         f"whether {value._origin} is true is known only when the session runs; ask it in an `if` "
         "statement of its own in a file or notebook (with & and | instead of and, or), use `with "
-        "session.cond(...) as branch:`, or torch.where",
+        "session.cond(...) as branch:` or torch.where, or .save() it and ask after the block",
         location=user_location(),
     )

@@ -6,10 +6,14 @@ import itertools
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
+
 from insitu._source import assigned_name, user_location
 from insitu_proto.v1 import intervention_pb2, session_pb2, trace_pb2
 from insitu_wire import torch_codec
 from insitu_wire.errors import Error
+from insitu_wire.operations import RANDOM
+from insitu_wire.steps import all_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
@@ -70,10 +74,11 @@ class SessionRecorder:
             self._compute = BlockRecorder(self, nodes, next(self._block_numbers))
         return self._compute
 
-    def open_trace(self, model: str) -> BlockRecorder:
+    def open_trace(self, model: str, seed: int) -> BlockRecorder:
         """Starts a trace."""
         step = self.add_step().trace
         step.model = model
+        step.seed = seed
         step.mode = trace_pb2.TRACE_MODE_FORWARD
         self.num_traces += 1
         self.trace = BlockRecorder(self, step.nodes, next(self._block_numbers), step)
@@ -96,6 +101,11 @@ class SessionRecorder:
                 origin = container._origin
                 name = assigned_name(origin.location)
                 self.block.save(container, name, origin.location)
+
+    def seed(self) -> None:
+        """Draws the session's seed from torch's generator, if random numbers need it."""
+        if any(_needs_seed(step) for step in all_steps(self.session.steps)):
+            self.session.seed = int(torch.randint(1, 2**63 - 1, ()))
 
     def add_step(self) -> session_pb2.Step:
         """Adds a step after those defined so far."""
@@ -296,3 +306,8 @@ class BlockRecorder:
             location=recorder.location_index(location),
             condition=self._condition,
         )
+
+
+def _needs_seed(step: session_pb2.Step) -> bool:
+    nodes = (*step.trace.nodes, *step.compute.nodes)
+    return not step.trace.seed and any(node.call.name in RANDOM for node in nodes)

@@ -201,6 +201,7 @@ class Session:
             )
         warn_of_unused(recorder.session)
         name_saves(recorder.session.steps)
+        recorder.seed()
         self._is_recorded = True
         if not self._runs:
             recorder.state = "recorded"

@@ -39,12 +39,14 @@ class Tracer:
         prompt: Prompt | None,
         *,
         owns_session: bool,
+        seed: int = 0,
         is_edit: bool = False,
     ) -> None:
         self._session = session
         self._model = model
         self._prompt = prompt
         self._owns_session = owns_session
+        self._seed = seed
         self._is_edit = is_edit
         self._recorder: BlockRecorder | None = None
         self._caches: list[Cache] = []
@@ -168,7 +170,7 @@ class Tracer:
                 location=user_location(),
             )
         self._session._tracer = self
-        self._recorder = self._session._recorder.open_trace(self._model.name)
+        self._recorder = self._session._recorder.open_trace(self._model.name, self._seed)
         if self._prompt is not None:
             self._add_rows(self._prompt)
         if not self._is_edit:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import insitu
 from insitu import Error, InvalidTraceError, LanguageModel, ValueNotAvailableError
 from insitu_shard.engine.graph import Call, HookPoint, Node, Read, Ref, Side
 from insitu_shard.engine.plan import plan_nodes
@@ -345,3 +346,54 @@ def test_many_writes_to_one_value_are_planned_in_linear_time() -> None:
     plan = plan_nodes(nodes, used_later=())
     assert max(map(len, plan.predecessors.values())) <= 3
     assert max(map(len, plan.readers_before.values())) <= 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: torch.zeros(40_000, 40_000) + value.sum(),
+        lambda value: value.flatten().repeat(10_000_000),
+        lambda value: value.flatten()[:, None].expand(-1, 10**9),
+        lambda value: torch.cdist(value.reshape(-1, 1).repeat(300, 1), torch.zeros(60_000, 1)),
+        lambda value: value.flatten().repeat(400)[:, None] * torch.ones(20_000),
+    ],
+)
+def test_what_would_take_too_much_memory_is_refused_before_it_does(
+    model: LanguageModel, make: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    with pytest.raises(Error, match="at most 4,294,967,296 may be made") as raised:
+        with model.trace(IDS):
+            make(model.model.layers[0].output[0]).sum().save()
+    assert raised.value.reason == "OUT_OF_MEMORY"
+
+
+def test_random_numbers_are_those_of_the_traces_seed(model: LanguageModel) -> None:
+    def draw(seed: int) -> list[torch.Tensor]:
+        with model.trace(IDS, seed=seed):
+            one = torch.randn(3).save()
+            other = torch.rand_like(model.model.layers[0].output[0][0, 0]).save()
+        return [one, other]
+
+    before = torch.random.get_rng_state()
+    first, again, different = draw(1), draw(1), draw(2)
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, different))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_random_numbers_follow_torchs_own_seed_where_a_trace_has_none(
+    model: LanguageModel,
+) -> None:
+    def draw() -> torch.Tensor:
+        with model.session() as session:
+            drawn = insitu.list().save()
+            with session.iter(range(2)):
+                drawn.append(torch.randn(3))
+        return torch.stack(drawn)
+
+    torch.manual_seed(3)
+    first, other = draw(), draw()
+    torch.manual_seed(3)
+    assert torch.equal(draw(), first)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])

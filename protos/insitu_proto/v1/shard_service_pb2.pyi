@@ -127,8 +127,11 @@ class Segment(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     LOCATIONS_FIELD_NUMBER: _builtins.int
     FIRST_TRACE_NUMBER_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
     first_trace_number: _builtins.int
     """Number of the segment's first trace in the session, from 1."""
+    seed: _builtins.int
+    """The session's seed."""
     @_builtins.property
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.Step]:
         """The steps."""
@@ -143,10 +146,11 @@ class Segment(_message.Message):
         steps: _abc.Iterable[_session_pb2.Step] | None = ...,
         locations: _abc.Iterable[_intervention_pb2.SourceLocation] | None = ...,
         first_trace_number: _builtins.int = ...,
+        seed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_trace_number", b"first_trace_number", "locations", b"locations", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_trace_number", b"first_trace_number", "locations", b"locations", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

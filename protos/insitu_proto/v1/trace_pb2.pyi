@@ -56,10 +56,13 @@ class Trace(_message.Message):
     INVOKES_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
     CONDITIONS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model, as ListModels gives it."""
     mode: Global___TraceMode.ValueType
     """How the model is run."""
+    seed: _builtins.int
+    """Seed of the trace's random numbers; 0 for the session's. Each operation draws numbers of its own, whatever runs beside it."""
     @_builtins.property
     def invokes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Invoke]:
         """Inputs, each owning its rows of the batch, in order. At least one."""
@@ -80,10 +83,11 @@ class Trace(_message.Message):
         invokes: _abc.Iterable[Global___Invoke] | None = ...,
         nodes: _abc.Iterable[_intervention_pb2.Node] | None = ...,
         conditions: _abc.Iterable[Global___Condition] | None = ...,
+        seed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "invokes", b"invokes", "mode", b"mode", "model", b"model", "nodes", b"nodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "invokes", b"invokes", "mode", b"mode", "model", b"model", "nodes", b"nodes", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -43,7 +43,10 @@ class LocalBackend:
         """Runs a session and yields saved values."""
         name = f"local-{uuid.uuid4().hex[:8]}"
         segment = shard_service_pb2.Segment(
-            steps=session.steps, locations=session.locations, first_trace_number=1
+            steps=session.steps,
+            locations=session.locations,
+            first_trace_number=1,
+            seed=session.seed,
         )
         with self._running:
             for event in engine.SegmentRun({self._name: self._model}, segment, values={}).run():

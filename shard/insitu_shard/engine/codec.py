@@ -81,6 +81,7 @@ class StepDecoder:
                 graph.Condition(self._value(at.value), at.is_negated, at.parent)
                 for at in trace.conditions
             ),
+            trace.seed,
         )
 
     def _invoke(self, invoke: trace_pb2.Invoke) -> graph.Invoke:

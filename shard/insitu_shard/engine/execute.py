@@ -23,8 +23,10 @@ from insitu_shard.engine.graph import (
 from insitu_shard.engine.logs import format_values
 from insitu_shard.engine.memory import MemoryMap, copied, copied_if_in, copied_together, storages
 from insitu_shard.engine.operations import function
+from insitu_shard.engine.randomness import seeded
+from insitu_shard.engine.sizes import check_size
 from insitu_wire.errors import Error
-from insitu_wire.operations import FACTORIES, SELECT, is_in_place, writes_into_container
+from insitu_wire.operations import FACTORIES, RANDOM, SELECT, is_in_place, writes_into_container
 from insitu_wire.torch_codec import encode_saved
 
 if TYPE_CHECKING:
@@ -50,7 +52,10 @@ class Executor:
         is_calling_module: whether a module runs on a node's behalf, so that hooks stay silent.
     """
 
-    def __init__(self, plan: Plan, model: LoadedModel, earlier: Mapping[NodeId, object]) -> None:
+    def __init__(
+        self, plan: Plan, model: LoadedModel, earlier: Mapping[NodeId, object], seed: str
+    ) -> None:
+        self._seed = seed
         self._plan = plan
         self._model = model
         self._earlier = earlier
@@ -124,6 +129,10 @@ class Executor:
                 arguments, keywords = self._resolve((args, dict(kwargs)), node.id)
                 if name in FACTORIES:
                     keywords.setdefault("device", self._model.device)
+                check_size(name, arguments, keywords)
+                if name in RANDOM:
+                    with seeded(f"{self._seed}:{node.id}", self._model.device):
+                        return function(name)(*arguments, **keywords)
                 return function(name)(*arguments, **keywords)
             case ModuleCall(module_path=path, args=args, kwargs=kwargs):
                 return self._call_module(path, *self._resolve((args, dict(kwargs)), node.id))

@@ -189,6 +189,8 @@ class Trace:
     nodes: tuple[Node, ...]
     """In the order of definition."""
     conditions: tuple[Condition, ...] = ()
+    seed: int = 0
+    """Seed of its random numbers; 0 for the session's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,10 +40,12 @@ class Interleaver:
         error: what the first failing operation raised, if one did.
     """
 
-    def __init__(self, plan: Plan, model: LoadedModel, earlier: Mapping[NodeId, object]) -> None:
+    def __init__(
+        self, plan: Plan, model: LoadedModel, earlier: Mapping[NodeId, object], seed: str
+    ) -> None:
         self._plan = plan
         self._model = model
-        self._executor = Executor(plan, model, earlier)
+        self._executor = Executor(plan, model, earlier, seed)
         self._num_missing = {node_id: len(waits) for node_id, waits in plan.predecessors.items()}
         self._ready: list[NodeId] = []
         self._num_calls: dict[tuple[str, bool], int] = defaultdict(int)

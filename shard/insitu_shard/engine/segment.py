@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from insitu_shard.engine.codec import StepDecoder
@@ -76,6 +77,8 @@ class SegmentRun:
         self._values = values
         self._liveness = Liveness(self._steps)
         self._writes_in_place = has_in_place_call(self._steps)
+        self._seed = segment.seed
+        self._num_runs: Counter[NodeId] = Counter()
         self._loops: list[NodeId] = []
         self._held: dict[NodeId, Saved] = {}
         self.has_exited = False
@@ -111,7 +114,8 @@ class SegmentRun:
             case Compute(nodes=nodes):
                 yield StepFollows()
                 plan = plan_nodes(nodes, used_later=self._liveness.used_after(step))
-                interleaver = Interleaver(plan, self._any_model, self._values)
+                seed = self._block_seed(nodes, 0)
+                interleaver = Interleaver(plan, self._any_model, self._values, seed)
                 interleaver.run(None)
                 yield from self._finish(interleaver, plan, 0)
             case Log(values=logged):
@@ -153,10 +157,17 @@ class SegmentRun:
         if batch is None:
             return
         plan = plan_nodes(trace.nodes, trace.conditions, used_later=self._liveness.used_after(step))
-        interleaver = Interleaver(plan, model, self._values)
+        seed = self._block_seed(trace.nodes, trace.seed)
+        interleaver = Interleaver(plan, model, self._values, seed)
         inputs = model_inputs(batch.rows, pad_token_id=model.pad_token_id, device=model.device)
         interleaver.run(inputs, batch)
         yield from self._finish(interleaver, plan, step.trace_number)
+
+    def _block_seed(self, nodes: Sequence[Node], seed: int) -> str:
+        """Gives what makes the random numbers of a block its own, and those of each item."""
+        first_id = nodes[0].id if nodes else 0
+        self._num_runs[first_id] += 1
+        return f"{seed or self._seed}:{self._num_runs[first_id]}"
 
     def _batch(self, trace: Trace, model: LoadedModel) -> Batch | None:
         """Gives the rows of a trace; None if what they are made of was not set."""

@@ -1,0 +1,153 @@
+"""One and the same experiments, for every backend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import insitu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from insitu import LanguageModel
+
+IDS = [5, 9, 17, 23]
+LONG = [3, 8, 21, 34, 55]
+
+
+def reads_and_writes(model: LanguageModel, **where: bool) -> dict[str, Any]:
+    """Reads and writes of every kind, whole and in part."""
+    with model.trace(IDS, **where):
+        layer = model.model.layers[1]
+        args, _ = layer.inputs
+        first = args[0].clone().save()
+        layer.input[:, 0] *= 0.5
+        layer.mlp.output = layer.mlp.output + 0.1 * first
+        layer.self_attn.o_proj.input[..., :8] = 0
+        gate = layer.mlp.gate_proj.output.save()
+        logits = model.lm_head.output.save()
+    return {"first": first, "gate": gate, "logits": logits}
+
+
+def module_calls(model: LanguageModel, **where: bool) -> dict[str, Any]:
+    """The logit lens."""
+    with model.session(**where):
+        with model.trace(IDS):
+            hidden = [layer.output[0][:, -1] for layer in model.model.layers]
+        lenses = torch.stack([model.lm_head(model.model.norm(h)) for h in hidden]).save()
+    return {"lenses": lenses}
+
+
+def invokes(model: LanguageModel, **where: bool) -> dict[str, Any]:
+    """Prompts of several lengths in one trace, with values crossing."""
+    with model.trace(**where) as tracer:
+        with tracer.invoke(IDS):
+            taken = model.model.layers[0].output[0][:, -1]
+        with tracer.invoke(LONG):
+            model.model.layers[1].output[0][:, -1] = taken
+            patched = model.lm_head.output.save()
+        with tracer.invoke():
+            everything = model.lm_head.output[:, -1].save()
+    return {"patched": patched, "everything": everything}
+
+
+def control_flow(model: LanguageModel, **where: bool) -> dict[str, Any]:
+    """Loops, branches, variables, lists and dicts."""
+    with model.session(**where) as session:
+        kept = insitu.list().save()
+        norms = insitu.dict().save()
+        total = insitu.variable(torch.zeros(64))
+        with session.iter([0.0, 1.0, 3.0], return_context=True) as (scale, loop):
+            with model.trace(IDS):
+                model.model.layers[0].output[:] *= scale
+                hidden = model.model.layers[2].output[0][0, -1]
+                kept.append(hidden)
+            total.update(total + hidden)
+            with session.cond(scale > 0.5) as branch:
+                norms["large"] = scale
+                loop.exit()
+            with branch.else_():
+                norms["small"] = scale
+        total.save()
+    return {"kept": list(kept), "norms": dict(norms), "total": total}
+
+
+def python_flow(model: LanguageModel, **where: bool) -> dict[str, Any]:
+    """Plain if and for over run-time values."""
+    with model.session(**where):
+        with model.trace(IDS):
+            best = model.lm_head.output[0, -1].topk(3).indices
+        tokens = insitu.list(best)
+        total = torch.zeros(())
+        for token in tokens:
+            if token % 2 == 0:
+                total = total + token
+                norm = token * 2
+            else:
+                total = total - token
+                norm = token * 3
+            total = total + norm
+        total.save()
+        best.save()
+    return {"total": total, "best": best}
+
+
+def stop_and_skip(model: LanguageModel, **where: bool) -> dict[str, Any]:
+    """A skipped layer, and a pass that ends early."""
+    with model.session(**where):
+        with model.trace(IDS):
+            model.model.layers[1].skip(model.model.layers[0].output)
+            skipped = model.lm_head.output.save()
+        with model.trace(IDS) as tracer:
+            early = model.model.layers[0].output[0].save()
+            tracer.stop()
+    return {"skipped": skipped, "early": early}
+
+
+def edits_and_cache(model: LanguageModel, **where: bool) -> dict[str, Any]:
+    """An edited model, and all that its modules return."""
+    with model.edit() as edited:
+        model.model.layers[0].output[:] *= 2
+    with edited.trace(IDS, **where) as tracer:
+        cache = tracer.cache(reduce=lambda value: value.float().norm(dim=-1))
+    return {path: entry.output for path, entry in cache.items()}
+
+
+def factories(model: LanguageModel, **where: bool) -> dict[str, Any]:
+    """Tensors that are made inside."""
+    torch.manual_seed(7)
+    with model.trace(IDS, **where):
+        noise = torch.randn(1, 4, 64)
+        mask = torch.zeros(1, 4, 1)
+        mask[:, -1] = 1
+        model.model.layers[0].output[:] += noise * mask
+        logits = model.lm_head.output.save()
+        noise.save()
+    return {"noise": noise, "logits": logits}
+
+
+EXPERIMENTS: dict[str, Callable[..., dict[str, Any]]] = {
+    function.__name__: function
+    for function in (
+        reads_and_writes, module_calls, invokes, control_flow, python_flow, stop_and_skip,
+        edits_and_cache, factories,
+    )
+}  # fmt: skip
+
+
+def assert_same(actual: Any, expected: Any, *, atol: float) -> None:
+    """Compares results, however deep; exactly if `atol` is 0."""
+    if isinstance(expected, dict):
+        assert list(actual) == list(expected)
+        for key, value in expected.items():
+            assert_same(actual[key], value, atol=atol)
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
+            assert_same(one, other, atol=atol)
+    else:
+        torch.testing.assert_close(
+            torch.as_tensor(actual), torch.as_tensor(expected), rtol=0, atol=atol
+        )

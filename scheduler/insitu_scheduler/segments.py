@@ -55,5 +55,5 @@ def estimate_cost(session: Session) -> float:
 
 
 def _model(step: Step) -> str | None:
-    models = (inner.trace.model for inner in all_steps([step]) if inner.HasField("trace"))
-    return next(models, None)
+    models = (inner.trace.model or inner.compute.model for inner in all_steps([step]))
+    return next(filter(None, models), None)

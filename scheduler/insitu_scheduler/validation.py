@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING
 
-from insitu_proto.v1.intervention_pb2 import HookSide
 from insitu_proto.v1.trace_pb2 import TraceMode
 from insitu_scheduler.models import model_not_found
+from insitu_scheduler.operation_checks import MAX_QUOTED, OperationChecker
 from insitu_scheduler.refusals import check_limit, malformed, unsupported
 from insitu_scheduler.value_checks import ValueChecker
-from insitu_wire import operations
 from insitu_wire.errors import Error, Location, Reason, error
 from insitu_wire.steps import all_steps
 from insitu_wire.values import walk
@@ -18,7 +16,7 @@ from insitu_wire.values import walk
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from insitu_proto.v1.intervention_pb2 import Call, HookPoint, Node
+    from insitu_proto.v1.intervention_pb2 import Node
     from insitu_proto.v1.session_pb2 import Compute, Loop, Session, Step
     from insitu_proto.v1.trace_pb2 import Trace
     from insitu_proto.v1.value_pb2 import Value
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
 
 MAX_STEPS = 10_000
 MAX_NODES = 100_000
-# Errors travel in HTTP/2 headers, which take a few kilobytes.
-_MAX_QUOTED = 200
 _WITHOUT_VALUE = ("write", "save", "log", "assign", "stop", "skip")
 # What runs inside a forward pass only.
 _IN_A_PASS = ("read", "write", "stop", "skip")
@@ -71,6 +67,7 @@ class _Validation:
         self._location: Location | None = None
         self._owner = ""
         self._values = ValueChecker(self._check_reference)
+        self._operations = OperationChecker(self._values, self._check_reference)
 
     def run(self) -> None:
         steps = self._session.steps
@@ -122,13 +119,14 @@ class _Validation:
 
     def _check_compute(self, compute: Compute) -> None:
         self._num_conditions = self._num_invokes = 0
+        model = self._find_model(compute.model) if compute.model else None
         step_location = self._location
         for node in compute.nodes:
             if node.WhichOneof("operation") in _IN_A_PASS:
                 raise malformed(
                     f"node {node.id} of {self._owner} names a hook point, outside any trace"
                 )
-            self._check_node(node, self._model)
+            self._check_node(node, model)
         self._location = step_location
 
     def _check_loop(self, loop: Loop, owner: str, depth: int) -> None:
@@ -217,7 +215,7 @@ class _Validation:
                 f"{self._num_conditions}"
             )
         self._check_order(node.id)
-        self._check_operation(node, model)
+        self._operations.check(node, model, self._num_invokes)
         self._add_id(node.id, node.WhichOneof("operation") or "")
 
     def _check_order(self, node_id: int) -> None:
@@ -232,91 +230,6 @@ class _Validation:
         self._check_order(node_id)
         self._last_id = node_id
         self._nodes[node_id] = kind
-
-    def _check_operation(self, node: Node, model: KnownModel | None) -> None:  # noqa: C901
-        match node.WhichOneof("operation"):
-            case "read":
-                self._check_hook_point(node.read.hook_point, model)
-            case "write":
-                self._check_hook_point(node.write.hook_point, model)
-                self._check_values([node.write.value])
-            case "call":
-                self._check_call(node.call)
-            case "module_call":
-                self._check_path(node.module_call.module_path, model)
-                self._check_arguments(node.module_call.args, node.module_call.kwargs)
-            case "save":
-                self._check_values([node.save.value])
-            case "log":
-                self._check_values(node.log.values)
-            case "assign":
-                self._check_reference(node.assign.node_id)
-                self._check_values([node.assign.value])
-            case "stop":
-                return
-            case "skip":
-                self._check_path(node.skip.module_path, model)
-                self._check_values([node.skip.value])
-            case None:
-                raise unsupported(f"{self._owner} is an operation that it does not know")
-            case kind:
-                raise unsupported(f"{self._owner} is a {kind}, which it can not run yet")
-
-    def _check_hook_point(self, hook_point: HookPoint, model: KnownModel | None) -> None:
-        if hook_point.invoke > self._num_invokes:
-            raise malformed(
-                f"{self._owner} names invoke {hook_point.invoke}, and the trace has "
-                f"{self._num_invokes}"
-            )
-        if hook_point.side == HookSide.HOOK_SIDE_UNSPECIFIED:
-            raise malformed(f"{self._owner} names no side; use input, inputs or output")
-        if hook_point.side not in HookSide.values():
-            raise unsupported(f"{self._owner} names side {hook_point.side}, which it does not know")
-        self._check_path(hook_point.module_path, model)
-
-    def _check_path(self, path: str, model: KnownModel | None) -> None:
-        if model is None:
-            raise malformed(f"{self._owner} names a module before any trace names a model")
-        if path in model.module_paths:
-            return
-        path = path[:_MAX_QUOTED]
-        nearest = difflib.get_close_matches(path, model.module_paths, n=3)
-        hint = f"the nearest are {', '.join(nearest)}" if nearest else "print(model) shows them all"
-        raise error(
-            Reason.UNKNOWN_MODULE_PATH,
-            f"{model.description.name} has no module {path!r}; {hint}",
-            modulePath=path,
-            model=model.description.name,
-            nearest=", ".join(nearest),
-        )
-
-    def _check_call(self, call: Call) -> None:
-        if call.name not in operations.OPERATIONS:
-            name = call.name[:_MAX_QUOTED]
-            nearest = ", ".join(operations.nearest(name))
-            hint = f"the nearest are {nearest}" if nearest else "none in the table is like it"
-            raise error(
-                Reason.UNKNOWN_OPERATION,
-                f"{name!r} is not an operation that may run on the server; {hint}",
-                operation=name,
-                nearest=nearest,
-            )
-        self._check_arguments(call.args, call.kwargs)
-        if operations.is_in_place(call.name) and not call.args:
-            raise malformed(f"{self._owner} writes in place and has no first argument to write to")
-        args = [_plain(value) for value in call.args]
-        kwargs = {name: _plain(value) for name, value in call.kwargs.items()}
-        if option := operations.writing_option(call.name, args, kwargs):
-            raise error(
-                Reason.UNKNOWN_OPERATION,
-                f"{call.name} of {self._owner} with {option} would write into its arguments; use "
-                "its result, or an operation that says in its name that it writes",
-                operation=call.name,
-            )
-
-    def _check_arguments(self, args: Iterable[Value], kwargs: Mapping[str, Value]) -> None:
-        self._check_values(args)
-        self._check_values(kwargs.values())
 
     def _check_values(self, values: Iterable[Value]) -> None:
         for value in values:
@@ -349,14 +262,4 @@ class _Validation:
         if index == 0:
             return None
         where = locations[index - 1]
-        return Location(where.file[-_MAX_QUOTED:], where.line, where.source[:_MAX_QUOTED])
-
-
-def _plain(value: Value) -> object:
-    """Gives None and bools as such, for it matters which; anything else as it came."""
-    match value.WhichOneof("kind"):
-        case "none":
-            return None
-        case "bool_value":
-            return value.bool_value
-    return value
+        return Location(where.file[-MAX_QUOTED:], where.line, where.source[:MAX_QUOTED])

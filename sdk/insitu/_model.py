@@ -105,13 +105,7 @@ class LanguageModel(Envoy):
         if session is None:
             session = self.session(remote=remote, blocking=blocking)
             return Tracer(session, self, prompt, owns_session=True, seed=seed)
-        if session.model._base is not self._base:
-            raise error(
-                Reason.UNSUPPORTED_FEATURE,
-                f"this session is over {session.model.name}, and this version of insitu runs a "
-                f"session over one model; trace {self.name} in a session of its own",
-                location=user_location(),
-            )
+        session.add_model(self._base)
         return Tracer(session, self, prompt, owns_session=False, seed=seed)
 
     def scan(self, prompt: Prompt | None = None) -> Tracer:
@@ -199,7 +193,7 @@ class LanguageModel(Envoy):
         """Who describes the model: the running session's backend, a local folder, or the server."""
         session = active_session()
         if session is not None:
-            return session.backend
+            return self._remote if session.is_remote else self._local
         is_folder = (Path(self.name).expanduser() / "config.json").is_file()
         return self._remote if CONFIG.has_endpoint and not is_folder else self._local
 
@@ -212,10 +206,12 @@ class LanguageModel(Envoy):
         return ModuleTree(self._description, self._rename)
 
     def _current_block(self, what: str, location: Location) -> BlockRecorder:
+        """Gives where a call of a module is recorded: the open trace, or between traces."""
         session = active_session()
-        if session is None:
+        if session is None or session._recorder.trace is not None:
             return self._current_trace(what, location)
-        return session._recorder.block
+        session.add_model(self._base)
+        return session._recorder.compute_on(self.name)
 
     def _current_trace(self, what: str, location: Location) -> BlockRecorder:
         session = active_session()
@@ -225,6 +221,14 @@ class LanguageModel(Envoy):
                 Reason.MALFORMED_SESSION,
                 f"{what} has a value only while the model runs; use it inside a "
                 "`with model.trace(...)` block",
+                location=location,
+            )
+        assert trace.trace is not None
+        if trace.trace.model != self.name:
+            raise error(
+                Reason.MALFORMED_SESSION,
+                f"{what} is of {self.name}, and this trace runs {trace.trace.model}; use it in a "
+                "trace of its own, where values of this one may be written",
                 location=location,
             )
         return trace

@@ -59,6 +59,7 @@ class SessionRecorder:
         self._reference = reference
         self._steps: MutableSequence[session_pb2.Step] = self.session.steps
         self._compute: BlockRecorder | None = None
+        self._compute_step = session_pb2.Compute()
         self._location_indices: dict[tuple[str, int], int] = {}
         self._last_id = 0
         self._scope_numbers = itertools.count(1)
@@ -70,9 +71,19 @@ class SessionRecorder:
         if self.trace is not None:
             return self.trace
         if self._compute is None:
-            nodes = self.add_step().compute.nodes
-            self._compute = BlockRecorder(self, nodes, next(self._block_numbers))
+            self._compute_step = self.add_step().compute
+            number = next(self._block_numbers)
+            self._compute = BlockRecorder(self, self._compute_step.nodes, number)
         return self._compute
+
+    def compute_on(self, model: str) -> BlockRecorder:
+        """Gives a computation between traces that may call a model's modules."""
+        block = self.block
+        if self._compute_step.model not in ("", model):
+            self._compute = None
+            block = self.block
+        self._compute_step.model = model
+        return block
 
     def open_trace(self, model: str, seed: int) -> BlockRecorder:
         """Starts a trace."""

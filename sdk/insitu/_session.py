@@ -14,6 +14,7 @@ from insitu._proxy import fill, reference
 from insitu._recorder import SessionRecorder
 from insitu._session_file import write_session
 from insitu._source import user_location
+from insitu.backends.remote import RemoteBackend
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class Session:
         """
         self.model = model
         self.backend = backend
+        self.is_remote = isinstance(backend, RemoteBackend)
+        self._models = {model.name: model}
         self._runs = run
         self._submit = submit
         self._is_recorded = False
@@ -82,6 +85,10 @@ class Session:
         self._tracer: Tracer | None = None
         self._token: Token[Session | None] | None = None
         self._open = ExitStack()
+
+    def add_model(self, model: LanguageModel) -> None:
+        """Adds a model whose traces the session holds."""
+        self._models.setdefault(model.name, model)
 
     def log(self, *values: object) -> None:
         """Prints values when the session comes to this place; they arrive as its LOG events.
@@ -211,7 +218,8 @@ class Session:
             self._submission = self._submit(recorder.session, self._receive)
             return
         recorder.state = "running"
-        self._receive(self.backend.run(recorder.session))
+        others = [] if self.is_remote else [model._local for model in self._models.values()]
+        self._receive(self.backend.run(recorder.session, others))
 
     def _receive(self, saved: Iterable[tuple[int, object]]) -> None:
         """Makes saved proxies their values, as these come to the session's end."""

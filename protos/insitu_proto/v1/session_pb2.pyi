@@ -122,6 +122,9 @@ class Compute(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NODES_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name of the model whose modules they call; empty where they call none."""
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[_intervention_pb2.Node]:
         """Operations in the order of definition. None may name a hook point."""
@@ -130,10 +133,11 @@ class Compute(_message.Message):
         self,
         *,
         nodes: _abc.Iterable[_intervention_pb2.Node] | None = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "nodes", b"nodes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from insitu_proto.v1 import model_pb2, session_pb2
@@ -20,8 +20,12 @@ class Backend(Protocol):
     def tokenizer_folder(self, description: model_pb2.ModelDescription) -> Path:
         """Gives a local folder that holds the model's tokenizer."""
 
-    def run(self, session: session_pb2.Session) -> Iterator[tuple[int, object]]:
+    def run(
+        self, session: session_pb2.Session, others: Sequence[Any] = ()
+    ) -> Iterator[tuple[int, object]]:
         """Runs a session and yields saved values by the id of their save node.
+
+        `others` are the backends of all its models, where each model has one of its own.
 
         Values of traces that ran before a failure are yielded before the error is raised.
         """

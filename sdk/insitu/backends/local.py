@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from contextlib import ExitStack
 from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from insitu_proto.v1 import shard_service_pb2
 from insitu_shard import engine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from insitu_proto.v1 import model_pb2, session_pb2
@@ -39,8 +40,15 @@ class LocalBackend:
         """Gives the model's own folder."""
         return self._folder
 
-    def run(self, session: session_pb2.Session) -> Iterator[tuple[int, object]]:
-        """Runs a session and yields saved values."""
+    def run(
+        self, session: session_pb2.Session, others: Sequence[LocalBackend] = ()
+    ) -> Iterator[tuple[int, object]]:
+        """Runs a session and yields saved values.
+
+        Args:
+            session: the session.
+            others: the backends of all models that its traces run on, if not this one's alone.
+        """
         name = f"local-{uuid.uuid4().hex[:8]}"
         segment = shard_service_pb2.Segment(
             steps=session.steps,
@@ -48,8 +56,13 @@ class LocalBackend:
             first_trace_number=1,
             seed=session.seed,
         )
-        with self._running:
-            for event in engine.SegmentRun({self._name: self._model}, segment, values={}).run():
+        with ExitStack() as running:
+            # In one order, so that no two sessions wait for each other.
+            backends = sorted({self, *others}, key=id)
+            for backend in backends:
+                running.enter_context(backend._running)
+            models = {backend._name: backend._model for backend in backends}
+            for event in engine.SegmentRun(models, segment, values={}).run():
                 match event:
                     case engine.Logged(message=message):
                         log_event(name, "LOG", message)

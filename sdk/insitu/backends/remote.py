@@ -16,7 +16,7 @@ from insitu_wire.errors import Error, Reason, error
 from insitu_wire.limits import MAX_SESSION_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from insitu._config import Config
@@ -49,7 +49,11 @@ class RemoteBackend:
 
         return cached_tokenizer(description, fetch)
 
-    def run(self, session: session_pb2.Session) -> Iterator[tuple[int, object]]:
+    def run(
+        self,
+        session: session_pb2.Session,
+        others: Sequence[object] = (),
+    ) -> Iterator[tuple[int, object]]:
         """Submits a session, shows its events, and yields what it saved."""
         session_id = self.submit(session)
         try:

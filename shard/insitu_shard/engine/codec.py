@@ -60,7 +60,8 @@ class StepDecoder:
                 self._trace_number += 1
                 return graph.Step(self._trace(step.trace), location, self._trace_number)
             case "compute":
-                return graph.Step(graph.Compute(self._nodes(step.compute.nodes)), location)
+                compute = graph.Compute(self._nodes(step.compute.nodes), step.compute.model)
+                return graph.Step(compute, location)
             case "loop":
                 return graph.Step(self._loop(step.loop), location)
             case "branch":

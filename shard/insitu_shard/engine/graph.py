@@ -198,6 +198,8 @@ class Compute:
     """Operations on values, outside any forward pass."""
 
     nodes: tuple[Node, ...]
+    model: str = ""
+    """Name of the model whose modules they call; empty where they call none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,11 +111,12 @@ class SegmentRun:
                 yield StepFollows()
                 yield TraceStarted(step.trace_number)
                 yield from self._run_trace(trace, step)
-            case Compute(nodes=nodes):
+            case Compute(nodes=nodes, model=name):
                 yield StepFollows()
                 plan = plan_nodes(nodes, used_later=self._liveness.used_after(step))
                 seed = self._block_seed(nodes, 0)
-                interleaver = Interleaver(plan, self._any_model, self._values, seed)
+                model = self._models[name] if name else self._any_model
+                interleaver = Interleaver(plan, model, self._values, seed)
                 interleaver.run(None)
                 yield from self._finish(interleaver, plan, 0)
             case Log(values=logged):

@@ -281,12 +281,3 @@ def test_all_inputs_of_a_module_are_saved(model: LanguageModel) -> None:
 def test_a_misspelt_assignment_is_an_error(model: LanguageModel) -> None:
     with pytest.raises(UnknownModuleError, match="outptu"):
         model.lm_head.outptu = 1
-
-
-def test_recording_a_second_session_over_another_model_says_what_to_do(
-    model: LanguageModel, tiny: TinyModels
-) -> None:
-    other = LanguageModel(str(tiny.folder("gpt2")))
-    with pytest.raises(insitu.VersionError, match="one model"):
-        with model.session(), other.trace(IDS):
-            pass

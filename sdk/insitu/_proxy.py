@@ -186,6 +186,17 @@ class ProxyDict(dict[str, Any]):
             raise AttributeError(f"{self._origin} has {', '.join(self)}, and no {name}") from None
 
 
+# Whoever looks for values inside an argument is to find those inside these.
+pytree.register_pytree_node(
+    ProxyTuple, lambda proxies: (list(proxies), None), lambda items, _: tuple(items)
+)
+pytree.register_pytree_node(
+    ProxyDict,
+    lambda proxies: (list(proxies.values()), list(proxies)),
+    lambda items, keys: dict(zip(keys or (), items, strict=True)),
+)
+
+
 def python_flow() -> Any:
     """Gives the module that knows Python's own control flow."""
     # It records through proxies itself.

@@ -9,6 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from insitu_wire.errors import Reason, error
+from insitu_wire.operations import last_word
 from insitu_wire.torch_codec import dtype_from_pb
 
 if TYPE_CHECKING:
@@ -74,19 +75,19 @@ def infer(
     Raises:
         InvalidTraceError: SHAPE_MISMATCH or MALFORMED_SESSION, if it can not run on these.
     """
-    if any(isinstance(leaf, Unknown) for leaf in pytree.tree_leaves(arguments)):
-        return Unknown()
     args, kwargs = arguments
+    if any(isinstance(leaf, Unknown) for leaf in pytree.tree_leaves(arguments)):
+        return _unknown(name, args, kwargs)
     if name in _WITHOUT_ELEMENTS:
         return _WITHOUT_ELEMENTS[name](*args, **kwargs)
     try:
         return function(*args, **kwargs)
     except NotImplementedError:
-        return Unknown()
+        return _unknown(name, args, kwargs)
     except (RuntimeError, IndexError, ValueError, TypeError) as exception:
         text = str(exception)
         if _NEEDS_ELEMENTS.search(text):
-            return Unknown()
+            return _unknown(name, args, kwargs)
         is_misfit = not isinstance(exception, TypeError) and _MISFIT.search(text)
         raise error(
             Reason.SHAPE_MISMATCH if is_misfit else Reason.MALFORMED_SESSION,
@@ -94,6 +95,35 @@ def infer(
             location=location,
             operation=name,
         ) from None
+
+
+_PAIRS: dict[str, Callable[[Any], Any]] = {
+    "cummax": torch.return_types.cummax,
+    "cummin": torch.return_types.cummin,
+    "kthvalue": torch.return_types.kthvalue,
+    "mode": torch.return_types.mode,
+    "sort": torch.return_types.sort,
+    "topk": torch.return_types.topk,
+}
+_PAIRS_ALONG_A_DIMENSION: dict[str, Callable[[Any], Any]] = {
+    "max": torch.return_types.max,
+    "median": torch.return_types.median,
+    "min": torch.return_types.min,
+    "nanmedian": torch.return_types.nanmedian,
+}
+
+
+def _unknown(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Stands for a result of unknown shape: a tuple of such, where it is known to be a tuple."""
+    word = last_word(name)
+    if word in _PAIRS:
+        return _PAIRS[word]((Unknown(), Unknown()))
+    if word in _PAIRS_ALONG_A_DIMENSION and isinstance([*args[1:], kwargs.get("dim")][0], int):
+        return _PAIRS_ALONG_A_DIMENSION[word]((Unknown(), Unknown()))
+    gives_places = (word == "where" and len(args) == 1) or kwargs.get("as_tuple") is True
+    if gives_places and args and isinstance(args[0], torch.Tensor):
+        return tuple(Unknown() for _ in range(max(args[0].ndim, 1)))
+    return Unknown()
 
 
 def _moved(meta: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -150,6 +150,30 @@ def test_items_of_a_tuple_that_could_not_be_known_are_saved_one_by_one(
             torch.unique(model.lm_head.output.argmax(-1), return_counts=True).save()
 
 
+def test_a_tuple_of_values_is_an_argument_like_a_list(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        hidden = model.model.layers[0].output[0]
+        halves = hidden.chunk(2, dim=-1)
+        assert torch.stack(halves).shape == (2, 1, 4, 32)
+        joined = torch.cat(halves, dim=-1).save()
+        hidden.save()
+    assert torch.equal(joined, hidden)
+
+
+def test_the_parts_of_a_pair_of_unknown_shape_have_their_names(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        hidden = model.model.layers[0].output[0].save()
+        positive = hidden[hidden > 0]
+        best = positive.topk(3).values.save()
+        first = positive.max(dim=0).indices.save()
+        rows, columns = torch.where(hidden[0] > 0)
+        again = hidden[0][rows, columns].save()
+    expected = hidden[hidden > 0]
+    assert torch.equal(best, expected.topk(3).values)
+    assert first == expected.argmax()
+    assert torch.equal(again, expected)
+
+
 def test_a_write_of_what_has_no_encoding_is_refused_by_its_type(tiny: TinyModels) -> None:
     class Cache:
         pass

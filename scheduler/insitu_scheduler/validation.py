@@ -9,7 +9,7 @@ from insitu_proto.v1.intervention_pb2 import HookSide
 from insitu_proto.v1.trace_pb2 import TraceMode
 from insitu_scheduler.models import model_not_found
 from insitu_scheduler.refusals import check_limit, malformed, unsupported
-from insitu_scheduler.value_checks import ValueChecker
+from insitu_scheduler.value_checks import ValueChecker, check_brought_tensor
 from insitu_wire import operations
 from insitu_wire.errors import Error, Location, Reason, error
 from insitu_wire.steps import all_steps
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MAX_STEPS = 10_000
 MAX_NODES = 100_000
+MAX_TENSORS = 100_000
 # Errors travel in HTTP/2 headers, which take a few kilobytes.
 _MAX_QUOTED = 200
 _WITHOUT_VALUE = ("write", "save", "log", "assign", "stop", "skip")
@@ -70,7 +71,7 @@ class _Validation:
         self._loops: list[int] = []
         self._location: Location | None = None
         self._owner = ""
-        self._values = ValueChecker(self._check_reference)
+        self._values = ValueChecker(self._check_reference, num_tensors=len(session.tensors))
 
     def run(self) -> None:
         steps = self._session.steps
@@ -78,6 +79,9 @@ class _Validation:
             raise malformed("the session has no steps; give it a trace, a log or an exit")
         check_limit("steps", len(self._steps), MAX_STEPS)
         check_limit("nodes", len(self._all_ids), MAX_NODES)
+        check_limit("tensors", len(self._session.tensors), MAX_TENSORS)
+        for tensor in self._session.tensors:
+            check_brought_tensor(tensor, "the session")
         if not self._models:
             raise error(
                 Reason.MODEL_NOT_FOUND,

@@ -372,7 +372,7 @@ def _to_meta(leaf: Any) -> Any:
         return Unknown() if leaf._meta is None else leaf._meta
     if isinstance(leaf, Container):
         return Unknown()
-    return leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf
+    return leaf.detach().to("meta") if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _with_target_first(

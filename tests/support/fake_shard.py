@@ -129,6 +129,7 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
     group_id: str = "group-1"
     requests: list[RunSegmentRequest] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
+    uploads: dict[str, bytes] = field(default_factory=dict)
     num_cancelled: int = 0
     num_tokenizer_fetches: int = 0
     address: str = ""
@@ -188,6 +189,16 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
         yield pb.FetchTokenizerResponse(file_name="tokenizer.json", data=b"{")
         yield pb.FetchTokenizerResponse(file_name="tokenizer.json", data=b"}")
         yield pb.FetchTokenizerResponse(file_name="empty.txt", data=b"")
+
+    async def HoldUploads(self, request: Any, context: Any) -> pb.HoldUploadsResponse:
+        hashes = [tensor.content_hash for tensor in request.tensors]
+        missing = [name for name in hashes if name not in self.uploads]
+        return pb.HoldUploadsResponse(content_hashes=missing)
+
+    async def StoreUpload(self, requests: Any, context: Any) -> pb.StoreUploadResponse:
+        name = (await anext(requests)).tensor.content_hash
+        self.uploads[name] = b"".join([request.data async for request in requests])
+        return pb.StoreUploadResponse()
 
     async def RunSegment(
         self, request: RunSegmentRequest, context: Any

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
+
+    import torch
 
     from insitu_proto.v1 import model_pb2, session_pb2
 
@@ -20,9 +22,12 @@ class Backend(Protocol):
     def tokenizer_folder(self, description: model_pb2.ModelDescription) -> Path:
         """Gives a local folder that holds the model's tokenizer."""
 
-    def run(self, session: session_pb2.Session) -> Iterator[tuple[int, object]]:
+    def run(
+        self, session: session_pb2.Session, tensors: Mapping[int, torch.Tensor]
+    ) -> Iterator[tuple[int, object]]:
         """Runs a session and yields saved values by the id of their save node.
 
+        `tensors` are those of the session's list whose elements are not inside it, by their place.
         Values of traces that ran before a failure are yielded before the error is raised.
         """
 

@@ -12,9 +12,10 @@ import torch
 from insitu._logging import log_event
 from insitu_proto.v1 import shard_service_pb2
 from insitu_shard import engine
+from insitu_wire.torch_codec import tensor_from_data
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from insitu_proto.v1 import model_pb2, session_pb2
@@ -39,14 +40,20 @@ class LocalBackend:
         """Gives the model's own folder."""
         return self._folder
 
-    def run(self, session: session_pb2.Session) -> Iterator[tuple[int, object]]:
+    def run(
+        self, session: session_pb2.Session, tensors: Mapping[int, torch.Tensor]
+    ) -> Iterator[tuple[int, object]]:
         """Runs a session and yields saved values."""
         name = f"local-{uuid.uuid4().hex[:8]}"
         segment = shard_service_pb2.Segment(
             steps=session.steps, locations=session.locations, first_trace_number=1
         )
         with self._running:
-            for event in engine.SegmentRun({self._name: self._model}, segment, values={}).run():
+            brought = [
+                tensor.to(self._model.device) for tensor in _session_tensors(session, tensors)
+            ]
+            run = engine.SegmentRun({self._name: self._model}, segment, values={}, tensors=brought)
+            for event in run.run():
                 match event:
                     case engine.Logged(message=message):
                         log_event(name, "LOG", message)
@@ -64,3 +71,12 @@ class LocalBackend:
     @cached_property
     def _model(self) -> engine.LoadedModel:
         return engine.load_model(self._name, self._folder, dtype=self._dtype)
+
+
+def _session_tensors(
+    session: session_pb2.Session, tensors: Mapping[int, torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """Yields a session's list of tensors; large ones are the user's own, not copies."""
+    for index, spec in enumerate(session.tensors):
+        small = index not in tensors
+        yield tensor_from_data(spec, bytearray(spec.data)) if small else tensors[index]

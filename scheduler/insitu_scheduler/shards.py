@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import grpc
+from grpc_status import rpc_status
 
 from insitu_proto.v1 import shard_service_pb2, shard_service_pb2_grpc
 from insitu_scheduler.models import TokenizerFile
@@ -120,8 +121,10 @@ class ShardClient:
 
     def _refused(self, rpc_error: grpc.aio.AioRpcError) -> Error:
         """Gives what the group itself answered, or that it is lost."""
-        if rpc_error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-            return self._lost(rpc_error)
+        if rpc_status.from_call(cast("grpc.Call", rpc_error)) is None:
+            # gRPC calls a stream that breaks while it is written to INTERNAL.
+            _log.warning("the shard group at %s is lost: %s", self._address, rpc_error.details())
+            return replica_lost()
         return from_rpc_error(rpc_error, address=self._address)
 
     def _lost(self, rpc_error: grpc.aio.AioRpcError) -> Error:

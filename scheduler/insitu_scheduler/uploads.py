@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from insitu_proto.v1.tensor_pb2 import Tensor
 from insitu_wire.content_hash import hasher, wrong_content
 from insitu_wire.dtypes import num_bytes
-from insitu_wire.errors import Reason, error
+from insitu_wire.errors import Error, Reason, error
 from insitu_wire.limits import CHUNK_BYTES
 
 if TYPE_CHECKING:
@@ -123,13 +123,22 @@ class UploadStore:
             self._reserved_bytes -= size
             await asyncio.to_thread(shutil.rmtree, draft, ignore_errors=True)
 
+    def forget(self, content_hash: str) -> None:
+        """Removes a tensor, for all its users."""
+        del self._uploads[content_hash]
+        # Out of the way at once, for the tensor may come again; the disk frees it meanwhile.
+        doomed = (self._folder / content_hash).rename(self._drafts / uuid.uuid4().hex)
+        remove = partial(shutil.rmtree, doomed, ignore_errors=True)
+        asyncio.get_running_loop().run_in_executor(None, remove)
+
     async def read(self, content_hash: str) -> AsyncIterator[bytes]:
         """Yields the elements of a tensor that is held, in chunks of at most 1 MiB."""
-        file = await asyncio.to_thread((self._folder / content_hash / _CONTENT).open, "rb")
-        with file:
-            await asyncio.to_thread(_read_tensor, file)
-            while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
-                yield data
+        path = self._folder / content_hash / _CONTENT
+        num_read = 0
+        # Opened anew for each chunk: who reads may go away at any of them.
+        while data := await asyncio.to_thread(_read_chunk, path, num_read):
+            yield data
+            num_read += len(data)
 
     def _use(self, user: str, content_hash: str) -> bool:
         """Marks a tensor as used last, if it is there for this user."""
@@ -159,11 +168,8 @@ class UploadStore:
         for name in [name for name in self._uploads if name not in held]:
             if used + size <= self._max_bytes:
                 return
-            used -= self._uploads.pop(name).num_bytes
-            # Out of the way at once, for the tensor may come again; the disk frees it meanwhile.
-            doomed = (self._folder / name).rename(self._drafts / uuid.uuid4().hex)
-            remove = partial(shutil.rmtree, doomed, ignore_errors=True)
-            asyncio.get_running_loop().run_in_executor(None, remove)
+            used -= self._uploads[name].num_bytes
+            self.forget(name)
         if used + size > self._max_bytes:
             raise error(
                 Reason.STORAGE_FULL,
@@ -204,7 +210,13 @@ async def bring_uploads(
     if not uploads:
         return
     for name in await shard.hold_uploads(session_id, list(uploads.values())):
-        await shard.store_upload(uploads[name], store.read(name))
+        try:
+            await shard.store_upload(uploads[name], store.read(name))
+        except Error as err:
+            if err.reason is Reason.CHECKSUM_MISMATCH:
+                # The disk has it wrong: its user uploads it again.
+                store.forget(name)
+            raise
 
 
 async def _write(path: Path, tensor: Tensor, chunks: AsyncIterator[bytes]) -> None:
@@ -247,6 +259,13 @@ def _found(folder: Path) -> _Upload | None:
 def _read_tensor(file: BinaryIO) -> Tensor:
     (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
     return Tensor.FromString(file.read(length))
+
+
+def _read_chunk(path: Path, num_read: int) -> bytes:
+    with path.open("rb") as file:
+        _read_tensor(file)
+        file.seek(num_read, os.SEEK_CUR)
+        return file.read(CHUNK_BYTES)
 
 
 def _owner(user: str) -> str:

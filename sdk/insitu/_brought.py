@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from insitu_wire import torch_codec
 from insitu_wire.errors import Reason, error
 from insitu_wire.limits import MIN_UPLOAD_BYTES
@@ -11,8 +13,6 @@ from insitu_wire.limits import MIN_UPLOAD_BYTES
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import Protocol
-
-    import torch
 
     from insitu_proto.v1.tensor_pb2 import Tensor
 
@@ -49,6 +49,12 @@ class BroughtTensors:
                 f"a tensor of shape {list(tensor.shape)} is on the meta device and has no elements "
                 "to bring; load it first, for example with .to_empty and load_state_dict",
             )
+        if tensor.layout is not torch.strided:
+            raise error(
+                Reason.MALFORMED_SESSION,
+                f"a tensor of shape {list(tensor.shape)} has layout {tensor.layout}; sessions take "
+                "dense ones: use .to_dense()",
+            )
         tensor = tensor.detach()
         return (
             self._add_small(tensor) if tensor.nbytes < MIN_UPLOAD_BYTES else self._add_large(tensor)
@@ -79,7 +85,7 @@ class BroughtTensors:
                 raise error(
                     Reason.MALFORMED_SESSION,
                     f"a tensor of shape {list(tensor.shape)} was changed after the session had "
-                    "used it; use a .clone() of it in the session, or change it after the block",
+                    "used it; use a .clone() of it in the session",
                 )
         return {index: tensor for index, (tensor, _) in self._large.items()}
 

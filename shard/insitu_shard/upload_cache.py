@@ -39,7 +39,8 @@ class UploadCache:
         """
         self.tensors: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._max_bytes = max_bytes
-        self._held: dict[str, dict[str, int]] = {}
+        # In the order in which sessions came to hold them.
+        self._held: OrderedDict[str, dict[str, int]] = OrderedDict()
 
     @property
     def num_bytes(self) -> int:
@@ -47,24 +48,30 @@ class UploadCache:
         return sum(tensor.nbytes for tensor in list(self.tensors.values()))
 
     def hold(self, session_id: str, tensors: Iterable[Tensor]) -> list[str]:
-        """Keeps tensors for a session until it is released; gives the hashes of those to be stored.
+        """Keeps tensors for a session; gives the hashes of those to be stored.
+
+        They are kept until the session is released, or others that come later need all the room: a
+        session that was never released does not take it for ever.
 
         Raises:
-            CapacityError: REQUEST_TOO_LARGE if they do not fit beside those that others hold.
+            CapacityError: REQUEST_TOO_LARGE if they alone do not fit.
         """
         held = {tensor.content_hash: num_bytes(tensor) for tensor in tensors}
-        others = [sizes for id_, sizes in self._held.items() if id_ != session_id]
-        if (size := sum(ChainMap(held, *others).values())) > self._max_bytes:
+        if (size := sum(held.values())) > self._max_bytes:
             raise error(
                 Reason.REQUEST_TOO_LARGE,
-                f"the session brings tensors of {sum(held.values()):,} bytes; sessions of this "
-                f"shard group may bring {self._max_bytes:,} together: bring fewer or smaller ones",
+                f"the session brings tensors of {size:,} bytes, and the shard group keeps at most "
+                f"{self._max_bytes:,}; bring fewer or smaller tensors",
                 numBytes=size,
                 maxBytes=self._max_bytes,
             )
+        self._held.pop(session_id, None)
         self._held[session_id] = held
-        for name in held.keys() & self.tensors.keys():
-            self.tensors.move_to_end(name)
+        while sum(ChainMap(*self._held.values()).values()) > self._max_bytes:
+            self._held.popitem(last=False)
+        for name in held:
+            if name in self.tensors:
+                self.tensors.move_to_end(name)
         return [name for name in held if name not in self.tensors]
 
     def release(self, session_id: str) -> None:

@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import insitu
 from insitu import CONFIG, CapacityError, InvalidTraceError, LanguageModel
 from support.recording_proxy import RecordingProxy
 from support.routed_server import RoutedServer
 from support.tiny_models import TinyModels
 from support.up import Up
+from support.up import insitu as command
 
 IDS = [5, 9, 17, 23, 42]
 MIB = 1024 * 1024
@@ -160,6 +162,71 @@ def test_a_tensor_that_is_changed_inside_the_block_is_refused(model: LanguageMod
             brought += 1
 
 
+def test_loops_variables_and_containers_do_not_write_into_the_users_tensor(
+    model: LanguageModel,
+) -> None:
+    brought = torch.zeros(4, 8192)
+    with model.session(remote=model.name == "tiny/llama") as session:
+        collected = insitu.list().save()
+        kept = insitu.variable(torch.ones(4, 8192))
+        kept.update(brought)
+        kept += 1
+        with session.iter(brought) as row:
+            row += 2
+            collected.append(row)
+        collected.append(brought)
+        collected[4].add_(3)
+        last = kept.clone().save()
+        sums = brought.expand_as(kept).sum().save()
+    assert torch.equal(last, brought + 1)
+    assert all(torch.equal(row, brought[0] + 2) for row in collected[:4])
+    assert not sums.any()
+    assert not brought.any()
+
+
+def test_an_edit_brings_its_tensors_to_every_trace(model: LanguageModel) -> None:
+    torch.manual_seed(0)
+    small, large = torch.randn(64), nn.Linear(64, 64 * 16)
+    with model.edit() as edited:
+        hidden = model.model.layers[1].output
+        model.model.layers[1].output = (
+            hidden + small + large(hidden).unflatten(-1, (64, 16)).sum(-1)
+        )
+    other = torch.randn(64, 1024)
+    with edited.session(remote=model.name == "tiny/llama"):
+        with edited.trace(IDS):
+            product = (edited.model.layers[0].output[0] @ other).save()
+            plain = edited.model.layers[0].output.save()
+            steered = edited.model.layers[1].output.save()
+    with model.trace(IDS, remote=model.name == "tiny/llama"):
+        hidden = model.model.layers[1].output[0].save()
+    with torch.no_grad():
+        added = small + large(hidden).unflatten(-1, (64, 16)).sum(-1)
+    torch.testing.assert_close(steered[0], hidden + added)
+    torch.testing.assert_close(product, plain[0] @ other)
+
+
+def test_a_session_file_holds_its_tensors(
+    model: LanguageModel, up: Up, tiny: TinyModels, tmp_path: Path
+) -> None:
+    is_remote = model.name == "tiny/llama"
+    brought, path = torch.randn(64, 1024), tmp_path / "session.pb"
+    with model.session(remote=is_remote, run=False) as session:
+        with model.trace(IDS):
+            result = (model.model.layers[1].output[0] @ brought).save()
+    session.save(path)
+    output = tmp_path / "results.safetensors"
+    done = command(
+        "run", str(path), "--remote" if is_remote else "--local", "--output", str(output),
+        INSITU_ENDPOINT=up.endpoint, INSITU_API_KEY="tests",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert ("Uploading tensors: 100%" in done.stderr) is is_remote
+    hidden, _ = applied(model, torch.clone)
+    torch.testing.assert_close(load_file(output)["result"], hidden @ brought)
+    assert result.shape == (1, 5, 1024)
+
+
 def test_a_tensor_crosses_each_wire_once(
     tiny: TinyModels, tmp_path: Path, connect: Callable[[str], LanguageModel]
 ) -> None:
@@ -187,14 +254,16 @@ def test_what_had_to_make_room_is_uploaded_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("INSITU_UPLOAD_STORE_BYTES", str(3 * MIB // 2))
+    monkeypatch.setenv("INSITU_UPLOAD_STORE_BYTES", str(5 * MIB // 2))
     monkeypatch.setenv("INSITU_UPLOAD_CACHE_BYTES", str(3 * MIB // 2))
-    first, second = torch.randn(64, 4096), torch.randn(64, 4096)
+    a, b, c = (torch.randn(64, 4096) for _ in range(3))
     with Up(tmp_path, [f"tiny/llama={tiny.folder('llama')}"]) as up:
         model = connect(up.endpoint)
-        for brought in (first, second, second, first):
+        for brought in (a, b, b, a, c, b):
             hidden, result = applied(model, lambda hidden: hidden @ brought)  # noqa: B023
             torch.testing.assert_close(result, hidden @ brought)
-        assert capsys.readouterr().err.count("Uploading tensors: 100%") == 3
-        with pytest.raises(CapacityError, match="2,097,152 bytes, and the server keeps at most"):
-            applied(model, lambda hidden: hidden @ first + hidden @ second)
+        assert capsys.readouterr().err.count("Uploading tensors: 100%") == 4
+        with pytest.raises(CapacityError, match="2,097,152 bytes, and the shard group keeps"):
+            applied(model, lambda hidden: hidden @ b + hidden @ c)
+        hidden, result = applied(model, lambda hidden: hidden @ c)
+        torch.testing.assert_close(result, hidden @ c)

@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from insitu_proto.v1 import scheduler_service_pb2 as pb
+from insitu_proto.v1.error_reason_pb2 import ErrorReason
 from insitu_proto.v1.intervention_pb2 import Call, Node
 from insitu_proto.v1.session_pb2 import Session
 from insitu_proto.v1.tensor_pb2 import Dtype, Tensor
@@ -43,9 +44,10 @@ def using(*tensors: Tensor) -> Session:
 
 
 async def upload(client: Client, spec: Tensor, data: bytes = DATA) -> None:
-    requests = [pb.UploadTensorRequest(tensor=spec)] if spec.ByteSize() else []
     half = len(data) // 2
-    requests += [pb.UploadTensorRequest(data=part) for part in (data[:half], data[half:])]
+    parts = [part for part in (data[:half], data[half:]) if part]
+    requests = [pb.UploadTensorRequest(tensor=spec)] if spec.ByteSize() else []
+    requests += [pb.UploadTensorRequest(data=part) for part in parts]
     try:
         await client.stub.UploadTensor(iter(requests), metadata=client.metadata)
     except grpc.aio.AioRpcError as rpc_error:
@@ -116,7 +118,7 @@ async def test_an_upload_that_breaks_a_rule_is_refused(
     client: Client, spec: Tensor, reason: Reason
 ) -> None:
     with pytest.raises(Error) as caught:
-        await upload(client, spec)
+        await upload(client, spec, b"")
     assert caught.value.reason is reason
 
 
@@ -128,7 +130,7 @@ async def test_an_upload_is_its_users_alone(
     assert await missing(bob, tensor()) == [tensor().content_hash]
     assert (await refused(bob, using(tensor()))).reason is Reason.TENSOR_NOT_UPLOADED
     with pytest.raises(Error) as caught:
-        await upload(connect(""), tensor())
+        await upload(connect(""), tensor(), b"")
     assert caught.value.reason is Reason.MISSING_CREDENTIAL
 
 
@@ -180,3 +182,15 @@ async def test_a_group_that_comes_after_one_was_lost_gets_the_tensor_too(
         session_id = await client.submit(using(tensor()))
         assert names(await client.watch(session_id))[-1] == "COMPLETED"
         assert next_group.uploads == lost.uploads == {tensor().content_hash: DATA}
+
+
+async def test_a_tensor_that_the_disk_spoiled_is_asked_for_again(
+    client: Client, shard: FakeShard
+) -> None:
+    await upload(client, tensor())
+    shard.refuses_uploads = True
+    session_id = await client.submit(using(tensor()))
+    failure = (await client.watch(session_id))[-1].failure
+    assert failure.reason == ErrorReason.ERROR_REASON_CHECKSUM_MISMATCH
+    shard.refuses_uploads = False
+    assert (await refused(client, using(tensor()))).reason is Reason.TENSOR_NOT_UPLOADED

@@ -78,6 +78,10 @@ def test_inference_tensors_are_copied(brought: BroughtTensors) -> None:
     assert float(brought.large()[0].sum()) == 0
 
 
-def test_a_tensor_without_elements_is_refused(brought: BroughtTensors) -> None:
+def test_a_tensor_that_no_session_can_hold_is_refused(brought: BroughtTensors) -> None:
     with pytest.raises(ValueNotAvailableError, match="meta device"):
         brought.add(torch.empty(3, device="meta"))
+    with pytest.raises(InvalidTraceError, match=r"torch\.sparse_coo.* \.to_dense"):
+        brought.add(torch.eye(3).to_sparse())
+    with pytest.raises(InvalidTraceError, match="float8_e4m3fn can not be part of a session"):
+        brought.add(torch.zeros(LARGE * 4).to(torch.float8_e4m3fn))

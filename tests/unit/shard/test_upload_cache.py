@@ -48,15 +48,21 @@ def test_the_least_recently_used_makes_room_and_what_is_held_stays() -> None:
     assert store(cache, "e") == ["c"]
 
 
-def test_sessions_that_bring_more_than_fits_are_refused_and_hold_nothing() -> None:
+def test_a_session_that_brings_more_than_fits_is_refused() -> None:
     cache = UploadCache(10)
-    cache.hold("s1", [spec("a", 6)])
-    with pytest.raises(CapacityError, match="10 together"):
-        cache.hold("s2", [spec("b", 6)])
-    assert cache.hold("s2", [spec("a", 6), spec("c", 4)]) == ["a", "c"]
-    cache.release("s2")
-    cache.release("s1")
-    assert cache.hold("s2", [spec("b", 6)]) == ["b"]
+    with pytest.raises(CapacityError, match=r"11 bytes, and .* at most 10"):
+        cache.hold("s", [spec("a", 6), spec("b", 5)])
+    assert cache.hold("s", [spec("a", 10)]) == ["a"]
+
+
+def test_a_session_that_was_never_released_gives_way() -> None:
+    cache = UploadCache(10)
+    cache.hold("forgotten", [spec("a", 6)])
+    store(cache, "a", 6)
+    cache.hold("s", [spec("b", 4)])
+    assert store(cache, "b", 4) == []
+    cache.hold("t", [spec("c", 6)])
+    assert store(cache, "c", 6) == ["a"]
 
 
 def test_a_sessions_list_has_small_tensors_inside_and_large_ones_by_hash() -> None:

@@ -70,6 +70,8 @@ class Reason(StrEnum):
     INTERNAL = auto()
     INVALID_CONFIGURATION = auto()
     WAIT_TIMEOUT = auto()
+    TENSOR_NOT_UPLOADED = auto()
+    STORAGE_FULL = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +220,8 @@ _TABLE: dict[Reason, tuple[grpc.StatusCode, type[Error]]] = {
     Reason.SHUTTING_DOWN: (_Code.UNAVAILABLE, UnavailableError),
     Reason.VALUE_NOT_AVAILABLE: (_Code.FAILED_PRECONDITION, ValueNotAvailableError),
     Reason.INVALID_CONFIGURATION: (_Code.FAILED_PRECONDITION, ConfigurationError),
+    Reason.TENSOR_NOT_UPLOADED: (_Code.FAILED_PRECONDITION, SessionStateError),
+    Reason.STORAGE_FULL: (_Code.RESOURCE_EXHAUSTED, CapacityError),
     Reason.CHECKSUM_MISMATCH: (_Code.DATA_LOSS, InternalError),
     Reason.INTERNAL: (_Code.INTERNAL, InternalError),
 }

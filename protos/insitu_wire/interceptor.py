@@ -47,8 +47,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 else grpc.unary_stream_rpc_method_handler
             )
             return make(_guard_stream(cast("Any", stream)), **serializers)
-        guarded = _guard_unary(cast("Any", handler.unary_unary))
-        return grpc.unary_unary_rpc_method_handler(guarded, **serializers)
+        guarded = _guard_unary(cast("Any", handler.unary_unary or handler.stream_unary))
+        make_unary = (
+            grpc.stream_unary_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
+        return make_unary(guarded, **serializers)
 
 
 def _guard_unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:

@@ -11,6 +11,12 @@ MAX_SESSION_BYTES = MAX_MESSAGE_BYTES - 64 * 1024
 CHUNK_BYTES = 1024 * 1024
 """Size of the chunks in which tensors and files are streamed."""
 
+MIN_UPLOAD_BYTES = 64 * 1024
+"""Size from which on a user's tensor is uploaded apart; smaller ones are inside the session."""
+
+MAX_UPLOAD_BYTES = 4 * 1024**3
+"""Largest tensor that can be uploaded."""
+
 API_KEY_METADATA = "insitu-api-key"
 """Metadata key that carries a client's API key."""
 

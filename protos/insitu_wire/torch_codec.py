@@ -12,7 +12,7 @@ from insitu_wire.dtypes import DTYPE_NAMES, DTYPES_BY_NAME, num_bytes
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 _TO_PB: dict[torch.dtype, tensor_pb2.Dtype.ValueType] = {
     getattr(torch, name): number for name, number in DTYPES_BY_NAME.items()
@@ -43,8 +43,17 @@ def dtype_from_pb(dtype: tensor_pb2.Dtype.ValueType) -> torch.dtype:
 
 def tensor_data(tensor: torch.Tensor) -> memoryview:
     """Gives a tensor's elements in row-major order, without a copy where they lie so on the CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
+
+
+def tensor_spec(tensor: torch.Tensor) -> tensor_pb2.Tensor:
+    """Describes a tensor without its elements.
+
+    Raises:
+        InvalidTraceError: MALFORMED_SESSION for an element type that the contract lacks.
+    """
+    return tensor_pb2.Tensor(dtype=dtype_to_pb(tensor.dtype), shape=list(tensor.shape))
 
 
 def tensor_from_data(spec: tensor_pb2.Tensor, data: bytearray | memoryview) -> torch.Tensor:
@@ -56,29 +65,33 @@ def tensor_from_data(spec: tensor_pb2.Tensor, data: bytearray | memoryview) -> t
 
 
 def encode(
-    value: object, reference: Callable[[object], int | None] = lambda _: None
+    value: object,
+    reference: Callable[[object], int | None] = lambda _: None,
+    bring: Callable[[torch.Tensor], int] | None = None,
 ) -> value_pb2.Value:
-    """Encodes a value with its tensors' elements inside.
+    """Encodes a value.
 
     Args:
         value: the value.
         reference: gives the node id of what is recorded elsewhere, or None.
+        bring: gives a tensor's place in the session's list; without it, tensors' elements are
+            inside the value.
     """
 
     def leaf(part: object) -> value_pb2.Value | None:
         if (node_id := reference(part)) is not None:
             return value_pb2.Value(reference=value_pb2.Reference(node_id=node_id))
         if isinstance(part, torch.Tensor):
-            return value_pb2.Value(
-                tensor=tensor_pb2.Tensor(
-                    dtype=dtype_to_pb(part.dtype),
-                    shape=list(part.shape),
-                    data=bytes(tensor_data(part)),
-                )
-            )
+            return value_pb2.Value(tensor_index=bring(part)) if bring else _encode_tensor(part)
         return _encode_torch_scalar(part)
 
     return values.encode(value, leaf)
+
+
+def _encode_tensor(tensor: torch.Tensor) -> value_pb2.Value:
+    spec = tensor_spec(tensor)
+    spec.data = bytes(tensor_data(tensor))
+    return value_pb2.Value(tensor=spec)
 
 
 def encode_saved(value: object) -> tuple[value_pb2.Value, list[torch.Tensor]]:
@@ -89,9 +102,8 @@ def encode_saved(value: object) -> tuple[value_pb2.Value, list[torch.Tensor]]:
     def leaf(part: object) -> value_pb2.Value | None:
         nonlocal offset
         if isinstance(part, torch.Tensor):
-            spec = tensor_pb2.Tensor(
-                dtype=dtype_to_pb(part.dtype), shape=list(part.shape), data_offset=offset
-            )
+            spec = tensor_spec(part)
+            spec.data_offset = offset
             offset += num_bytes(spec)
             tensors.append(part)
             return value_pb2.Value(tensor=spec)
@@ -112,6 +124,7 @@ def decode(
     value: value_pb2.Value,
     *,
     resolve: Callable[[int], object] | None = None,
+    tensors: Sequence[torch.Tensor] = (),
     data: bytearray | None = None,
     device: torch.device | None = None,
 ) -> object:
@@ -120,6 +133,7 @@ def decode(
     Args:
         value: the encoded value.
         resolve: gives the value of a node by its id.
+        tensors: the session's, which values refer to by index.
         data: elements of tensors that lie outside the value; the tensors share it.
         device: where tensors go, and what every device means; None for the CPU.
     """
@@ -132,6 +146,8 @@ def decode(
                 return device or torch.device("cpu")
             case "reference" if resolve is not None:
                 return resolve(part.reference.node_id)
+            case "tensor_index" if part.tensor_index < len(tensors):
+                return tensors[part.tensor_index]
             case "tensor":
                 return _decode_tensor(part.tensor, data).to(device or "cpu")
         raise error(Reason.MALFORMED_SESSION, f"a {part.WhichOneof('kind')} has no place here")

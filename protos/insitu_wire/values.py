@@ -120,7 +120,7 @@ def decode(  # noqa: C901 - one case a kind
                 raise error(
                     Reason.MALFORMED_SESSION, f"a key of a dict can not be one: {exception}"
                 ) from exception
-        case "tensor" | "dtype" | "device" | "reference":
+        case "tensor" | "tensor_index" | "dtype" | "device" | "reference":
             return decode_leaf(value)
     raise error(
         Reason.MALFORMED_SESSION,

@@ -42,6 +42,12 @@ def run(
     max_session_bytes: Annotated[
         int, typer.Option(envvar="INSITU_MAX_SESSION_BYTES", help="Largest session, in bytes.")
     ] = MAX_SESSION_BYTES,
+    upload_store_bytes: Annotated[
+        int,
+        typer.Option(
+            envvar="INSITU_UPLOAD_STORE_BYTES", help="Room for tensors that users upload, in bytes."
+        ),
+    ] = 64 * 1024**3,
     max_queued_sessions: Annotated[
         int, typer.Option(envvar="INSITU_MAX_QUEUED_SESSIONS", help="Sessions that may wait.")
     ] = 10_000,
@@ -75,6 +81,7 @@ def run(
             metrics_port=metrics_port if metrics_port != -1 else None,
             api_keys_file=api_keys_file,
             max_session_bytes=max_session_bytes,
+            upload_store_bytes=upload_store_bytes,
             max_queued_sessions=max_queued_sessions,
             lease_ttl_seconds=lease_ttl_seconds,
             orphan_grace_seconds=orphan_grace_seconds,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from insitu_scheduler import events
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from insitu_scheduler.journal import Journal, KnownRequest
     from insitu_scheduler.metrics import SchedulerMetrics
     from insitu_scheduler.models import ModelCatalog
+    from insitu_scheduler.uploads import UploadStore
 
     T = TypeVar("T")
 
@@ -42,6 +44,7 @@ class Admission:
         catalog: ModelCatalog,
         journal: Journal,
         dispatcher: Dispatcher,
+        uploads: UploadStore,
         metrics: SchedulerMetrics,
         *,
         max_session_bytes: int,
@@ -49,6 +52,7 @@ class Admission:
         self._catalog = catalog
         self._journal = journal
         self._dispatcher = dispatcher
+        self._uploads = uploads
         self._metrics = metrics
         self._max_session_bytes = max_session_bytes
 
@@ -94,16 +98,20 @@ class Admission:
     async def _accept(
         self, accepted: AcceptedSession, session: Session, *, is_detached: bool
     ) -> SessionId:
-        position = self._dispatcher.reserve(accepted.model)
-        log = EventLog(accepted.session_id, accepted.user)
-        for event in (events.received(), events.approved(), events.queued(position)):
-            log.show(log.stamp(event))
-        try:
-            known = await self._journal.accept(accepted, log.events)
-        finally:
-            self._dispatcher.unreserve()
-        if known.session_id != accepted.session_id:
-            return _same_session(known, accepted.payload_digest, accepted.request_id)
+        with ExitStack() as undo:
+            self._uploads.hold(accepted.session_id, accepted.user, session.tensors)
+            undo.callback(self._uploads.release, accepted.session_id)
+            position = self._dispatcher.reserve(accepted.model)
+            log = EventLog(accepted.session_id, accepted.user)
+            for event in (events.received(), events.approved(), events.queued(position)):
+                log.show(log.stamp(event))
+            try:
+                known = await self._journal.accept(accepted, log.events)
+            finally:
+                self._dispatcher.unreserve()
+            if known.session_id != accepted.session_id:
+                return _same_session(known, accepted.payload_digest, accepted.request_id)
+            undo.pop_all()
         live = LiveSession(log, session, accepted.model)
         self._dispatcher.enqueue(live, position=position, is_detached=is_detached)
         self._metrics.accepted(accepted.model or "")

@@ -18,7 +18,7 @@ class SchedulerConfig:
     """Settings of one scheduler."""
 
     data_dir: Path
-    """Folder of the journal and of results; made if missing, used by one scheduler at a time."""
+    """Folder of journal, results and uploads; made if missing, used by one scheduler at a time."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 7433
@@ -29,6 +29,8 @@ class SchedulerConfig:
     """File of lines USER:KEY; without one any key is accepted, on a loopback host only."""
     max_session_bytes: int = MAX_SESSION_BYTES
     """Largest session, in bytes."""
+    upload_store_bytes: int = 64 * 1024**3
+    """Room for tensors that users upload, in bytes; those used least recently make room."""
     max_queued_sessions: int = 10_000
     """Sessions that may wait; more are refused with QUEUE_FULL."""
     lease_ttl_seconds: float = 10.0
@@ -45,6 +47,8 @@ class SchedulerConfig:
         if not 0 < self.max_session_bytes <= MAX_SESSION_BYTES:
             allowed = f"1 to {MAX_SESSION_BYTES}"
             raise _unusable("--max-session-bytes", self.max_session_bytes, allowed)
+        if self.upload_store_bytes < 0:
+            raise _unusable("--upload-store-bytes", self.upload_store_bytes, "0 or more")
         if self.max_queued_sessions < 1:
             raise _unusable("--max-queued-sessions", self.max_queued_sessions, "1 or more")
         if not self.lease_ttl_seconds > 0:

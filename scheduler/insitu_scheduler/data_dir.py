@@ -45,6 +45,11 @@ class DataDir:
         return self._path / "results"
 
     @property
+    def uploads_path(self) -> Path:
+        """The folder of uploads."""
+        return self._path / "uploads"
+
+    @property
     def _address_path(self) -> Path:
         return self._path / "scheduler.json"
 

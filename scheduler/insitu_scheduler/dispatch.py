@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from insitu_scheduler.registry import Group, LeaseId, Registry
     from insitu_scheduler.results import ResultStore
     from insitu_scheduler.shards import ShardClient
+    from insitu_scheduler.uploads import UploadStore
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Dispatcher:
         registry: Registry,
         book: EventBook,
         results: ResultStore,
+        uploads: UploadStore,
         metrics: SchedulerMetrics,
         *,
         max_queued: int,
@@ -57,6 +59,7 @@ class Dispatcher:
         self._registry = registry
         self._book = book
         self._results = results
+        self._uploads = uploads
         self._metrics = metrics
         self._max_queued = max_queued
         self._positions = PositionAnnouncer(queue, self._show_position)
@@ -198,6 +201,7 @@ class Dispatcher:
             num_traces=count_traces(live.session),
             book=self._book,
             writer=self._results.writer(live.log.session_id),
+            uploads=self._uploads,
         )
         live.lease_id = group.lease_id
         live.work = asyncio.create_task(run.run(client))
@@ -232,6 +236,7 @@ class Dispatcher:
     async def _end(self, live: LiveSession, event: Event) -> None:
         self._live.pop(live.log.session_id, None)
         self.watchers.forget(live.log.session_id)
+        self._uploads.release(live.log.session_id)
         if await self._book.end(live.log, event):
             self._metrics.finished(live.model or "", _outcome(event))
 

@@ -12,6 +12,7 @@ from insitu_scheduler.config import endpoint
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from threading import Thread
     from wsgiref.simple_server import WSGIServer
 
@@ -50,6 +51,11 @@ class SchedulerMetrics:
         self._ready_groups = self._gauge(
             "insitu_ready_groups", "Shard groups that could take a session."
         )
+        self._upload_bytes = Gauge(
+            "insitu_upload_store_bytes",
+            "Disk that the tensors take that users uploaded.",
+            registry=self.registry,
+        )
         self._oldest: dict[str, float | None] = {}
         Info("insitu_build", "What runs.", registry=self.registry).info({"version": version})
 
@@ -79,6 +85,10 @@ class SchedulerMetrics:
         if model not in self._oldest:
             self._oldest_age.labels(model).set_function(lambda: self._age(model))
         self._oldest[model] = oldest_at
+
+    def watch_uploads(self, num_bytes: Callable[[], float]) -> None:
+        """Shows how much disk the uploads take; asked at each scrape, on its thread."""
+        self._upload_bytes.set_function(num_bytes)
 
     def groups_changed(self, model: str, num_ready: int) -> None:
         """Records how many groups of a model are free."""

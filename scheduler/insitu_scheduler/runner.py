@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from insitu_proto.v1.shard_service_pb2 import Segment
 from insitu_scheduler import events
 from insitu_scheduler.shards import replica_lost
+from insitu_scheduler.uploads import bring_uploads
 from insitu_wire.errors import from_failure
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from insitu_scheduler.results import ResultWriter
     from insitu_scheduler.segments import SegmentRange
     from insitu_scheduler.shards import ShardClient
+    from insitu_scheduler.uploads import UploadStore
 
 _ANNOUNCE_SECONDS = 1.0
 
@@ -33,6 +35,7 @@ class SessionRun:
     num_traces: int
     book: EventBook
     writer: ResultWriter
+    uploads: UploadStore
     has_started: bool = field(default=False, init=False)
     """Whether the first RUNNING event has been shown."""
     announced_at: float | None = field(default=None, init=False)
@@ -58,7 +61,9 @@ class SessionRun:
             locations=self.session.locations,
             first_trace_number=segment.first_trace_number,
             seed=self.session.seed,
+            tensors=self.session.tensors,
         )
+        await bring_uploads(shard, self.log.session_id, message.tensors, self.uploads)
         async with aclosing(shard.run_segment(self.log.session_id, message)) as responses:
             async for response in responses:
                 self._announce(response)

@@ -33,6 +33,7 @@ from insitu_scheduler.registry import Registry
 from insitu_scheduler.registry_service import RegistryServicer
 from insitu_scheduler.results import ResultStore
 from insitu_scheduler.service import SchedulerServicer
+from insitu_scheduler.uploads import UploadStore
 from insitu_wire.errors import Reason, error
 from insitu_wire.interceptor import ErrorInterceptor
 from insitu_wire.limits import SERVER_OPTIONS
@@ -106,17 +107,26 @@ class Server:
         registry = Registry(ttl_seconds=config.lease_ttl_seconds)
         catalog = ModelCatalog(registry)
         results = ResultStore(data_dir.results_path)
+        uploads = UploadStore(data_dir.uploads_path, max_bytes=config.upload_store_bytes)
+        await uploads.open()
+        metrics.watch_uploads(lambda: uploads.num_bytes)
         dispatcher = Dispatcher(
             FifoQueue(),
             registry,
             book,
             results,
+            uploads,
             metrics,
             max_queued=config.max_queued_sessions,
             orphan_grace_seconds=config.orphan_grace_seconds,
         )
         admission = Admission(
-            catalog, journal, dispatcher, metrics, max_session_bytes=config.max_session_bytes
+            catalog,
+            journal,
+            dispatcher,
+            uploads,
+            metrics,
+            max_session_bytes=config.max_session_bytes,
         )
         scheduler_servicer = SchedulerServicer(
             authenticator=authenticator,
@@ -124,6 +134,7 @@ class Server:
             book=book,
             dispatcher=dispatcher,
             results=results,
+            uploads=uploads,
             catalog=catalog,
             registry=registry,
             metrics=metrics,

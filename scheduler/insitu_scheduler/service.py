@@ -10,6 +10,9 @@ from insitu_proto.v1.event_pb2 import EventKind
 from insitu_proto.v1.placement_pb2 import ShardGroup, ShardGroupState
 from insitu_scheduler.auth import api_key
 from insitu_scheduler.queue import SessionId
+from insitu_scheduler.refusals import check_limit
+from insitu_scheduler.validation import MAX_TENSORS
+from insitu_scheduler.value_checks import check_upload
 from insitu_wire.errors import Error, Reason, error
 from insitu_wire.limits import CHUNK_BYTES
 from insitu_wire.operations import OPERATIONS_VERSION
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from insitu_scheduler.models import ModelCatalog
     from insitu_scheduler.registry import Group, Registry
     from insitu_scheduler.results import ResultStore, StoredValue
+    from insitu_scheduler.uploads import UploadStore
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -43,6 +47,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         book: EventBook,
         dispatcher: Dispatcher,
         results: ResultStore,
+        uploads: UploadStore,
         catalog: ModelCatalog,
         registry: Registry,
         metrics: SchedulerMetrics,
@@ -54,6 +59,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         self._book = book
         self._dispatcher = dispatcher
         self._results = results
+        self._uploads = uploads
         self._catalog = catalog
         self._registry = registry
         self._metrics = metrics
@@ -71,6 +77,26 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
             self._metrics.rejected(err.reason)
             raise
         return pb.SubmitSessionResponse(session_id=session_id)
+
+    async def FindMissingUploads(
+        self, request: pb.FindMissingUploadsRequest, context: Context
+    ) -> pb.FindMissingUploadsResponse:
+        """Tells which tensors the caller has to upload."""
+        user = self._authenticate(context)
+        check_limit("tensors", len(request.content_hashes), MAX_TENSORS)
+        missing = self._uploads.missing(user, request.content_hashes)
+        return pb.FindMissingUploadsResponse(content_hashes=missing)
+
+    async def UploadTensor(
+        self, requests: AsyncIterator[pb.UploadTensorRequest], context: Context
+    ) -> pb.UploadTensorResponse:
+        """Takes in a tensor."""
+        user = self._authenticate(context)
+        first = await anext(requests, pb.UploadTensorRequest())
+        check_upload(first.tensor)
+        chunks = (request.data async for request in requests)
+        await self._uploads.receive(user, first.tensor, chunks)
+        return pb.UploadTensorResponse()
 
     async def WatchSession(
         self, request: pb.WatchSessionRequest, context: Context

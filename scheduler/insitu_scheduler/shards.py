@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import grpc
+from grpc_status import rpc_status
 
 from insitu_proto.v1 import shard_service_pb2, shard_service_pb2_grpc
 from insitu_scheduler.models import TokenizerFile
@@ -13,10 +14,11 @@ from insitu_wire.errors import Error, Reason, error, from_rpc_error
 from insitu_wire.limits import CHANNEL_OPTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
     from insitu_proto.v1.model_pb2 import ModelDescription
     from insitu_proto.v1.shard_service_pb2 import RunSegmentResponse, Segment
+    from insitu_proto.v1.tensor_pb2 import Tensor
     from insitu_scheduler.queue import SessionId
 
 _log = logging.getLogger(__name__)
@@ -60,6 +62,30 @@ class ShardClient:
             raise self._lost(rpc_error) from rpc_error
         return tuple(TokenizerFile(name, b"".join(parts)) for name, parts in files.items())
 
+    async def hold_uploads(self, session_id: SessionId, tensors: Sequence[Tensor]) -> list[str]:
+        """Holds uploaded tensors for a session; gives the content hashes of those to be stored.
+
+        Raises:
+            Error: REQUEST_TOO_LARGE, or REPLICA_LOST if the group is gone.
+        """
+        request = shard_service_pb2.HoldUploadsRequest(session_id=session_id, tensors=tensors)
+        try:
+            response = await self._stub.HoldUploads(request)
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._refused(rpc_error) from rpc_error
+        return list(response.content_hashes)
+
+    async def store_upload(self, tensor: Tensor, data: AsyncIterator[bytes]) -> None:
+        """Stores an uploaded tensor on all ranks.
+
+        Raises:
+            Error: why it can not be, or REPLICA_LOST if the group is gone.
+        """
+        try:
+            await self._stub.StoreUpload(_store_requests(tensor, data))
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._refused(rpc_error) from rpc_error
+
     async def run_segment(
         self, session_id: SessionId, segment: Segment
     ) -> AsyncGenerator[RunSegmentResponse]:
@@ -93,11 +119,27 @@ class ShardClient:
         """Closes the connection, and with it what still runs over it."""
         await self._channel.close()
 
+    def _refused(self, rpc_error: grpc.aio.AioRpcError) -> Error:
+        """Gives what the group itself answered, or that it is lost."""
+        if rpc_status.from_call(cast("grpc.Call", rpc_error)) is None:
+            # gRPC calls a stream that breaks while it is written to INTERNAL.
+            _log.warning("the shard group at %s is lost: %s", self._address, rpc_error.details())
+            return replica_lost()
+        return from_rpc_error(rpc_error, address=self._address)
+
     def _lost(self, rpc_error: grpc.aio.AioRpcError) -> Error:
         if rpc_error.code() is grpc.StatusCode.INTERNAL:
             return from_rpc_error(rpc_error, address=self._address)
         _log.warning("the shard group at %s is lost: %s", self._address, rpc_error.details())
         return replica_lost()
+
+
+async def _store_requests(
+    tensor: Tensor, data: AsyncIterator[bytes]
+) -> AsyncIterator[shard_service_pb2.StoreUploadRequest]:
+    yield shard_service_pb2.StoreUploadRequest(tensor=tensor)
+    async for chunk in data:
+        yield shard_service_pb2.StoreUploadRequest(data=chunk)
 
 
 def replica_lost() -> Error:

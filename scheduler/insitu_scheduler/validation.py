@@ -8,7 +8,7 @@ from insitu_proto.v1.trace_pb2 import TraceMode
 from insitu_scheduler.models import model_not_found
 from insitu_scheduler.operation_checks import MAX_QUOTED, OperationChecker
 from insitu_scheduler.refusals import check_limit, malformed, unsupported
-from insitu_scheduler.value_checks import ValueChecker
+from insitu_scheduler.value_checks import ValueChecker, check_brought_tensor
 from insitu_wire.errors import Error, Location, Reason, error
 from insitu_wire.steps import all_steps
 from insitu_wire.values import walk
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MAX_STEPS = 10_000
 MAX_NODES = 100_000
+MAX_TENSORS = 100_000
 _WITHOUT_VALUE = ("write", "save", "log", "assign", "stop", "skip")
 # What runs inside a forward pass only.
 _IN_A_PASS = ("read", "write", "stop", "skip")
@@ -66,7 +67,7 @@ class _Validation:
         self._loops: list[int] = []
         self._location: Location | None = None
         self._owner = ""
-        self._values = ValueChecker(self._check_reference)
+        self._values = ValueChecker(self._check_reference, num_tensors=len(session.tensors))
         self._operations = OperationChecker(self._values, self._check_reference)
 
     def run(self) -> None:
@@ -75,6 +76,9 @@ class _Validation:
             raise malformed("the session has no steps; give it a trace, a log or an exit")
         check_limit("steps", len(self._steps), MAX_STEPS)
         check_limit("nodes", len(self._all_ids), MAX_NODES)
+        check_limit("tensors", len(self._session.tensors), MAX_TENSORS)
+        for tensor in self._session.tensors:
+            check_brought_tensor(tensor, "the session")
         if not self._models:
             raise error(
                 Reason.MODEL_NOT_FOUND,

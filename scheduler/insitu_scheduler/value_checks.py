@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from insitu_scheduler.refusals import check_limit, malformed, unsupported
+from insitu_wire.content_hash import is_content_hash
 from insitu_wire.dtypes import DTYPE_NAMES, num_bytes
+from insitu_wire.errors import Reason, error
+from insitu_wire.limits import MAX_UPLOAD_BYTES
 from insitu_wire.values import walk
 
 if TYPE_CHECKING:
@@ -23,13 +26,15 @@ _KEY_KINDS = ("none", "bool_value", "int_value", "float_value", "str_value", "tu
 class ValueChecker:
     """Checks all values of one session, and counts them."""
 
-    def __init__(self, check_reference: Callable[[int], None]) -> None:
+    def __init__(self, check_reference: Callable[[int], None], *, num_tensors: int) -> None:
         """Makes the checker.
 
         Args:
             check_reference: raises if the value of a node can not be used.
+            num_tensors: length of the session's list of tensors.
         """
         self._check_reference = check_reference
+        self._num_tensors = num_tensors
         self._num_values = 0
 
     def check(self, value: Value, owner: str, *, depth: int = 1) -> None:
@@ -45,13 +50,23 @@ class ValueChecker:
             case "reference":
                 self._check_reference(value.reference.node_id)
             case "tensor":
-                _check_tensor(value.tensor, owner)
+                _check_elements(value.tensor, owner)
+            case "tensor_index":
+                self._check_tensor_index(value.tensor_index, owner)
             case "dtype":
                 _check_dtype(value.dtype, owner)
             case "dict":
                 _check_keys(value.dict, owner)
         for part in _parts(value):
             self.check(part, owner, depth=depth + 1)
+
+    def _check_tensor_index(self, index: int, owner: str) -> None:
+        if index >= self._num_tensors:
+            raise malformed(
+                f"{owner} refers to tensor {index}, and the session has {self._num_tensors}; "
+                "indices start at 0",
+                tensorIndex=index,
+            )
 
     def _count(self, owner: str, depth: int) -> None:
         self._num_values += 1
@@ -74,17 +89,58 @@ def _parts(value: Value) -> Iterable[Value]:
     return ()
 
 
-def _check_tensor(tensor: Tensor, owner: str) -> None:
+def check_brought_tensor(tensor: Tensor, owner: str) -> None:
+    """Checks a tensor of a session's list: with its elements, or by the hash of an upload.
+
+    Raises:
+        Error: what is wrong with it.
+    """
+    if tensor.WhichOneof("content") == "content_hash":
+        check_upload(tensor, owner)
+    else:
+        _check_elements(tensor, owner)
+
+
+def check_upload(tensor: Tensor, owner: str = "the upload") -> None:
+    """Checks a tensor whose elements are uploaded.
+
+    Raises:
+        Error: what is wrong with it.
+    """
+    _check_shape(tensor, owner)
+    if not is_content_hash(tensor.content_hash):
+        raise malformed(
+            f"{owner} has a tensor with content hash {tensor.content_hash[:80]!r}; it must be 64 "
+            "lowercase hexadecimal digits"
+        )
+    if num_bytes(tensor) > MAX_UPLOAD_BYTES:
+        raise error(
+            Reason.REQUEST_TOO_LARGE,
+            f"{owner} has a tensor of {num_bytes(tensor):,} bytes and the server takes at most "
+            f"{MAX_UPLOAD_BYTES:,}; bring it in parts, or in a smaller element type",
+            numBytes=num_bytes(tensor),
+            maxBytes=MAX_UPLOAD_BYTES,
+        )
+
+
+def _check_shape(tensor: Tensor, owner: str) -> None:
     _check_dtype(tensor.dtype, owner)
     shape = list(tensor.shape)
     if len(shape) > MAX_RANK:
         raise malformed(f"{owner} has a tensor of {len(shape)} dimensions; at most {MAX_RANK}")
     if any(size < 0 for size in shape):
         raise malformed(f"{owner} has a tensor of shape {shape}; sizes are 0 or more")
-    content = tensor.WhichOneof("content")
-    if content == "content_hash":
-        raise unsupported(f"{owner} has a tensor by content hash, which it can not use yet")
-    if content != "data":
+
+
+def _check_elements(tensor: Tensor, owner: str) -> None:
+    _check_shape(tensor, owner)
+    shape = list(tensor.shape)
+    if tensor.WhichOneof("content") == "content_hash":
+        raise malformed(
+            f"{owner} has a tensor by content hash; put it into the session's list of tensors, and "
+            "refer to it by index"
+        )
+    if tensor.WhichOneof("content") != "data":
         raise malformed(f"{owner} has a tensor without elements; send them as data")
     if len(tensor.data) != num_bytes(tensor):
         raise malformed(

@@ -13,6 +13,7 @@ from insitu_wire.values import walk
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from insitu._brought import BroughtTensors
     from insitu._recorder import BlockRecorder, SessionRecorder
 
 
@@ -22,6 +23,7 @@ class Edit:
 
     trace: trace_pb2.Trace
     locations: Sequence[intervention_pb2.SourceLocation]
+    brought: BroughtTensors
 
     @staticmethod
     def recorded_by(recorder: SessionRecorder) -> Edit:
@@ -29,7 +31,7 @@ class Edit:
         trace = trace_pb2.Trace()
         for step in recorder.session.steps:
             trace.MergeFrom(step.trace)
-        return Edit(trace, list(recorder.session.locations))
+        return Edit(trace, list(recorder.session.locations), recorder.brought)
 
     def apply(self, block: BlockRecorder) -> None:
         """Copies the nodes into a trace, before anything else is recorded in it."""
@@ -50,17 +52,22 @@ class Edit:
                 at = self.locations[node.location - 1]
                 location = Location(at.file, at.line, at.source)
                 copied.location = recorder.location_index(location)
-        _renumber(block.trace, new_ids, first_condition)
+        new_indices = recorder.brought.adopt(self.brought)
+        _renumber(block.trace, new_ids, new_indices, first_condition)
 
 
-def _renumber(trace: trace_pb2.Trace, new_ids: dict[int, int], first_condition: int) -> None:
-    """Has the copied nodes, the last of the trace, refer to each other."""
+def _renumber(
+    trace: trace_pb2.Trace, new_ids: dict[int, int], new_indices: list[int], first_condition: int
+) -> None:
+    """Has the copied nodes, the last of the trace, refer to each other, and to their tensors."""
     ours = trace.nodes[len(trace.nodes) - len(new_ids) :]
     conditions = [condition.value for condition in trace.conditions[first_condition:]]
     for value in (*conditions, *(value for node in ours for value in values_of(node))):
         for part in walk(value):
             if part.HasField("reference"):
                 part.reference.node_id = new_ids.get(part.reference.node_id, part.reference.node_id)
+            elif part.HasField("tensor_index"):
+                part.tensor_index = new_indices[part.tensor_index]
     for node in ours:
         if node.HasField("assign"):
             node.assign.node_id = new_ids.get(node.assign.node_id, node.assign.node_id)

@@ -239,16 +239,6 @@ def wrap(structure: Any, origin: Origin, kind: type[Proxy] | None = None) -> Any
     return structure
 
 
-pytree.register_pytree_node(
-    ProxyTuple, lambda items: (list(items), None), lambda items, _: tuple(items)
-)
-pytree.register_pytree_node(
-    ProxyDict,
-    lambda items: (list(items.values()), list(items)),
-    lambda items, keys: dict(zip(keys, items, strict=True)),
-)
-
-
 def reference(value: object) -> int | None:
     """Gives the node id of a recorded value; None for anything else."""
     match value:
@@ -396,7 +386,7 @@ def _to_meta(leaf: Any) -> Any:
         return Unknown() if leaf._meta is None else leaf._meta
     if isinstance(leaf, Container):
         return Unknown()
-    return leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf
+    return leaf.detach().to("meta") if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _with_target_first(

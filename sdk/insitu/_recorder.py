@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from insitu._brought import BroughtTensors
 from insitu._source import assigned_name, user_location
 from insitu_proto.v1 import intervention_pb2, session_pb2, trace_pb2
 from insitu_wire import torch_codec
@@ -35,6 +36,7 @@ class SessionRecorder:
 
     Attributes:
         session: what was recorded so far.
+        brought: the user's own tensors among its values.
         saved: what the user marked to come back, by the id of its save node.
         state: "recording", then "running", then "done".
         num_traces: how many traces there are.
@@ -50,6 +52,7 @@ class SessionRecorder:
             reference: gives the node id of a recorded value, or None for anything else.
         """
         self.session = session_pb2.Session()
+        self.brought = BroughtTensors(self.session.tensors)
         self.saved: dict[int, object] = {}
         self.state = "recording"
         self.num_traces = 0
@@ -171,7 +174,7 @@ class SessionRecorder:
     def encode(self, value: object, location: Location) -> value_pb2.Value:
         """Encodes an argument; what can not be part of a session is an error at the user's line."""
         try:
-            return torch_codec.encode(value, self._reference)
+            return torch_codec.encode(value, self._reference, self.brought.add)
         except Error as err:
             err.location = err.location or location
             raise

@@ -18,10 +18,12 @@ from insitu.backends.remote import RemoteBackend
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from contextvars import Token
     from os import PathLike
     from types import TracebackType
+
+    import torch
 
     from insitu._model import LanguageModel
     from insitu._submission import Submission
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from insitu_proto.v1 import session_pb2
 
     Receive = Callable[[Iterable[tuple[int, object]]], None]
-    Submit = Callable[[session_pb2.Session, Receive], Submission]
+    Submit = Callable[[session_pb2.Session, Mapping[int, torch.Tensor], Receive], Submission]
 
 _ACTIVE: ContextVar[Session | None] = ContextVar("insitu_session", default=None)
 
@@ -146,7 +148,7 @@ class Session:
                 "the session has not been recorded to its end; save it after its block",
                 location=user_location(),
             )
-        write_session(path, self._recorder.session)
+        write_session(path, self._recorder.session, self._recorder.brought.large())
 
     @property
     def submission(self) -> Submission:
@@ -213,13 +215,14 @@ class Session:
         if not self._runs:
             recorder.state = "recorded"
             return
+        tensors = recorder.brought.large()
         if self._submit is not None:
             recorder.state = "submitted"
-            self._submission = self._submit(recorder.session, self._receive)
+            self._submission = self._submit(recorder.session, tensors, self._receive)
             return
         recorder.state = "running"
         others = [] if self.is_remote else [model._local for model in self._models.values()]
-        self._receive(self.backend.run(recorder.session, others))
+        self._receive(self.backend.run(recorder.session, tensors, others))
 
     def _receive(self, saved: Iterable[tuple[int, object]]) -> None:
         """Makes saved proxies their values, as these come to the session's end."""

@@ -11,7 +11,9 @@ from insitu.backends._watch import kind_name
 from insitu.backends.remote import RemoteBackend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
+
+    import torch
 
     from insitu_proto.v1.session_pb2 import Session
 
@@ -113,10 +115,11 @@ class Submission:
 def submit(
     backend: RemoteBackend,
     session: Session,
+    tensors: Mapping[int, torch.Tensor],
     receive: Callable[[Iterable[tuple[int, object]]], None],
 ) -> Submission:
     """Submits a session that goes on when nobody watches it."""
-    return Submission(backend, backend.submit(session, is_detached=True), receive)
+    return Submission(backend, backend.submit(session, tensors, is_detached=True), receive)
 
 
 def attach(session_id: str) -> Submission:

@@ -47,6 +47,13 @@ def run(
         str,
         typer.Option(envvar="INSITU_DTYPE", help="Element type of weights; default: as stored."),
     ] = "",
+    upload_cache_bytes: Annotated[
+        int,
+        typer.Option(
+            envvar="INSITU_UPLOAD_CACHE_BYTES",
+            help="Memory of each rank for tensors that users bring, in bytes.",
+        ),
+    ] = 8 * 1024**3,
 ) -> None:
     """Serves one model by a group of ranks until SIGTERM or Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -62,6 +69,7 @@ def run(
             metrics_port=metrics_port if metrics_port >= 0 else None,
             num_ranks=tp,
             dtype=dtype,
+            upload_cache_bytes=upload_cache_bytes,
         )
         if "RANK" in os.environ:
             from insitu_shard.server import run_rank

@@ -29,12 +29,20 @@ class ShardConfig:
     """Ranks that the model is split over."""
     dtype: str = ""
     """Element type of the weights, such as "bfloat16"; by default as stored."""
+    upload_cache_bytes: int = 8 * 1024**3
+    """Memory of each rank for tensors that users bring; the least recently used make room."""
     collective_timeout_seconds: float = 60.0
     """How long a rank waits for the others inside a forward pass before the group gives up."""
     grace_seconds: float = 30.0
     """How long a running segment may still take once the group is told to stop."""
 
     def __post_init__(self) -> None:
+        if self.upload_cache_bytes < 0:
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                f"--upload-cache-bytes is {self.upload_cache_bytes}; it must be 0 or more",
+                uploadCacheBytes=self.upload_cache_bytes,
+            )
         if self.num_ranks < 1:
             raise error(
                 Reason.INVALID_CONFIGURATION,

@@ -10,19 +10,25 @@ import torch
 import torch.distributed as dist
 
 from insitu_proto.v1 import shard_service_pb2
+from insitu_proto.v1.tensor_pb2 import Tensor
 from insitu_shard.engine import Finished, HandleStore, SegmentRun, StepFollows
 from insitu_shard.engine.ranks import Ranks
+from insitu_shard.upload_cache import keep_upload, session_tensors
+from insitu_wire.dtypes import num_bytes
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from insitu_shard.config import ShardConfig
     from insitu_shard.engine import LoadedModel, SegmentEvent
+    from insitu_shard.upload_cache import UploadCache
 
 # Followers wait for the next command as long as nobody uses the model. A leader that dies closes
 # its connections, which ends the wait at once.
 _IDLE_TIMEOUT = timedelta(days=365)
+
+_BROADCAST_BYTES = 64 * 1024 * 1024
 
 
 class _Command(IntEnum):
@@ -30,6 +36,8 @@ class _Command(IntEnum):
     RUN_STEP = 2
     RELEASE_SESSION = 3
     STOP = 4
+    STORE_UPLOAD = 5
+    DROP_UPLOADS = 6
 
 
 class CommandChannel:
@@ -50,6 +58,22 @@ class CommandChannel:
         if payload:
             body = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
             dist.broadcast(body, src=0, group=self._group)
+
+    def send_data(self, data: bytearray) -> None:
+        """Sends the bytes that a command has announced to every follower. Leader only."""
+        self._broadcast(data)
+
+    def receive_data(self, size: int) -> bytearray:
+        """Waits for the bytes that a command has announced. Followers only."""
+        data = bytearray(size)
+        self._broadcast(data)
+        return data
+
+    def _broadcast(self, data: bytearray) -> None:
+        if self._group is None or not data:
+            return
+        for part in torch.frombuffer(data, dtype=torch.uint8).split(_BROADCAST_BYTES):
+            dist.broadcast(part, src=0, group=self._group)
 
     def receive(self) -> tuple[_Command, bytes]:
         """Waits for the leader's next command. Followers only."""
@@ -75,8 +99,9 @@ def join_group(config: ShardConfig, rank: int) -> Ranks:
 class Leader:
     """Runs segments on all ranks of the group. Used by one thread only."""
 
-    def __init__(self, model: LoadedModel, channel: CommandChannel) -> None:
+    def __init__(self, model: LoadedModel, channel: CommandChannel, uploads: UploadCache) -> None:
         self.model = model
+        self.uploads = uploads
         self.handles = HandleStore()
         self._channel = channel
 
@@ -100,7 +125,7 @@ class Leader:
         """
         request = shard_service_pb2.RunSegmentRequest(session_id=session_id, segment=segment)
         self._channel.send(_Command.BEGIN_SEGMENT, request.SerializeToString())
-        run = _begin(self.model, request, self.handles)
+        run = _begin(self.model, request, self.handles, self.uploads.tensors)
         for event in run.run():
             if not isinstance(event, StepFollows):
                 yield event
@@ -110,8 +135,24 @@ class Leader:
                 self._channel.send(_Command.RUN_STEP)
         yield Finished(run.has_exited)
 
+    def store_upload(self, spec: Tensor, data: bytearray) -> None:
+        """Keeps an uploaded tensor on every rank.
+
+        Raises:
+            CapacityError: OUT_OF_MEMORY.
+        """
+        if spec.content_hash in self.uploads.tensors:
+            return
+        if dropped := self.uploads.make_room(len(data)):
+            self._channel.send(_Command.DROP_UPLOADS, "\n".join(dropped).encode())
+        self._channel.send(_Command.STORE_UPLOAD, spec.SerializeToString())
+        self._channel.send_data(data)
+        model, uploads = self.model, self.uploads.tensors
+        keep_upload(uploads, spec, data, device=model.device, ranks=model.ranks)
+
     def release(self, session_id: str) -> int:
-        """Frees a session's values on every rank."""
+        """Frees a session's values on every rank, and lets its uploads make room for others."""
+        self.uploads.release(session_id)
         self._channel.send(_Command.RELEASE_SESSION, session_id.encode())
         return self.handles.release(session_id)
 
@@ -123,34 +164,47 @@ class Leader:
 def follow(model: LoadedModel, channel: CommandChannel) -> None:
     """Does on this rank what the leader does, until it says stop."""
     handles = HandleStore()
+    uploads: dict[str, torch.Tensor] = {}
     run: Iterator[SegmentEvent | StepFollows] = iter(())
     while True:
         command, payload = channel.receive()
         match command:
             case _Command.BEGIN_SEGMENT:
                 request = shard_service_pb2.RunSegmentRequest.FromString(payload)
-                run = _steps_of(model, request, handles)
+                run = _steps_of(model, request, handles, uploads)
                 _run_to_next_step(run)
             case _Command.RUN_STEP:
                 _run_to_next_step(run)
             case _Command.RELEASE_SESSION:
                 handles.release(payload.decode())
+            case _Command.STORE_UPLOAD:
+                _receive_upload(model, channel, uploads, Tensor.FromString(payload))
+            case _Command.DROP_UPLOADS:
+                for name in payload.decode().splitlines():
+                    uploads.pop(name, None)
             case _Command.STOP:
                 return
 
 
 def _begin(
-    model: LoadedModel, request: shard_service_pb2.RunSegmentRequest, handles: HandleStore
+    model: LoadedModel,
+    request: shard_service_pb2.RunSegmentRequest,
+    handles: HandleStore,
+    uploads: Mapping[str, torch.Tensor],
 ) -> SegmentRun:
     values = handles.values(request.session_id)
-    return SegmentRun({model.name: model}, request.segment, values)
+    tensors = session_tensors(request.segment.tensors, uploads, device=model.device)
+    return SegmentRun({model.name: model}, request.segment, values, tensors)
 
 
 def _steps_of(
-    model: LoadedModel, request: shard_service_pb2.RunSegmentRequest, handles: HandleStore
+    model: LoadedModel,
+    request: shard_service_pb2.RunSegmentRequest,
+    handles: HandleStore,
+    uploads: Mapping[str, torch.Tensor],
 ) -> Iterator[SegmentEvent | StepFollows]:
     try:
-        yield from _begin(model, request, handles).run()
+        yield from _begin(model, request, handles, uploads).run()
     except Error:
         # The leader meets the same error, or the ranks agreed on it; it tells and sends no step.
         return
@@ -160,3 +214,14 @@ def _run_to_next_step(run: Iterator[SegmentEvent | StepFollows]) -> None:
     for event in run:
         if isinstance(event, StepFollows):
             return
+
+
+def _receive_upload(
+    model: LoadedModel, channel: CommandChannel, uploads: dict[str, torch.Tensor], spec: Tensor
+) -> None:
+    data = channel.receive_data(num_bytes(spec))
+    try:
+        keep_upload(uploads, spec, data, device=model.device, ranks=model.ranks)
+    except Error:
+        # The ranks agreed that there is no room; the leader tells.
+        return

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 if TYPE_CHECKING:
     from insitu_shard.engine import HandleStore
+    from insitu_shard.upload_cache import UploadCache
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 300, 600)
 
@@ -15,7 +16,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 class ShardMetrics:
     """The metrics of one group; its leader serves them."""
 
-    def __init__(self, model: str, handles: HandleStore) -> None:
+    def __init__(self, model: str, handles: HandleStore, uploads: UploadCache) -> None:
         self.registry = CollectorRegistry()
         self._model = model
         self.segment_seconds = Histogram(
@@ -38,6 +39,13 @@ class ShardMetrics:
             registry=self.registry,
         )
         handle_bytes.labels(model).set_function(lambda: handles.num_bytes)
+        upload_bytes = Gauge(
+            "insitu_shard_upload_cache_bytes",
+            "Memory of each rank that the tensors take that users brought.",
+            ["model"],
+            registry=self.registry,
+        )
+        upload_bytes.labels(model).set_function(lambda: uploads.num_bytes)
 
     def trace_started(self) -> None:
         """Counts a trace."""

@@ -22,6 +22,7 @@ from insitu_shard.group import CommandChannel, Leader, follow, join_group
 from insitu_shard.metrics import ShardMetrics
 from insitu_shard.registration import Registration
 from insitu_shard.service import ShardServicer
+from insitu_shard.upload_cache import UploadCache
 from insitu_wire.errors import Reason, error
 from insitu_wire.interceptor import ErrorInterceptor
 from insitu_wire.limits import SERVER_OPTIONS
@@ -70,8 +71,8 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     loop = asyncio.get_running_loop()
     model = await loop.run_in_executor(engine, _load, config, ranks)
     description = await loop.run_in_executor(engine, model.describe)
-    leader = Leader(model, channel)
-    metrics = ShardMetrics(model.name, leader.handles)
+    leader = Leader(model, channel, UploadCache(config.upload_cache_bytes))
+    metrics = ShardMetrics(model.name, leader.handles, leader.uploads)
     stopping = asyncio.Event()
     is_lost = False
 

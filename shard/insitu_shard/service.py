@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from insitu_proto.v1 import shard_service_pb2, shard_service_pb2_grpc
 from insitu_shard.codec import to_responses
 from insitu_shard.engine import Finished, SegmentEvent, TraceStarted
+from insitu_shard.upload_cache import receive_upload
 from insitu_wire.errors import Error, to_failure
 from insitu_wire.limits import CHUNK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from concurrent.futures import ThreadPoolExecutor
+    from typing import TypeVar
 
     import grpc
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from insitu_shard.metrics import ShardMetrics
 
     Context = grpc.aio.ServicerContext[Any, Any]
+    T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +76,23 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
                     file_name=path.name, data=content[start : start + CHUNK_BYTES]
                 )
 
+    async def HoldUploads(
+        self, request: shard_service_pb2.HoldUploadsRequest, context: Context
+    ) -> shard_service_pb2.HoldUploadsResponse:
+        """Holds uploaded tensors for a session, and tells which the group lacks."""
+        uploads = self._leader.uploads
+        missing = await self._on_engine(lambda: uploads.hold(request.session_id, request.tensors))
+        return shard_service_pb2.HoldUploadsResponse(content_hashes=missing)
+
+    async def StoreUpload(
+        self, requests: AsyncIterator[shard_service_pb2.StoreUploadRequest], context: Context
+    ) -> shard_service_pb2.StoreUploadResponse:
+        """Stores an uploaded tensor on all ranks."""
+        spec = (await anext(requests)).tensor
+        data = await receive_upload(spec, (request.data async for request in requests))
+        await self._on_engine(lambda: self._leader.store_upload(spec, data))
+        return shard_service_pb2.StoreUploadResponse()
+
     async def RunSegment(
         self, request: shard_service_pb2.RunSegmentRequest, context: Context
     ) -> AsyncIterator[shard_service_pb2.RunSegmentResponse]:
@@ -105,15 +125,20 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
         self, request: shard_service_pb2.ReleaseSessionRequest, context: Context
     ) -> shard_service_pb2.ReleaseSessionResponse:
         """Frees all values of a session."""
-        loop = asyncio.get_running_loop()
-        releasing = loop.run_in_executor(self._thread, self._leader.release, request.session_id)
-        releasing.add_done_callback(self._check)
-        return shard_service_pb2.ReleaseSessionResponse(num_values=await releasing)
+        num_values = await self._on_engine(lambda: self._leader.release(request.session_id))
+        return shard_service_pb2.ReleaseSessionResponse(num_values=num_values)
 
     def stop(self) -> None:
         """Waits for what runs, and ends the followers."""
         self._thread.submit(self._leader.stop).result()
         self._thread.shutdown()
+
+    async def _on_engine(self, work: Callable[[], T]) -> T:
+        """Does work on the group's own thread, after what was asked before."""
+        working = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        working.add_done_callback(self._check)
+        # Ranks in step can not stop halfway when a caller goes away.
+        return await asyncio.shield(working)
 
     def _run(
         self, request: shard_service_pb2.RunSegmentRequest, cancelled: threading.Event
@@ -138,6 +163,7 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
 
     def _check(self, finished: asyncio.Future[Any]) -> None:
         """Gives up the group on what no session can cause, such as a lost rank."""
-        if not finished.cancelled() and (exception := finished.exception()) is not None:
+        exception = None if finished.cancelled() else finished.exception()
+        if exception is not None and not isinstance(exception, Error):
             _log.critical("the shard group is lost", exc_info=exception)
             self._on_lost()

@@ -14,7 +14,8 @@ import torch
 
 from insitu import CONFIG, LanguageModel
 from support.recording_proxy import RecordingProxy
-from support.up import Up, insitu, run_python
+from support.routed_server import RoutedServer
+from support.up import Up, run_python
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SCRIPT = Path(__file__).parents[2] / "examples" / "first_session.py"
@@ -193,7 +194,7 @@ def test_the_kept_activation_crosses_neither_to_the_client_nor_to_the_scheduler(
         kept = model.model.layers[29].output[0][:, -1, :].save()
     secret = kept.numpy().tobytes()
     to_scheduler, to_shard = RecordingProxy(), RecordingProxy()
-    with RoutedServer(demo_folder, tmp_path, to_scheduler, to_shard) as endpoint:
+    with RoutedServer(f"{NAME}={demo_folder}", tmp_path, to_scheduler, to_shard) as endpoint:
         CONFIG.set_default_endpoint(endpoint)
         try:
             _run_session(LanguageModel(NAME), remote=True)
@@ -206,54 +207,3 @@ def test_the_kept_activation_crosses_neither_to_the_client_nor_to_the_scheduler(
     # Any 64 bytes of it would be 16 of its numbers.
     pieces = [secret[start : start + 64] for start in range(0, len(secret), 64)]
     assert not any(piece in crossed for piece in pieces)
-
-
-class RoutedServer:
-    """A scheduler and a shard group, each behind a proxy that keeps what crosses."""
-
-    def __init__(
-        self, folder: Path, data: Path, to_scheduler: RecordingProxy, to_shard: RecordingProxy
-    ) -> None:
-        self._folder = folder
-        self._data = data
-        self._to_scheduler = to_scheduler
-        self._to_shard = to_shard
-
-    def __enter__(self) -> str:
-        import json
-        import socket
-        import subprocess
-        import time
-
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        self._to_shard.target = f"127.0.0.1:{port}"
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        python = [sys.executable, "-m"]
-        self._processes = [
-            subprocess.Popen(
-                [*python, "insitu_scheduler", "--port", "0", "--data-dir", str(self._data)],
-                **quiet,  # type: ignore[call-overload]
-            )
-        ]
-        address_file = self._data / "scheduler.json"
-        while not address_file.exists():
-            time.sleep(0.05)
-        scheduler = json.loads(address_file.read_text())["address"]
-        self._to_scheduler.target = scheduler
-        flags = ["--scheduler", scheduler, "--port", str(port)]
-        flags += ["--advertise-address", self._to_shard.address]
-        self._processes.append(
-            subprocess.Popen(
-                [*python, "insitu_shard", "--model", f"{NAME}={self._folder}", *flags],
-                **quiet,  # type: ignore[call-overload]
-            )
-        )
-        while NAME not in insitu("status", INSITU_ENDPOINT=scheduler, INSITU_API_KEY="t").stdout:
-            time.sleep(0.2)
-        return self._to_scheduler.address
-
-    def __exit__(self, *_: object) -> None:
-        for process in reversed(self._processes):
-            process.terminate()
-            process.wait(60)

@@ -29,4 +29,6 @@ def test_an_experiment_gives_the_same_everywhere(
     experiment = EXPERIMENTS[name]
     expected = experiment(LanguageModel(str(tiny.folder("llama"))))
     actual = experiment(LanguageModel("tiny/llama"), remote=True)
-    assert_same(actual, expected, atol=0 if "--tp" not in up.flags or "1" in up.flags else 1e-5)
+    # Padded rows and split tensors round by how the machine's cores share the work.
+    is_exact = up.flags[-1] == "1" and name != "invokes"
+    assert_same(actual, expected, atol=0 if is_exact else 1e-5)

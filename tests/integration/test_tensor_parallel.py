@@ -134,3 +134,23 @@ def test_ranks_that_do_not_divide_the_heads_are_refused_before_anything_runs(
     assert "use one of 1, 3" in done.stderr
     assert "is ready" not in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_two_ranks_both_get_a_brought_tensor(
+    two_ranks: Up, tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    mlp = torch.nn.Sequential(torch.nn.Linear(64, 1024), torch.nn.GELU(), torch.nn.Linear(1024, 64))
+
+    def run(model: LanguageModel, *, remote: bool) -> torch.Tensor:
+        with model.trace(IDS, remote=remote):
+            model.model.layers[1].output = mlp(model.model.layers[0].output[0])
+            # Split over the ranks where it is written: each needs it whole.
+            model.model.layers[2].mlp.up_proj.output += mlp[0].bias[:128]
+            logits: torch.Tensor = model.lm_head.output.save()
+        return logits
+
+    expected = run(LanguageModel(str(tiny.folder("llama"))), remote=False)
+    for _ in range(2):
+        actual = run(_model(two_ranks, "tiny/llama", monkeypatch), remote=True)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)

@@ -19,6 +19,7 @@ from insitu_proto.v1.session_pb2 import Session, Step
 from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest, RunSegmentResponse
 from insitu_proto.v1.tensor_pb2 import Dtype, Tensor
 from insitu_proto.v1.trace_pb2 import Invoke, TokenRow, Trace, TraceMode
+from insitu_wire.content_hash import wrong_content
 from insitu_wire.interceptor import ErrorInterceptor
 from insitu_wire.limits import CHUNK_BYTES, SERVER_OPTIONS
 
@@ -129,6 +130,8 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
     group_id: str = "group-1"
     requests: list[RunSegmentRequest] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
+    uploads: dict[str, bytes] = field(default_factory=dict)
+    refuses_uploads: bool = False
     num_cancelled: int = 0
     num_tokenizer_fetches: int = 0
     address: str = ""
@@ -188,6 +191,19 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
         yield pb.FetchTokenizerResponse(file_name="tokenizer.json", data=b"{")
         yield pb.FetchTokenizerResponse(file_name="tokenizer.json", data=b"}")
         yield pb.FetchTokenizerResponse(file_name="empty.txt", data=b"")
+
+    async def HoldUploads(self, request: Any, context: Any) -> pb.HoldUploadsResponse:
+        hashes = [tensor.content_hash for tensor in request.tensors]
+        missing = [name for name in hashes if name not in self.uploads]
+        return pb.HoldUploadsResponse(content_hashes=missing)
+
+    async def StoreUpload(self, requests: Any, context: Any) -> pb.StoreUploadResponse:
+        tensor = (await anext(requests)).tensor
+        data = b"".join([request.data async for request in requests])
+        if self.refuses_uploads:
+            raise wrong_content(tensor, "other content")
+        self.uploads[tensor.content_hash] = data
+        return pb.StoreUploadResponse()
 
     async def RunSegment(
         self, request: RunSegmentRequest, context: Any

@@ -77,13 +77,21 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_VALUE_NOT_AVAILABLE: _ErrorReason.ValueType  # 24
     """A value was touched before the session ran, or was not saved."""
     ERROR_REASON_CHECKSUM_MISMATCH: _ErrorReason.ValueType  # 25
-    """What was downloaded differs from what was sent."""
+    """What arrived differs from what was sent, or from what its hash says."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 26
     """A flaw of insitu itself. The message has the id under which the server logged it."""
     ERROR_REASON_INVALID_CONFIGURATION: _ErrorReason.ValueType  # 27
     """A setting of a command or client is not usable. The message names it and its allowed values."""
     ERROR_REASON_WAIT_TIMEOUT: _ErrorReason.ValueType  # 28
     """The client's time to wait was over before the session was. The session goes on: wait again, or cancel it."""
+    ERROR_REASON_TENSOR_NOT_UPLOADED: _ErrorReason.ValueType  # 30
+    """The session refers by content hash to a tensor that the caller has not uploaded, or that had to
+    make room since. Upload it (FindMissingUploads tells which), and submit again.
+    """
+    ERROR_REASON_STORAGE_FULL: _ErrorReason.ValueType  # 31
+    """What was brought does not fit into what the server keeps, and all of that is in use. Try again
+    later, or bring less.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Says why something was refused or failed. The name without its prefix is the reason of
@@ -141,13 +149,21 @@ ERROR_REASON_SHUTTING_DOWN: ErrorReason.ValueType  # 23
 ERROR_REASON_VALUE_NOT_AVAILABLE: ErrorReason.ValueType  # 24
 """A value was touched before the session ran, or was not saved."""
 ERROR_REASON_CHECKSUM_MISMATCH: ErrorReason.ValueType  # 25
-"""What was downloaded differs from what was sent."""
+"""What arrived differs from what was sent, or from what its hash says."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 26
 """A flaw of insitu itself. The message has the id under which the server logged it."""
 ERROR_REASON_INVALID_CONFIGURATION: ErrorReason.ValueType  # 27
 """A setting of a command or client is not usable. The message names it and its allowed values."""
 ERROR_REASON_WAIT_TIMEOUT: ErrorReason.ValueType  # 28
 """The client's time to wait was over before the session was. The session goes on: wait again, or cancel it."""
+ERROR_REASON_TENSOR_NOT_UPLOADED: ErrorReason.ValueType  # 30
+"""The session refers by content hash to a tensor that the caller has not uploaded, or that had to
+make room since. Upload it (FindMissingUploads tells which), and submit again.
+"""
+ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 31
+"""What was brought does not fit into what the server keeps, and all of that is in use. Try again
+later, or bring less.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

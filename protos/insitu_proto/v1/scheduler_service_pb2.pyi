@@ -12,6 +12,7 @@ from insitu_proto.v1 import model_pb2 as _model_pb2
 from insitu_proto.v1 import placement_pb2 as _placement_pb2
 from insitu_proto.v1 import result_pb2 as _result_pb2
 from insitu_proto.v1 import session_pb2 as _session_pb2
+from insitu_proto.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -76,6 +77,101 @@ class SubmitSessionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SubmitSessionResponse: _TypeAlias = SubmitSessionResponse  # noqa: Y015
+
+@_typing.final
+class FindMissingUploadsRequest(_message.Message):
+    """Asks which tensors have to be uploaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTENT_HASHES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def content_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Content hashes of tensors."""
+
+    def __init__(
+        self,
+        *,
+        content_hashes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hashes", b"content_hashes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindMissingUploadsRequest: _TypeAlias = FindMissingUploadsRequest  # noqa: Y015
+
+@_typing.final
+class FindMissingUploadsResponse(_message.Message):
+    """Tells which tensors have to be uploaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTENT_HASHES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def content_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those of the request that the caller has not uploaded, or that are not kept any more."""
+
+    def __init__(
+        self,
+        *,
+        content_hashes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hashes", b"content_hashes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindMissingUploadsResponse: _TypeAlias = FindMissingUploadsResponse  # noqa: Y015
+
+@_typing.final
+class UploadTensorRequest(_message.Message):
+    """Carries a part of an upload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENSOR_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The next bytes of the elements, at most 1 MiB."""
+    @_builtins.property
+    def tensor(self) -> _tensor_pb2.Tensor:
+        """Element type, shape and content hash. First."""
+
+    def __init__(
+        self,
+        *,
+        tensor: _tensor_pb2.Tensor | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "tensor", b"tensor"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "tensor", b"tensor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["tensor", "data"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___UploadTensorRequest: _TypeAlias = UploadTensorRequest  # noqa: Y015
+
+@_typing.final
+class UploadTensorResponse(_message.Message):
+    """Answers an upload that is kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadTensorResponse: _TypeAlias = UploadTensorResponse  # noqa: Y015
 
 @_typing.final
 class WatchSessionRequest(_message.Message):

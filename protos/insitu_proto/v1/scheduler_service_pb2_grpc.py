@@ -41,6 +41,16 @@ class SchedulerServiceStub:
                 request_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.SubmitSessionRequest.SerializeToString,
                 response_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.SubmitSessionResponse.FromString,
                 _registered_method=True)
+        self.FindMissingUploads = channel.unary_unary(
+                '/insitu.v1.SchedulerService/FindMissingUploads',
+                request_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.FindMissingUploadsRequest.SerializeToString,
+                response_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.FindMissingUploadsResponse.FromString,
+                _registered_method=True)
+        self.UploadTensor = channel.stream_unary(
+                '/insitu.v1.SchedulerService/UploadTensor',
+                request_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.UploadTensorRequest.SerializeToString,
+                response_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.UploadTensorResponse.FromString,
+                _registered_method=True)
         self.WatchSession = channel.unary_stream(
                 '/insitu.v1.SchedulerService/WatchSession',
                 request_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.WatchSessionRequest.SerializeToString,
@@ -92,7 +102,24 @@ class SchedulerServiceServicer:
         """Submits a session. It is in the journal when the call returns. Idempotent: a second call with the same
         request id answers the first one's session. Fails with MALFORMED_SESSION, UNKNOWN_MODULE_PATH,
         UNKNOWN_OPERATION, UNKNOWN_REFERENCE, UNSUPPORTED_FEATURE, MODEL_NOT_FOUND, REQUEST_TOO_LARGE,
-        REQUEST_ID_REUSED or QUEUE_FULL.
+        REQUEST_ID_REUSED or QUEUE_FULL; with TENSOR_NOT_UPLOADED, after all else was found right, if a
+        tensor has to be uploaded first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindMissingUploads(self, request, context):
+        """Tells which tensors the caller has to upload. What others have uploaded is not told. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadTensor(self, request_iterator, context):
+        """Uploads a tensor: first its description, then its elements in chunks. It is kept until it has to
+        make room for others; never while a session that uses it waits or runs. Idempotent. Fails with
+        CHECKSUM_MISMATCH, REQUEST_TOO_LARGE or STORAGE_FULL.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -164,6 +191,16 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     request_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.SubmitSessionRequest.FromString,
                     response_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.SubmitSessionResponse.SerializeToString,
             ),
+            'FindMissingUploads': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindMissingUploads,
+                    request_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.FindMissingUploadsRequest.FromString,
+                    response_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.FindMissingUploadsResponse.SerializeToString,
+            ),
+            'UploadTensor': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadTensor,
+                    request_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.UploadTensorRequest.FromString,
+                    response_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.UploadTensorResponse.SerializeToString,
+            ),
             'WatchSession': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchSession,
                     request_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.WatchSessionRequest.FromString,
@@ -234,6 +271,60 @@ class SchedulerService:
             '/insitu.v1.SchedulerService/SubmitSession',
             insitu__proto_dot_v1_dot_scheduler__service__pb2.SubmitSessionRequest.SerializeToString,
             insitu__proto_dot_v1_dot_scheduler__service__pb2.SubmitSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindMissingUploads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/insitu.v1.SchedulerService/FindMissingUploads',
+            insitu__proto_dot_v1_dot_scheduler__service__pb2.FindMissingUploadsRequest.SerializeToString,
+            insitu__proto_dot_v1_dot_scheduler__service__pb2.FindMissingUploadsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadTensor(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/insitu.v1.SchedulerService/UploadTensor',
+            insitu__proto_dot_v1_dot_scheduler__service__pb2.UploadTensorRequest.SerializeToString,
+            insitu__proto_dot_v1_dot_scheduler__service__pb2.UploadTensorResponse.FromString,
             options,
             channel_credentials,
             insecure,

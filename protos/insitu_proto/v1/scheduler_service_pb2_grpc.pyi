@@ -39,7 +39,15 @@ class SchedulerServiceStub:
     """Submits a session. It is in the journal when the call returns. Idempotent: a second call with the same
     request id answers the first one's session. Fails with MALFORMED_SESSION, UNKNOWN_MODULE_PATH,
     UNKNOWN_OPERATION, UNKNOWN_REFERENCE, UNSUPPORTED_FEATURE, MODEL_NOT_FOUND, REQUEST_TOO_LARGE,
-    REQUEST_ID_REUSED or QUEUE_FULL.
+    REQUEST_ID_REUSED or QUEUE_FULL; with TENSOR_NOT_UPLOADED, after all else was found right, if a
+    tensor has to be uploaded first.
+    """
+    FindMissingUploads: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.FindMissingUploadsRequest, _scheduler_service_pb2.FindMissingUploadsResponse]
+    """Tells which tensors the caller has to upload. What others have uploaded is not told. Idempotent."""
+    UploadTensor: _grpc.StreamUnaryMultiCallable[_scheduler_service_pb2.UploadTensorRequest, _scheduler_service_pb2.UploadTensorResponse]
+    """Uploads a tensor: first its description, then its elements in chunks. It is kept until it has to
+    make room for others; never while a session that uses it waits or runs. Idempotent. Fails with
+    CHECKSUM_MISMATCH, REQUEST_TOO_LARGE or STORAGE_FULL.
     """
     WatchSession: _grpc.UnaryStreamMultiCallable[_scheduler_service_pb2.WatchSessionRequest, _scheduler_service_pb2.WatchSessionResponse]
     """Streams a session's events, the past ones first, and ends after a terminal one. An attached session
@@ -73,7 +81,15 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     """Submits a session. It is in the journal when the call returns. Idempotent: a second call with the same
     request id answers the first one's session. Fails with MALFORMED_SESSION, UNKNOWN_MODULE_PATH,
     UNKNOWN_OPERATION, UNKNOWN_REFERENCE, UNSUPPORTED_FEATURE, MODEL_NOT_FOUND, REQUEST_TOO_LARGE,
-    REQUEST_ID_REUSED or QUEUE_FULL.
+    REQUEST_ID_REUSED or QUEUE_FULL; with TENSOR_NOT_UPLOADED, after all else was found right, if a
+    tensor has to be uploaded first.
+    """
+    FindMissingUploads: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.FindMissingUploadsRequest, _scheduler_service_pb2.FindMissingUploadsResponse]  # type: ignore[assignment]
+    """Tells which tensors the caller has to upload. What others have uploaded is not told. Idempotent."""
+    UploadTensor: _aio.StreamUnaryMultiCallable[_scheduler_service_pb2.UploadTensorRequest, _scheduler_service_pb2.UploadTensorResponse]  # type: ignore[assignment]
+    """Uploads a tensor: first its description, then its elements in chunks. It is kept until it has to
+    make room for others; never while a session that uses it waits or runs. Idempotent. Fails with
+    CHECKSUM_MISMATCH, REQUEST_TOO_LARGE or STORAGE_FULL.
     """
     WatchSession: _aio.UnaryStreamMultiCallable[_scheduler_service_pb2.WatchSessionRequest, _scheduler_service_pb2.WatchSessionResponse]  # type: ignore[assignment]
     """Streams a session's events, the past ones first, and ends after a terminal one. An attached session
@@ -110,7 +126,27 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Submits a session. It is in the journal when the call returns. Idempotent: a second call with the same
         request id answers the first one's session. Fails with MALFORMED_SESSION, UNKNOWN_MODULE_PATH,
         UNKNOWN_OPERATION, UNKNOWN_REFERENCE, UNSUPPORTED_FEATURE, MODEL_NOT_FOUND, REQUEST_TOO_LARGE,
-        REQUEST_ID_REUSED or QUEUE_FULL.
+        REQUEST_ID_REUSED or QUEUE_FULL; with TENSOR_NOT_UPLOADED, after all else was found right, if a
+        tensor has to be uploaded first.
+        """
+
+    @_abc_1.abstractmethod
+    def FindMissingUploads(
+        self,
+        request: _scheduler_service_pb2.FindMissingUploadsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.FindMissingUploadsResponse, _abc.Awaitable[_scheduler_service_pb2.FindMissingUploadsResponse]]:
+        """Tells which tensors the caller has to upload. What others have uploaded is not told. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def UploadTensor(
+        self,
+        request_iterator: _MaybeAsyncIterator[_scheduler_service_pb2.UploadTensorRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.UploadTensorResponse, _abc.Awaitable[_scheduler_service_pb2.UploadTensorResponse]]:
+        """Uploads a tensor: first its description, then its elements in chunks. It is kept until it has to
+        make room for others; never while a session that uses it waits or runs. Idempotent. Fails with
+        CHECKSUM_MISMATCH, REQUEST_TOO_LARGE or STORAGE_FULL.
         """
 
     @_abc_1.abstractmethod

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from insitu_proto.v1 import intervention_pb2 as _intervention_pb2
+from insitu_proto.v1 import tensor_pb2 as _tensor_pb2
 from insitu_proto.v1 import trace_pb2 as _trace_pb2
 from insitu_proto.v1 import value_pb2 as _value_pb2
 import builtins as _builtins
@@ -30,6 +31,7 @@ class Session(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     LOCATIONS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Seed of the random numbers of traces that have none of their own."""
     @_builtins.property
@@ -40,16 +42,23 @@ class Session(_message.Message):
     def locations(self) -> _containers.RepeatedCompositeFieldContainer[_intervention_pb2.SourceLocation]:
         """Lines of the user's code, which nodes and steps refer to by index."""
 
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
+        """Tensors that the user brought, each once, which values refer to by index. Small ones have their
+        elements inside; the others are uploaded first, and have their content hash.
+        """
+
     def __init__(
         self,
         *,
         steps: _abc.Iterable[Global___Step] | None = ...,
         locations: _abc.Iterable[_intervention_pb2.SourceLocation] | None = ...,
         seed: _builtins.int = ...,
+        tensors: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["locations", b"locations", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["locations", b"locations", "seed", b"seed", "steps", b"steps", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,6 +13,7 @@ from insitu_proto.v1 import intervention_pb2 as _intervention_pb2
 from insitu_proto.v1 import model_pb2 as _model_pb2
 from insitu_proto.v1 import result_pb2 as _result_pb2
 from insitu_proto.v1 import session_pb2 as _session_pb2
+from insitu_proto.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -119,6 +120,105 @@ class FetchTokenizerResponse(_message.Message):
 Global___FetchTokenizerResponse: _TypeAlias = FetchTokenizerResponse  # noqa: Y015
 
 @_typing.final
+class HoldUploadsRequest(_message.Message):
+    """Asks to hold uploaded tensors."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Session that uses them."""
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
+        """Their element types, shapes and content hashes."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        tensors: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id", "tensors", b"tensors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldUploadsRequest: _TypeAlias = HoldUploadsRequest  # noqa: Y015
+
+@_typing.final
+class HoldUploadsResponse(_message.Message):
+    """Tells which tensors the group lacks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTENT_HASHES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def content_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Content hashes of those to be stored."""
+
+    def __init__(
+        self,
+        *,
+        content_hashes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hashes", b"content_hashes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldUploadsResponse: _TypeAlias = HoldUploadsResponse  # noqa: Y015
+
+@_typing.final
+class StoreUploadRequest(_message.Message):
+    """Carries a part of an uploaded tensor."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENSOR_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The next bytes of the elements, at most 1 MiB."""
+    @_builtins.property
+    def tensor(self) -> _tensor_pb2.Tensor:
+        """Element type, shape and content hash. First."""
+
+    def __init__(
+        self,
+        *,
+        tensor: _tensor_pb2.Tensor | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "tensor", b"tensor"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "tensor", b"tensor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["tensor", "data"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___StoreUploadRequest: _TypeAlias = StoreUploadRequest  # noqa: Y015
+
+@_typing.final
+class StoreUploadResponse(_message.Message):
+    """Answers StoreUpload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreUploadResponse: _TypeAlias = StoreUploadResponse  # noqa: Y015
+
+@_typing.final
 class Segment(_message.Message):
     """Holds a run of a session's consecutive steps on one model."""
 
@@ -128,6 +228,7 @@ class Segment(_message.Message):
     LOCATIONS_FIELD_NUMBER: _builtins.int
     FIRST_TRACE_NUMBER_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
     first_trace_number: _builtins.int
     """Number of the segment's first trace in the session, from 1."""
     seed: _builtins.int
@@ -140,6 +241,10 @@ class Segment(_message.Message):
     def locations(self) -> _containers.RepeatedCompositeFieldContainer[_intervention_pb2.SourceLocation]:
         """The session's lines of user code."""
 
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
+        """The session's tensors, which values refer to by index."""
+
     def __init__(
         self,
         *,
@@ -147,10 +252,11 @@ class Segment(_message.Message):
         locations: _abc.Iterable[_intervention_pb2.SourceLocation] | None = ...,
         first_trace_number: _builtins.int = ...,
         seed: _builtins.int = ...,
+        tensors: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_trace_number", b"first_trace_number", "locations", b"locations", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_trace_number", b"first_trace_number", "locations", b"locations", "seed", b"seed", "steps", b"steps", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -45,6 +45,16 @@ class ShardServiceStub:
                 request_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.FetchTokenizerRequest.SerializeToString,
                 response_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.FetchTokenizerResponse.FromString,
                 _registered_method=True)
+        self.HoldUploads = channel.unary_unary(
+                '/insitu.v1.ShardService/HoldUploads',
+                request_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.HoldUploadsRequest.SerializeToString,
+                response_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.HoldUploadsResponse.FromString,
+                _registered_method=True)
+        self.StoreUpload = channel.stream_unary(
+                '/insitu.v1.ShardService/StoreUpload',
+                request_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.StoreUploadRequest.SerializeToString,
+                response_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.StoreUploadResponse.FromString,
+                _registered_method=True)
         self.RunSegment = channel.unary_stream(
                 '/insitu.v1.ShardService/RunSegment',
                 request_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.RunSegmentRequest.SerializeToString,
@@ -70,6 +80,22 @@ class ShardServiceServicer:
 
     def FetchTokenizer(self, request, context):
         """Streams the tokenizer's files. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HoldUploads(self, request, context):
+        """Holds uploaded tensors for a session until it is released, and tells which the group lacks: those
+        must be stored before a segment uses them. Idempotent. Fails with REQUEST_TOO_LARGE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StoreUpload(self, request_iterator, context):
+        """Stores an uploaded tensor on all ranks: first its description, then its elements in chunks.
+        Idempotent. Fails with CHECKSUM_MISMATCH, STORAGE_FULL or OUT_OF_MEMORY.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,6 +128,16 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.FetchTokenizer,
                     request_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.FetchTokenizerRequest.FromString,
                     response_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.FetchTokenizerResponse.SerializeToString,
+            ),
+            'HoldUploads': grpc.unary_unary_rpc_method_handler(
+                    servicer.HoldUploads,
+                    request_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.HoldUploadsRequest.FromString,
+                    response_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.HoldUploadsResponse.SerializeToString,
+            ),
+            'StoreUpload': grpc.stream_unary_rpc_method_handler(
+                    servicer.StoreUpload,
+                    request_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.StoreUploadRequest.FromString,
+                    response_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.StoreUploadResponse.SerializeToString,
             ),
             'RunSegment': grpc.unary_stream_rpc_method_handler(
                     servicer.RunSegment,
@@ -169,6 +205,60 @@ class ShardService:
             '/insitu.v1.ShardService/FetchTokenizer',
             insitu__proto_dot_v1_dot_shard__service__pb2.FetchTokenizerRequest.SerializeToString,
             insitu__proto_dot_v1_dot_shard__service__pb2.FetchTokenizerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HoldUploads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/insitu.v1.ShardService/HoldUploads',
+            insitu__proto_dot_v1_dot_shard__service__pb2.HoldUploadsRequest.SerializeToString,
+            insitu__proto_dot_v1_dot_shard__service__pb2.HoldUploadsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StoreUpload(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/insitu.v1.ShardService/StoreUpload',
+            insitu__proto_dot_v1_dot_shard__service__pb2.StoreUploadRequest.SerializeToString,
+            insitu__proto_dot_v1_dot_shard__service__pb2.StoreUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,14 @@ class ShardServiceStub:
     """Describes the model that the group holds. Idempotent."""
     FetchTokenizer: _grpc.UnaryStreamMultiCallable[_shard_service_pb2.FetchTokenizerRequest, _shard_service_pb2.FetchTokenizerResponse]
     """Streams the tokenizer's files. Idempotent."""
+    HoldUploads: _grpc.UnaryUnaryMultiCallable[_shard_service_pb2.HoldUploadsRequest, _shard_service_pb2.HoldUploadsResponse]
+    """Holds uploaded tensors for a session until it is released, and tells which the group lacks: those
+    must be stored before a segment uses them. Idempotent. Fails with REQUEST_TOO_LARGE.
+    """
+    StoreUpload: _grpc.StreamUnaryMultiCallable[_shard_service_pb2.StoreUploadRequest, _shard_service_pb2.StoreUploadResponse]
+    """Stores an uploaded tensor on all ranks: first its description, then its elements in chunks.
+    Idempotent. Fails with CHECKSUM_MISMATCH, STORAGE_FULL or OUT_OF_MEMORY.
+    """
     RunSegment: _grpc.UnaryStreamMultiCallable[_shard_service_pb2.RunSegmentRequest, _shard_service_pb2.RunSegmentResponse]
     """Runs a segment and streams what happens. Cancelling the call stops the segment before its next
     trace. Segments run one at a time, in the order of arrival.
@@ -53,6 +61,14 @@ class ShardServiceAsyncStub(ShardServiceStub):
     """Describes the model that the group holds. Idempotent."""
     FetchTokenizer: _aio.UnaryStreamMultiCallable[_shard_service_pb2.FetchTokenizerRequest, _shard_service_pb2.FetchTokenizerResponse]  # type: ignore[assignment]
     """Streams the tokenizer's files. Idempotent."""
+    HoldUploads: _aio.UnaryUnaryMultiCallable[_shard_service_pb2.HoldUploadsRequest, _shard_service_pb2.HoldUploadsResponse]  # type: ignore[assignment]
+    """Holds uploaded tensors for a session until it is released, and tells which the group lacks: those
+    must be stored before a segment uses them. Idempotent. Fails with REQUEST_TOO_LARGE.
+    """
+    StoreUpload: _aio.StreamUnaryMultiCallable[_shard_service_pb2.StoreUploadRequest, _shard_service_pb2.StoreUploadResponse]  # type: ignore[assignment]
+    """Stores an uploaded tensor on all ranks: first its description, then its elements in chunks.
+    Idempotent. Fails with CHECKSUM_MISMATCH, STORAGE_FULL or OUT_OF_MEMORY.
+    """
     RunSegment: _aio.UnaryStreamMultiCallable[_shard_service_pb2.RunSegmentRequest, _shard_service_pb2.RunSegmentResponse]  # type: ignore[assignment]
     """Runs a segment and streams what happens. Cancelling the call stops the segment before its next
     trace. Segments run one at a time, in the order of arrival.
@@ -78,6 +94,26 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_shard_service_pb2.FetchTokenizerResponse], _abc.AsyncIterator[_shard_service_pb2.FetchTokenizerResponse]]:
         """Streams the tokenizer's files. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def HoldUploads(
+        self,
+        request: _shard_service_pb2.HoldUploadsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_service_pb2.HoldUploadsResponse, _abc.Awaitable[_shard_service_pb2.HoldUploadsResponse]]:
+        """Holds uploaded tensors for a session until it is released, and tells which the group lacks: those
+        must be stored before a segment uses them. Idempotent. Fails with REQUEST_TOO_LARGE.
+        """
+
+    @_abc_1.abstractmethod
+    def StoreUpload(
+        self,
+        request_iterator: _MaybeAsyncIterator[_shard_service_pb2.StoreUploadRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_service_pb2.StoreUploadResponse, _abc.Awaitable[_shard_service_pb2.StoreUploadResponse]]:
+        """Stores an uploaded tensor on all ranks: first its description, then its elements in chunks.
+        Idempotent. Fails with CHECKSUM_MISMATCH, STORAGE_FULL or OUT_OF_MEMORY.
+        """
 
     @_abc_1.abstractmethod
     def RunSegment(

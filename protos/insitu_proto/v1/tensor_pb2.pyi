@@ -101,7 +101,9 @@ class Tensor(_message.Message):
     data_offset: _builtins.int
     """Byte offset of the elements in the data that follows the enclosing saved value."""
     content_hash: _builtins.str
-    """SHA-256 of a tensor that was uploaded before, in lowercase hexadecimal."""
+    """SHA-256 of the element type's name, the shape and the elements (insitu_wire/content_hash.py has
+    the exact form), in lowercase hexadecimal: the tensor is uploaded apart.
+    """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Sizes, outermost first; empty for a scalar. At most 16 dimensions, none negative."""

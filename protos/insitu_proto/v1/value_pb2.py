@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from insitu_proto.v1 import tensor_pb2 as insitu__proto_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1binsitu_proto/v1/value.proto\x12\tinsitu.v1\x1a\x1cinsitu_proto/v1/tensor.proto\"\xda\x03\n\x05Value\x12$\n\x04none\x18\x01 \x01(\x0b\x32\x14.insitu.v1.NoneValueH\x00\x12\x14\n\nbool_value\x18\x02 \x01(\x08H\x00\x12\x13\n\tint_value\x18\x03 \x01(\x12H\x00\x12\x15\n\x0b\x66loat_value\x18\x04 \x01(\x01H\x00\x12\x13\n\tstr_value\x18\x05 \x01(\tH\x00\x12!\n\x05\x64type\x18\x06 \x01(\x0e\x32\x10.insitu.v1.DtypeH\x00\x12\x10\n\x06\x64\x65vice\x18\x07 \x01(\tH\x00\x12&\n\x05slice\x18\x08 \x01(\x0b\x32\x15.insitu.v1.SliceValueH\x00\x12,\n\x08\x65llipsis\x18\t \x01(\x0b\x32\x18.insitu.v1.EllipsisValueH\x00\x12$\n\x04list\x18\n \x01(\x0b\x32\x14.insitu.v1.ListValueH\x00\x12%\n\x05tuple\x18\x0b \x01(\x0b\x32\x14.insitu.v1.ListValueH\x00\x12$\n\x04\x64ict\x18\x0c \x01(\x0b\x32\x14.insitu.v1.DictValueH\x00\x12#\n\x06tensor\x18\r \x01(\x0b\x32\x11.insitu.v1.TensorH\x00\x12)\n\treference\x18\x0e \x01(\x0b\x32\x14.insitu.v1.ReferenceH\x00\x42\x06\n\x04kind\"\x0b\n\tNoneValue\"\x0f\n\rEllipsisValue\"m\n\nSliceValue\x12\x1f\n\x05start\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x1e\n\x04stop\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x1e\n\x04step\x18\x03 \x01(\x0b\x32\x10.insitu.v1.Value\",\n\tListValue\x12\x1f\n\x05items\x18\x01 \x03(\x0b\x32\x10.insitu.v1.Value\"/\n\tDictValue\x12\"\n\x05items\x18\x01 \x03(\x0b\x32\x13.insitu.v1.DictItem\"J\n\x08\x44ictItem\x12\x1d\n\x03key\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\"\x1c\n\tReference\x12\x0f\n\x07node_id\x18\x01 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1binsitu_proto/v1/value.proto\x12\tinsitu.v1\x1a\x1cinsitu_proto/v1/tensor.proto\"\xf2\x03\n\x05Value\x12$\n\x04none\x18\x01 \x01(\x0b\x32\x14.insitu.v1.NoneValueH\x00\x12\x14\n\nbool_value\x18\x02 \x01(\x08H\x00\x12\x13\n\tint_value\x18\x03 \x01(\x12H\x00\x12\x15\n\x0b\x66loat_value\x18\x04 \x01(\x01H\x00\x12\x13\n\tstr_value\x18\x05 \x01(\tH\x00\x12!\n\x05\x64type\x18\x06 \x01(\x0e\x32\x10.insitu.v1.DtypeH\x00\x12\x10\n\x06\x64\x65vice\x18\x07 \x01(\tH\x00\x12&\n\x05slice\x18\x08 \x01(\x0b\x32\x15.insitu.v1.SliceValueH\x00\x12,\n\x08\x65llipsis\x18\t \x01(\x0b\x32\x18.insitu.v1.EllipsisValueH\x00\x12$\n\x04list\x18\n \x01(\x0b\x32\x14.insitu.v1.ListValueH\x00\x12%\n\x05tuple\x18\x0b \x01(\x0b\x32\x14.insitu.v1.ListValueH\x00\x12$\n\x04\x64ict\x18\x0c \x01(\x0b\x32\x14.insitu.v1.DictValueH\x00\x12#\n\x06tensor\x18\r \x01(\x0b\x32\x11.insitu.v1.TensorH\x00\x12)\n\treference\x18\x0e \x01(\x0b\x32\x14.insitu.v1.ReferenceH\x00\x12\x16\n\x0ctensor_index\x18\x0f \x01(\rH\x00\x42\x06\n\x04kind\"\x0b\n\tNoneValue\"\x0f\n\rEllipsisValue\"m\n\nSliceValue\x12\x1f\n\x05start\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x1e\n\x04stop\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x1e\n\x04step\x18\x03 \x01(\x0b\x32\x10.insitu.v1.Value\",\n\tListValue\x12\x1f\n\x05items\x18\x01 \x03(\x0b\x32\x10.insitu.v1.Value\"/\n\tDictValue\x12\"\n\x05items\x18\x01 \x03(\x0b\x32\x13.insitu.v1.DictItem\"J\n\x08\x44ictItem\x12\x1d\n\x03key\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\"\x1c\n\tReference\x12\x0f\n\x07node_id\x18\x01 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,19 +33,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'insitu_proto.v1.value_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_VALUE']._serialized_start=73
-  _globals['_VALUE']._serialized_end=547
-  _globals['_NONEVALUE']._serialized_start=549
-  _globals['_NONEVALUE']._serialized_end=560
-  _globals['_ELLIPSISVALUE']._serialized_start=562
-  _globals['_ELLIPSISVALUE']._serialized_end=577
-  _globals['_SLICEVALUE']._serialized_start=579
-  _globals['_SLICEVALUE']._serialized_end=688
-  _globals['_LISTVALUE']._serialized_start=690
-  _globals['_LISTVALUE']._serialized_end=734
-  _globals['_DICTVALUE']._serialized_start=736
-  _globals['_DICTVALUE']._serialized_end=783
-  _globals['_DICTITEM']._serialized_start=785
-  _globals['_DICTITEM']._serialized_end=859
-  _globals['_REFERENCE']._serialized_start=861
-  _globals['_REFERENCE']._serialized_end=889
+  _globals['_VALUE']._serialized_end=571
+  _globals['_NONEVALUE']._serialized_start=573
+  _globals['_NONEVALUE']._serialized_end=584
+  _globals['_ELLIPSISVALUE']._serialized_start=586
+  _globals['_ELLIPSISVALUE']._serialized_end=601
+  _globals['_SLICEVALUE']._serialized_start=603
+  _globals['_SLICEVALUE']._serialized_end=712
+  _globals['_LISTVALUE']._serialized_start=714
+  _globals['_LISTVALUE']._serialized_end=758
+  _globals['_DICTVALUE']._serialized_start=760
+  _globals['_DICTVALUE']._serialized_end=807
+  _globals['_DICTITEM']._serialized_start=809
+  _globals['_DICTITEM']._serialized_end=883
+  _globals['_REFERENCE']._serialized_start=885
+  _globals['_REFERENCE']._serialized_end=913
 # @@protoc_insertion_point(module_scope)

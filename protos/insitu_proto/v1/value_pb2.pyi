@@ -39,6 +39,7 @@ class Value(_message.Message):
     DICT_FIELD_NUMBER: _builtins.int
     TENSOR_FIELD_NUMBER: _builtins.int
     REFERENCE_FIELD_NUMBER: _builtins.int
+    TENSOR_INDEX_FIELD_NUMBER: _builtins.int
     bool_value: _builtins.bool
     """A truth value."""
     int_value: _builtins.int
@@ -51,6 +52,8 @@ class Value(_message.Message):
     """An element type, such as torch.float32."""
     device: _builtins.str
     """A device as torch writes it, such as "cpu"; a shard runs it on its own device."""
+    tensor_index: _builtins.int
+    """Index into Session.tensors, from 0: a tensor that the user brought."""
     @_builtins.property
     def none(self) -> Global___NoneValue:
         """Python's None."""
@@ -77,7 +80,7 @@ class Value(_message.Message):
 
     @_builtins.property
     def tensor(self) -> _tensor_pb2.Tensor:
-        """A tensor that the user brought, or a saved one."""
+        """A tensor with its elements: a saved one, or a small one that the user brought."""
 
     @_builtins.property
     def reference(self) -> Global___Reference:
@@ -100,12 +103,13 @@ class Value(_message.Message):
         dict: Global___DictValue | None = ...,
         tensor: _tensor_pb2.Tensor | None = ...,
         reference: Global___Reference | None = ...,
+        tensor_index: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bool_value", b"bool_value", "device", b"device", "dict", b"dict", "dtype", b"dtype", "ellipsis", b"ellipsis", "float_value", b"float_value", "int_value", b"int_value", "kind", b"kind", "list", b"list", "none", b"none", "reference", b"reference", "slice", b"slice", "str_value", b"str_value", "tensor", b"tensor", "tuple", b"tuple"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bool_value", b"bool_value", "device", b"device", "dict", b"dict", "dtype", b"dtype", "ellipsis", b"ellipsis", "float_value", b"float_value", "int_value", b"int_value", "kind", b"kind", "list", b"list", "none", b"none", "reference", b"reference", "slice", b"slice", "str_value", b"str_value", "tensor", b"tensor", "tensor_index", b"tensor_index", "tuple", b"tuple"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bool_value", b"bool_value", "device", b"device", "dict", b"dict", "dtype", b"dtype", "ellipsis", b"ellipsis", "float_value", b"float_value", "int_value", b"int_value", "kind", b"kind", "list", b"list", "none", b"none", "reference", b"reference", "slice", b"slice", "str_value", b"str_value", "tensor", b"tensor", "tuple", b"tuple"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bool_value", b"bool_value", "device", b"device", "dict", b"dict", "dtype", b"dtype", "ellipsis", b"ellipsis", "float_value", b"float_value", "int_value", b"int_value", "kind", b"kind", "list", b"list", "none", b"none", "reference", b"reference", "slice", b"slice", "str_value", b"str_value", "tensor", b"tensor", "tensor_index", b"tensor_index", "tuple", b"tuple"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["none", "bool_value", "int_value", "float_value", "str_value", "dtype", "device", "slice", "ellipsis", "list", "tuple", "dict", "tensor", "reference"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["none", "bool_value", "int_value", "float_value", "str_value", "dtype", "device", "slice", "ellipsis", "list", "tuple", "dict", "tensor", "reference", "tensor_index"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

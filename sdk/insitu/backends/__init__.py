@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+    import torch
 
     from insitu_proto.v1 import model_pb2, session_pb2
 
@@ -21,12 +23,15 @@ class Backend(Protocol):
         """Gives a local folder that holds the model's tokenizer."""
 
     def run(
-        self, session: session_pb2.Session, others: Sequence[Any] = ()
+        self,
+        session: session_pb2.Session,
+        tensors: Mapping[int, torch.Tensor],
+        others: Sequence[Any] = (),
     ) -> Iterator[tuple[int, object]]:
         """Runs a session and yields saved values by the id of their save node.
 
+        `tensors` are those of the session's list whose elements are not inside it, by their place.
         `others` are the backends of all its models, where each model has one of its own.
-
         Values of traces that ran before a failure are yielded before the error is raised.
         """
 

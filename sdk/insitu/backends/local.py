@@ -13,9 +13,10 @@ import torch
 from insitu._logging import log_event
 from insitu_proto.v1 import shard_service_pb2
 from insitu_shard import engine
+from insitu_wire.torch_codec import tensor_from_data
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from insitu_proto.v1 import model_pb2, session_pb2
@@ -41,12 +42,16 @@ class LocalBackend:
         return self._folder
 
     def run(
-        self, session: session_pb2.Session, others: Sequence[LocalBackend] = ()
+        self,
+        session: session_pb2.Session,
+        tensors: Mapping[int, torch.Tensor],
+        others: Sequence[LocalBackend] = (),
     ) -> Iterator[tuple[int, object]]:
         """Runs a session and yields saved values.
 
         Args:
             session: the session.
+            tensors: see `Backend.run`.
             others: the backends of all models that its traces run on, if not this one's alone.
         """
         name = f"local-{uuid.uuid4().hex[:8]}"
@@ -62,7 +67,11 @@ class LocalBackend:
             for backend in backends:
                 running.enter_context(backend._running)
             models = {backend._name: backend._model for backend in backends}
-            for event in engine.SegmentRun(models, segment, values={}).run():
+            brought = [
+                tensor.to(self._model.device) for tensor in _session_tensors(session, tensors)
+            ]
+            run = engine.SegmentRun(models, segment, values={}, tensors=brought)
+            for event in run.run():
                 match event:
                     case engine.Logged(message=message):
                         log_event(name, "LOG", message)
@@ -80,3 +89,12 @@ class LocalBackend:
     @cached_property
     def _model(self) -> engine.LoadedModel:
         return engine.load_model(self._name, self._folder, dtype=self._dtype)
+
+
+def _session_tensors(
+    session: session_pb2.Session, tensors: Mapping[int, torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """Yields a session's list of tensors; large ones are the user's own, not copies."""
+    for index, spec in enumerate(session.tensors):
+        small = index not in tensors
+        yield tensor_from_data(spec, bytearray(spec.data)) if small else tensors[index]

@@ -10,20 +10,24 @@ from insitu._names import saves
 from insitu.backends._connection import Connection
 from insitu.backends._download import download
 from insitu.backends._tokenizer import cached_tokenizer
+from insitu.backends._upload import name_contents, upload_missing
 from insitu.backends._watch import Watch
 from insitu_proto.v1 import scheduler_service_pb2
-from insitu_wire.errors import Error, Reason, error
+from insitu_wire.errors import Error, Reason, SessionStateError, error
 from insitu_wire.limits import MAX_SESSION_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+    import torch
 
     from insitu._config import Config
     from insitu.backends._download import Received
     from insitu_proto.v1 import event_pb2, model_pb2, session_pb2
 
 _TIMEOUT_SECONDS = 30.0
+_MAX_UPLOADS = 5
 
 
 class RemoteBackend:
@@ -52,10 +56,11 @@ class RemoteBackend:
     def run(
         self,
         session: session_pb2.Session,
+        tensors: Mapping[int, torch.Tensor],
         others: Sequence[object] = (),
     ) -> Iterator[tuple[int, object]]:
         """Submits a session, shows its events, and yields what it saved."""
-        session_id = self.submit(session)
+        session_id = self.submit(session, tensors)
         try:
             failure = self.watch(session_id).to_end()
             if any(saves(session.steps)):
@@ -69,19 +74,37 @@ class RemoteBackend:
         if failure is not None:
             raise failure
 
-    def submit(self, session: session_pb2.Session, *, is_detached: bool = False) -> str:
-        """Hands a session in and gives its id.
+    def submit(
+        self,
+        session: session_pb2.Session,
+        tensors: Mapping[int, torch.Tensor],
+        *,
+        is_detached: bool = False,
+    ) -> str:
+        """Hands a session in and gives its id; its tensors follow once the rest was found right.
 
         Args:
             session: what to run.
+            tensors: those of its list whose elements are not inside it, by their place.
             is_detached: whether it goes on when nobody watches it.
         """
+        name_contents(session, tensors)
         _check_size(session)
         request = scheduler_service_pb2.SubmitSessionRequest(
             request_id=str(uuid.uuid4()), session=session, is_detached=is_detached
         )
-        with self._connection.call() as (stub, metadata):
-            return stub.SubmitSession(request, metadata=metadata).session_id
+        num_uploads = 0
+        while True:
+            try:
+                with self._connection.call() as (stub, metadata):
+                    return stub.SubmitSession(request, metadata=metadata).session_id
+            except SessionStateError as err:
+                if err.reason is not Reason.TENSOR_NOT_UPLOADED or num_uploads == _MAX_UPLOADS:
+                    raise
+            # Again if they had to make room for others before the session came.
+            with self._connection.call() as (stub, metadata):
+                upload_missing(stub, metadata, session, tensors)
+            num_uploads += 1
 
     def watch(self, session_id: str) -> Watch:
         """Gives what shows a session's events, and waits for its end."""

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from insitu._config import CONFIG
 from insitu._names import by_name, saves
-from insitu._session_file import read_session
+from insitu._session_file import read_session, take_tensors
 from insitu.backends.remote import RemoteBackend
 from insitu_wire.errors import Reason, error
 
@@ -45,7 +45,7 @@ def run_file(path: Path, *, remote: bool, output: Path | None) -> None:
     names = {node.id: node.save.name for node in saves(session.steps)}
     saved: list[tuple[str, object]] = []
     try:
-        for node_id, value in backend.run(session):
+        for node_id, value in backend.run(session, take_tensors(session)):
             saved.append((names[node_id], value))
     finally:
         backend.close()

@@ -30,6 +30,7 @@ class StepDecoder:
         self,
         locations: Sequence[intervention_pb2.SourceLocation],
         *,
+        tensors: Sequence[torch.Tensor],
         device: torch.device,
         first_trace_number: int = 1,
     ) -> None:
@@ -37,9 +38,11 @@ class StepDecoder:
 
         Args:
             locations: the session's.
-            device: where its tensors are put.
+            tensors: the session's, which values refer to by index.
+            device: where other tensors are put.
             first_trace_number: number of the first trace that is decoded.
         """
+        self._tensors = tensors
         self._locations = [Location(at.file, at.line, at.source) for at in locations]
         self._device = device
         self._trace_number = first_trace_number - 1
@@ -142,7 +145,9 @@ class StepDecoder:
         return tuple(self._value(value) for value in values)
 
     def _value(self, value: value_pb2.Value) -> object:
-        return torch_codec.decode(value, resolve=graph.Ref, device=self._device)
+        return torch_codec.decode(
+            value, resolve=graph.Ref, tensors=self._tensors, device=self._device
+        )
 
     def _location(self, index: int) -> Location | None:
         return self._locations[index - 1] if index else None

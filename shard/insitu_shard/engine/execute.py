@@ -31,9 +31,11 @@ from insitu_wire.torch_codec import encode_saved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from collections.abc import Set as AbstractSet
 
     from insitu_shard.engine.boundary_value import BoundaryValue
     from insitu_shard.engine.graph import Node, NodeId
+    from insitu_shard.engine.memory import StorageKey
     from insitu_shard.engine.model import LoadedModel
     from insitu_shard.engine.plan import Plan
 
@@ -53,10 +55,26 @@ class Executor:
     """
 
     def __init__(
-        self, plan: Plan, model: LoadedModel, earlier: Mapping[NodeId, object], seed: str
+        self,
+        plan: Plan,
+        model: LoadedModel,
+        earlier: Mapping[NodeId, object],
+        seed: str,
+        brought: AbstractSet[StorageKey] = frozenset(),
     ) -> None:
+        """Makes an executor.
+
+        Args:
+            plan: the block.
+            model: what it runs on.
+            earlier: values of earlier steps.
+            seed: what makes its random numbers its own.
+            brought: memory of the user's own tensors, which other sessions may be using too: nodes
+                read it, and get a copy where they could write to it.
+        """
         self._seed = seed
         self._plan = plan
+        self._brought = brought
         self._model = model
         self._earlier = earlier
         self._num_uses = dict(plan.num_uses)
@@ -122,22 +140,21 @@ class Executor:
                 return boundary_value.read(point)
             case Write(hook_point=point, value=value):
                 assert boundary_value is not None
-                boundary_value.write(point, self._resolve(value, node.id))
+                boundary_value.write(point, self._own(self._resolve(value, node.id)))
             case Call(name=name, args=args, kwargs=kwargs):
                 if is_in_place(name):
                     self._before_write(node)
                 arguments, keywords = self._resolve((args, dict(kwargs)), node.id)
                 if name in FACTORIES:
                     keywords.setdefault("device", self._model.device)
-                check_size(name, arguments, keywords)
-                if name in RANDOM:
-                    with seeded(f"{self._seed}:{node.id}", self._model.device):
-                        return function(name)(*arguments, **keywords)
-                return function(name)(*arguments, **keywords)
+                if is_in_place(name):
+                    arguments = (self._own(arguments[0]), *arguments[1:])
+                return self._own(self._call(node, name, arguments, keywords))
             case ModuleCall(module_path=path, args=args, kwargs=kwargs):
-                return self._call_module(path, *self._resolve((args, dict(kwargs)), node.id))
+                arguments, keywords = self._own(self._resolve((args, dict(kwargs)), node.id))
+                return self._call_module(path, arguments, keywords)
             case Save(value=value):
-                saved = self._resolve(value, node.id)
+                saved = self._own(self._resolve(value, node.id))
                 # Refuses here, at the user's line, what could not be sent.
                 encode_saved(saved)
                 self._keep(self.saved, node.id, saved)
@@ -145,12 +162,28 @@ class Executor:
                 self.logs[node.id] = format_values(self._resolve(logged, node.id))
             case Assign(target=target, value=value):
                 self._copy_for_earlier_readers(node)
-                self.assigned[target] = self._resolve(value, node.id)
+                self.assigned[target] = self._own(self._resolve(value, node.id))
             case Skip(module_path=path, call_index=index, value=value):
-                self.skips[path, index] = self._resolve(value, node.id)
+                self.skips[path, index] = self._own(self._resolve(value, node.id))
             case Stop():
                 self.stopped_at = node.id
         return None
+
+    def _own(self, value: Any) -> Any:
+        """Copies what lies in memory of the user's tensors."""
+        is_brought = self._brought and not self._brought.isdisjoint(storages(value))
+        return copied_if_in(self._brought, value) if is_brought else value
+
+    def _call(
+        self, node: Node, name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Any:
+        if name in FACTORIES:
+            keywords.setdefault("device", self._model.device)
+        check_size(name, arguments, keywords)
+        if name in RANDOM:
+            with seeded(f"{self._seed}:{node.id}", self._model.device):
+                return function(name)(*arguments, **keywords)
+        return function(name)(*arguments, **keywords)
 
     def _call_module(self, path: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         layouts = self._model.layouts

@@ -18,10 +18,12 @@ from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from collections.abc import Set as AbstractSet
 
     from insitu_shard.engine.boundary_value import BoundaryValue
     from insitu_shard.engine.graph import Node, NodeId
     from insitu_shard.engine.inputs import Batch
+    from insitu_shard.engine.memory import StorageKey
     from insitu_shard.engine.model import LoadedModel
     from insitu_shard.engine.plan import Plan
 
@@ -41,11 +43,16 @@ class Interleaver:
     """
 
     def __init__(
-        self, plan: Plan, model: LoadedModel, earlier: Mapping[NodeId, object], seed: str
+        self,
+        plan: Plan,
+        model: LoadedModel,
+        earlier: Mapping[NodeId, object],
+        seed: str,
+        brought: AbstractSet[StorageKey] = frozenset(),
     ) -> None:
         self._plan = plan
         self._model = model
-        self._executor = Executor(plan, model, earlier, seed)
+        self._executor = Executor(plan, model, earlier, seed, brought)
         self._num_missing = {node_id: len(waits) for node_id, waits in plan.predecessors.items()}
         self._ready: list[NodeId] = []
         self._num_calls: dict[tuple[str, bool], int] = defaultdict(int)

@@ -25,12 +25,14 @@ from insitu_shard.engine.inputs import Batch, model_inputs, rows_of
 from insitu_shard.engine.interleaver import Interleaver
 from insitu_shard.engine.liveness import Liveness, has_in_place_call
 from insitu_shard.engine.logs import format_values
-from insitu_shard.engine.memory import compact, copied_together
+from insitu_shard.engine.memory import compact, copied_if_in, copied_together, storages
 from insitu_shard.engine.plan import plan_nodes
 from insitu_wire.errors import Error, Reason, error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    import torch
 
     from insitu_proto.v1 import shard_service_pb2
     from insitu_shard.engine.graph import NodeId, Step
@@ -56,6 +58,7 @@ class SegmentRun:
         models: Mapping[str, LoadedModel],
         segment: shard_service_pb2.Segment,
         values: dict[NodeId, object],
+        tensors: Sequence[torch.Tensor] = (),
     ) -> None:
         """Decodes and prepares the steps.
 
@@ -64,15 +67,18 @@ class SegmentRun:
             segment: the steps.
             values: the session's values that outlive a step; read, added to, and freed at their
                 last use.
+            tensors: the session's list of tensors, on the model's device; they stay as they are.
         """
         self._models = models
         # Computations between traces run where any of its models is.
         self._any_model = next(iter(models.values()))
         decoder = StepDecoder(
             segment.locations,
+            tensors=tensors,
             device=self._any_model.device,
             first_trace_number=segment.first_trace_number,
         )
+        self._brought = storages(list(tensors))
         self._steps = decoder.steps(segment.steps)
         self._values = values
         self._liveness = Liveness(self._steps)
@@ -114,9 +120,9 @@ class SegmentRun:
             case Compute(nodes=nodes, model=name):
                 yield StepFollows()
                 plan = plan_nodes(nodes, used_later=self._liveness.used_after(step))
-                seed = self._block_seed(nodes, 0)
                 model = self._models[name] if name else self._any_model
-                interleaver = Interleaver(plan, model, self._values, seed)
+                seed = self._block_seed(nodes, 0)
+                interleaver = Interleaver(plan, model, self._values, seed, self._brought)
                 interleaver.run(None)
                 yield from self._finish(interleaver, plan, 0)
             case Log(values=logged):
@@ -131,7 +137,8 @@ class SegmentRun:
                 raise _Leave(loop_id)
 
     def _run_loop(self, loop: Loop) -> Iterator[SegmentEvent | StepFollows]:
-        items = self._resolve(loop.items)
+        # Items may be written to.
+        items = copied_if_in(self._brought, self._resolve(loop.items))
         self._loops.append(loop.item_node_id)
         try:
             for item in () if items is UNSET else items_of(items):
@@ -159,7 +166,7 @@ class SegmentRun:
             return
         plan = plan_nodes(trace.nodes, trace.conditions, used_later=self._liveness.used_after(step))
         seed = self._block_seed(trace.nodes, trace.seed)
-        interleaver = Interleaver(plan, model, self._values, seed)
+        interleaver = Interleaver(plan, model, self._values, seed, self._brought)
         inputs = model_inputs(batch.rows, pad_token_id=model.pad_token_id, device=model.device)
         interleaver.run(inputs, batch)
         yield from self._finish(interleaver, plan, step.trace_number)

@@ -207,7 +207,8 @@ def test_a_trace_with_bad_inputs_is_refused(
         (Reason.MALFORMED_SESSION, "[-2]", with_tensor(shape=[-2])),
         (Reason.MALFORMED_SESSION, "element type number 0", with_tensor(dtype=0)),
         (Reason.MALFORMED_SESSION, "element type number 99", with_value(Value(dtype=99))),  # type: ignore[arg-type]
-        (Reason.UNSUPPORTED_FEATURE, "content hash", with_tensor(data=None, content_hash="0")),
+        (Reason.MALFORMED_SESSION, "by content hash", with_tensor(data=None, content_hash="0")),
+        (Reason.MALFORMED_SESSION, "refers to tensor 1", with_value(Value(tensor_index=1))),
         (Reason.MALFORMED_SESSION, "without elements", with_tensor(data=None, data_offset=0)),
         (Reason.MALFORMED_SESSION, "nested deeper", with_value(nested(MAX_DEPTH + 1))),
         (Reason.MALFORMED_SESSION, "ellipsis as key", with_key(Value(ellipsis={}))),  # type: ignore[arg-type]
@@ -222,6 +223,37 @@ def test_a_value_that_breaks_a_rule_is_refused(
     assert err.reason is reason
     assert words in err.message
     assert "node 2" in err.message
+
+
+UPLOAD = {"dtype": Dtype.DTYPE_FLOAT32, "shape": [2], "content_hash": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("reason", "words", "fields"),
+    [
+        (Reason.MALFORMED_SESSION, "64 lowercase hexadecimal", {"content_hash": "../" + "0" * 61}),
+        (Reason.MALFORMED_SESSION, "without elements", {"content_hash": None}),
+        (Reason.MALFORMED_SESSION, "1 bytes", {"content_hash": None, "data": b"x"}),
+        (Reason.MALFORMED_SESSION, "[-2]", {"shape": [-2]}),
+        (Reason.REQUEST_TOO_LARGE, "4,294,967,300 bytes", {"shape": [2**30 + 1]}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_brought_tensor_that_breaks_a_rule_is_refused(
+    reason: Reason, words: str, fields: dict[str, object]
+) -> None:
+    content = {name: field for name, field in (UPLOAD | fields).items() if field is not None}
+    session = with_value(Value(tensor_index=0))
+    session.tensors.append(Tensor(**content))  # type: ignore[arg-type]
+    err = refused(session)
+    assert err.reason is reason
+    assert words in err.message
+
+
+def test_a_brought_tensor_may_be_used_by_index() -> None:
+    session = with_value(Value(tensor_index=0))
+    session.tensors.append(Tensor(**UPLOAD))  # type: ignore[arg-type]
+    validate(session, MODELS)
 
 
 def test_values_may_be_nested_to_the_limit() -> None:

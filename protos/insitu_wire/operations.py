@@ -97,7 +97,7 @@ def _names(prefix: str, words: str, suffix: str = "") -> set[str]:
     return {f"{prefix}.{word}{suffix}" for word in words.split()}
 
 
-FACTORIES = _names("torch", "empty eye full normal ones rand randint randn randperm zeros")
+FACTORIES = _names("torch", "empty eye full ones rand randint randn randperm zeros")
 """Make tensors of nothing: recorded also where no value of the session is among the arguments."""
 
 RANDOM = (

@@ -15,8 +15,9 @@ from insitu_scheduler.live_session import LiveSession, ending
 from insitu_scheduler.positions import PositionAnnouncer
 from insitu_scheduler.queue import WaitingSession
 from insitu_scheduler.runner import SessionRun
-from insitu_scheduler.segments import count_traces, cut, estimate_cost
+from insitu_scheduler.segments import count_traces, cut, estimate_cost, models_of
 from insitu_scheduler.shards import replica_lost
+from insitu_scheduler.transfers import plan_transfers
 from insitu_scheduler.watchers import Watchers
 from insitu_wire.errors import Error, Reason, error
 
@@ -117,6 +118,7 @@ class Dispatcher:
                 model=live.model,
                 estimated_cost=estimate_cost(live.session),
                 enqueued_at=time.monotonic(),
+                others=frozenset(models_of(live.session)) - {live.model},
             )
         )
         self._positions.pushed(session_id, position)
@@ -147,7 +149,7 @@ class Dispatcher:
             return  # the scheduler stops, and has closed it
         self.groups_changed(group.model)
         for live in self._live.values():
-            if live.lease_id == group.lease_id:
+            if group.lease_id in live.lease_ids:
                 live.stop(events.failed(replica_lost()))
                 return  # its run closes the connection, after it has released its values
         self._spawn(client.close())
@@ -160,7 +162,7 @@ class Dispatcher:
     def count(self, model: str) -> tuple[int, int]:
         """Counts the sessions that wait and that run on a model's groups."""
         leases = {group.lease_id for group in self._registry if group.model == model}
-        running = sum(live.lease_id in leases for live in self._live.values())
+        running = sum(bool(live.lease_ids & leases) for live in self._live.values())
         return self._queue.num_waiting(model), running
 
     async def stop(self, grace_seconds: float) -> None:
@@ -183,46 +185,62 @@ class Dispatcher:
         """Gives every free group the next session that it can run."""
         if self._is_stopping:
             return
-        for group in self._registry.ready():
-            if waiting := self._queue.pop(group.model):
-                self._registry.take(group.lease_id)
+        for group in list(self._registry.ready()):
+            free = {other.model: other for other in self._registry.ready()}
+            if not any(other is group for other in self._registry.ready()):
+                continue  # a session over several models has taken it
+            if waiting := self._queue.pop(group.model, free.keys()):
+                needed = ({waiting.model} | waiting.others) - {group.model, None}
+                groups = [group, *(free[model] for model in needed if model)]
+                for taken in groups:
+                    self._registry.take(taken.lease_id)
+                    self.groups_changed(taken.model)
                 self._metrics.dispatched(group.model, time.monotonic() - waiting.enqueued_at)
                 self._positions.left(waiting.session_id)
                 self._queue_changed(waiting.model)
-                self.groups_changed(group.model)
-                self._start(self._live[waiting.session_id], group)
+                self._start(self._live[waiting.session_id], groups)
 
-    def _start(self, live: LiveSession, group: Group) -> None:
-        client = self._clients[group.lease_id]
+    def _start(self, live: LiveSession, groups: list[Group]) -> None:
+        segments = cut(live.session)
         run = SessionRun(
             log=live.log,
             session=live.session,
-            segments=cut(live.session),
+            segments=segments,
+            transfers=plan_transfers(live.session, segments),
             num_traces=count_traces(live.session),
             book=self._book,
             writer=self._results.writer(live.log.session_id),
             uploads=self._uploads,
         )
-        live.lease_id = group.lease_id
-        live.work = asyncio.create_task(run.run(client))
-        self._spawn(self._see_through(live, live.work, group, client))
+        clients = {group.model: self._clients[group.lease_id] for group in groups}
+        live.lease_ids = frozenset(group.lease_id for group in groups)
+        live.work = asyncio.create_task(run.run(clients))
+        self._spawn(self._see_through(live, live.work, groups))
 
     async def _see_through(
-        self, live: LiveSession, work: asyncio.Task[None], group: Group, client: ShardClient
+        self, live: LiveSession, work: asyncio.Task[None], groups: list[Group]
     ) -> None:
-        """Waits for a session's work, ends it, and has its group take the next."""
+        """Waits for a session's work, ends it, and has its groups take the next."""
+        held = [(group, self._clients[group.lease_id]) for group in groups]
         started = time.monotonic()
         event = await ending(live, work)
-        self._metrics.executed(group.model, _outcome(event), time.monotonic() - started)
-        is_held = group.lease_id in self._registry and not self._is_stopping
-        timeout_seconds = _RELEASE_SECONDS if is_held else _QUICK_RELEASE_SECONDS
-        releasing = asyncio.create_task(
-            client.release(live.log.session_id, timeout_seconds=timeout_seconds)
-        )
+        seconds = time.monotonic() - started
+        self._metrics.executed(groups[0].model, _outcome(event), seconds)
+        freeing = [
+            asyncio.create_task(self._release(live.log.session_id, group, client))
+            for group, client in held
+        ]
         try:
             await self._end(live, event)
         finally:
-            await releasing
+            await asyncio.gather(*freeing)
+
+    async def _release(self, session_id: SessionId, group: Group, client: ShardClient) -> None:
+        is_held = group.lease_id in self._registry and not self._is_stopping
+        timeout_seconds = _RELEASE_SECONDS if is_held else _QUICK_RELEASE_SECONDS
+        try:
+            await client.release(session_id, timeout_seconds=timeout_seconds)
+        finally:
             await self._free(group, client)
 
     async def _free(self, group: Group, client: ShardClient) -> None:

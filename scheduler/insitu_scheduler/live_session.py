@@ -28,8 +28,8 @@ class LiveSession:
     model: str | None
     work: asyncio.Task[None] | None = None
     """What runs it; None while it waits."""
-    lease_id: LeaseId | None = None
-    """The group that runs it; None while it waits."""
+    lease_ids: frozenset[LeaseId] = frozenset()
+    """The groups that run it, one a model; none while it waits."""
     verdict: Event | None = None
     """How it is to end, once its work has been stopped from outside."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NewType, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from collections.abc import Set as AbstractSet
 
 SessionId = NewType("SessionId", str)
 
@@ -25,6 +26,8 @@ class WaitingSession:
     """Expected cost, in units that compare between sessions."""
     enqueued_at: float
     """When it began to wait, in seconds of the caller's clock."""
+    others: frozenset[str] = frozenset()
+    """Further models, of which it needs a group each at the same time."""
 
 
 class SessionQueue(Protocol):
@@ -34,8 +37,13 @@ class SessionQueue(Protocol):
         """Adds a session."""
         ...
 
-    def pop(self, model: str) -> WaitingSession | None:
-        """Takes out the next session that a group of a model can run, if there is one."""
+    def pop(self, model: str, free: AbstractSet[str]) -> WaitingSession | None:
+        """Takes out the next session that a group of a model can run, if there is one.
+
+        Args:
+            model: the group's.
+            free: models of which a group is free, the group's own among them.
+        """
         ...
 
     def remove(self, session_id: SessionId) -> WaitingSession | None:
@@ -69,6 +77,7 @@ class FifoQueue:
     def __init__(self) -> None:
         self._waiting: OrderedDict[SessionId, tuple[int, WaitingSession]] = OrderedDict()
         self._lines: defaultdict[str | None, OrderedDict[SessionId, int]] = defaultdict(OrderedDict)
+        self._wide: OrderedDict[SessionId, int] = OrderedDict()
         self._num_pushed = 0
 
     def push(self, waiting: WaitingSession) -> None:
@@ -76,15 +85,34 @@ class FifoQueue:
         self._num_pushed += 1
         self._waiting[waiting.session_id] = (self._num_pushed, waiting)
         self._lines[waiting.model][waiting.session_id] = self._num_pushed
+        if waiting.others:
+            self._wide[waiting.session_id] = self._num_pushed
 
-    def pop(self, model: str) -> WaitingSession | None:
-        """Takes out the earliest session that a group of a model can run."""
+    def pop(self, model: str, free: AbstractSet[str]) -> WaitingSession | None:
+        """Takes out the earliest session that a group of a model can run.
+
+        A session that needs several models is not overtaken in any of their lines: else it might
+        never find all of them free. All lines have one order, so that no two such sessions keep
+        each other's groups.
+        """
         heads = [next(iter(self._lines[key].items()), None) for key in (model, None)]
+        heads.append(self._first_wide(model))
         found = [head for head in heads if head is not None]
         if not found:
             return None
         session_id, _ = min(found, key=lambda head: head[1])
+        _, first = self._waiting[session_id]
+        if first.others and not first.others | {first.model or model} <= free:
+            return None
         return self.remove(session_id)
+
+    def _first_wide(self, model: str) -> tuple[SessionId, int] | None:
+        needing = (
+            (session_id, number)
+            for session_id, number in self._wide.items()
+            if model in self._waiting[session_id][1].others
+        )
+        return next(needing, None)
 
     def remove(self, session_id: SessionId) -> WaitingSession | None:
         """Takes out a session; None if it does not wait."""
@@ -92,6 +120,7 @@ class FifoQueue:
             return None
         _, waiting = self._waiting.pop(session_id)
         del self._lines[waiting.model][session_id]
+        self._wide.pop(session_id, None)
         return waiting
 
     def num_ahead(self, model: str | None) -> int:

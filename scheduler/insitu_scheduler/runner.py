@@ -7,19 +7,22 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from insitu_proto.v1.shard_service_pb2 import Segment
+from insitu_proto.v1.shard_service_pb2 import Import, RunSegmentRequest, Segment
 from insitu_scheduler import events
 from insitu_scheduler.shards import replica_lost
 from insitu_scheduler.uploads import bring_uploads
 from insitu_wire.errors import from_failure
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from insitu_proto.v1.session_pb2 import Session
     from insitu_proto.v1.shard_service_pb2 import RunSegmentResponse
     from insitu_scheduler.events import EventBook, EventLog
     from insitu_scheduler.results import ResultWriter
     from insitu_scheduler.segments import SegmentRange
     from insitu_scheduler.shards import ShardClient
+    from insitu_scheduler.transfers import Transfers
     from insitu_scheduler.uploads import UploadStore
 
 _ANNOUNCE_SECONDS = 1.0
@@ -32,6 +35,7 @@ class SessionRun:
     log: EventLog
     session: Session
     segments: list[SegmentRange]
+    transfers: list[Transfers]
     num_traces: int
     book: EventBook
     writer: ResultWriter
@@ -41,20 +45,34 @@ class SessionRun:
     announced_at: float | None = field(default=None, init=False)
     """When a trace was announced last, in seconds of the monotonic clock."""
 
-    async def run(self, shard: ShardClient) -> None:
+    async def run(self, shards: Mapping[str, ShardClient]) -> None:
         """Runs the segments in order, to the end or to session.exit().
+
+        Args:
+            shards: the groups that run it, by model.
 
         Raises:
             Error: why the session failed. What it had saved before stays.
         """
         try:
-            for segment in self.segments:
-                if await self._run_segment(shard, segment):
+            for segment, transfers in zip(self.segments, self.transfers, strict=True):
+                shard = shards[segment.model] if segment.model else next(iter(shards.values()))
+                imports = [
+                    Import(address=shards[model].address, node_ids=node_ids)
+                    for model, node_ids in transfers.imports.items()
+                ]
+                if await self._run_segment(shard, segment, imports, transfers.kept):
                     return
         finally:
             await self.writer.close()
 
-    async def _run_segment(self, shard: ShardClient, segment: SegmentRange) -> bool:
+    async def _run_segment(
+        self,
+        shard: ShardClient,
+        segment: SegmentRange,
+        imports: Sequence[Import],
+        kept: Sequence[int],
+    ) -> bool:
         """Runs a segment; gives whether session.exit() was reached."""
         message = Segment(
             steps=self.session.steps[segment.start : segment.stop],
@@ -64,7 +82,13 @@ class SessionRun:
             tensors=self.session.tensors,
         )
         await bring_uploads(shard, self.log.session_id, message.tensors, self.uploads)
-        async with aclosing(shard.run_segment(self.log.session_id, message)) as responses:
+        request = RunSegmentRequest(
+            session_id=self.log.session_id,
+            segment=message,
+            imports=imports,
+            kept_node_ids=kept,
+        )
+        async with aclosing(shard.run_segment(request)) as responses:
             async for response in responses:
                 self._announce(response)
                 if response.WhichOneof("kind") == "finished":

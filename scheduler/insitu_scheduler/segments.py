@@ -42,6 +42,11 @@ def cut(session: Session) -> list[SegmentRange]:
     return segments
 
 
+def models_of(session: Session) -> list[str]:
+    """Gives the models that a session uses, in order of first use."""
+    return list(dict.fromkeys(segment.model for segment in cut(session) if segment.model))
+
+
 def count_traces(session: Session) -> int:
     """Counts a session's traces."""
     return sum(step.HasField("trace") for step in all_steps(session.steps))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
     from insitu_proto.v1.model_pb2 import ModelDescription
-    from insitu_proto.v1.shard_service_pb2 import RunSegmentResponse, Segment
+    from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest, RunSegmentResponse
     from insitu_proto.v1.tensor_pb2 import Tensor
     from insitu_scheduler.queue import SessionId
 
@@ -30,7 +30,12 @@ class ShardClient:
     """One open connection to the leader of a shard group."""
 
     def __init__(self, address: str) -> None:
-        self._address = address
+        """Opens a connection.
+
+        Args:
+            address: the leader's, as host:port.
+        """
+        self.address = address
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = shard_service_pb2_grpc.ShardServiceStub(self._channel)
 
@@ -86,15 +91,12 @@ class ShardClient:
         except grpc.aio.AioRpcError as rpc_error:
             raise self._refused(rpc_error) from rpc_error
 
-    async def run_segment(
-        self, session_id: SessionId, segment: Segment
-    ) -> AsyncGenerator[RunSegmentResponse]:
+    async def run_segment(self, request: RunSegmentRequest) -> AsyncGenerator[RunSegmentResponse]:
         """Runs a segment and yields what happens; closing the iterator cancels it.
 
         Raises:
             Error: REPLICA_LOST if the group is gone, INTERNAL if it met a flaw of its own.
         """
-        request = shard_service_pb2.RunSegmentRequest(session_id=session_id, segment=segment)
         call = self._stub.RunSegment(request)
         try:
             async for response in call:
@@ -112,7 +114,7 @@ class ShardClient:
         except grpc.aio.AioRpcError as rpc_error:
             _log.warning(
                 "the shard group at %s did not release session %s: %s",
-                self._address, session_id, rpc_error.details(),
+                self.address, session_id, rpc_error.details(),
             )  # fmt: skip
 
     async def close(self) -> None:
@@ -123,14 +125,14 @@ class ShardClient:
         """Gives what the group itself answered, or that it is lost."""
         if rpc_status.from_call(cast("grpc.Call", rpc_error)) is None:
             # gRPC calls a stream that breaks while it is written to INTERNAL.
-            _log.warning("the shard group at %s is lost: %s", self._address, rpc_error.details())
+            _log.warning("the shard group at %s is lost: %s", self.address, rpc_error.details())
             return replica_lost()
-        return from_rpc_error(rpc_error, address=self._address)
+        return from_rpc_error(rpc_error, address=self.address)
 
     def _lost(self, rpc_error: grpc.aio.AioRpcError) -> Error:
         if rpc_error.code() is grpc.StatusCode.INTERNAL:
-            return from_rpc_error(rpc_error, address=self._address)
-        _log.warning("the shard group at %s is lost: %s", self._address, rpc_error.details())
+            return from_rpc_error(rpc_error, address=self.address)
+        _log.warning("the shard group at %s is lost: %s", self.address, rpc_error.details())
         return replica_lost()
 
 

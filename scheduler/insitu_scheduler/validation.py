@@ -8,6 +8,8 @@ from insitu_proto.v1.trace_pb2 import TraceMode
 from insitu_scheduler.models import model_not_found
 from insitu_scheduler.operation_checks import MAX_QUOTED, OperationChecker
 from insitu_scheduler.refusals import check_limit, malformed, unsupported
+from insitu_scheduler.segments import cut
+from insitu_scheduler.transfers import plan_transfers
 from insitu_scheduler.value_checks import ValueChecker, check_brought_tensor
 from insitu_wire.errors import Error, Location, Reason, error
 from insitu_wire.steps import all_steps
@@ -55,7 +57,7 @@ class _Validation:
     def __init__(self, session: Session, models: Mapping[str, KnownModel]) -> None:
         self._session = session
         self._models = models
-        self._model: KnownModel | None = None
+        self._top_step_model: KnownModel | None = None
         self._nodes: dict[int, str] = {}
         self._last_id = 0
         self._steps = list(all_steps(session.steps))
@@ -85,11 +87,14 @@ class _Validation:
                 "no model is served yet, so no session can run; start a shard group",
             )
         self._check_steps(steps, "step ", depth=1)
+        plan_transfers(self._session, cut(self._session))
 
     def _check_steps(self, steps: Iterable[Step], prefix: str, *, depth: int) -> None:
         if depth > MAX_DEPTH:
             raise malformed(f"{prefix}1 is nested deeper than {MAX_DEPTH}; nest loops less")
         for number, step in enumerate(steps, start=1):
+            if depth == 1:
+                self._top_step_model = None
             try:
                 self._check_step(f"{prefix}{number}", step, depth)
             except Error as err:
@@ -180,13 +185,14 @@ class _Validation:
         if name not in self._models:
             raise model_not_found(name, self._models)
         model = self._models[name]
-        if self._model is not None and self._model is not model:
-            first = self._model.description.name
+        if self._top_step_model is not None and self._top_step_model is not model:
+            first = self._top_step_model.description.name
             raise unsupported(
-                f"the session uses two models, {first!r} and {name!r}, and it runs sessions of "
-                "one model only; submit a session for each"
+                f"a loop or branch of the session has traces of two models, {first!r} and "
+                f"{name!r}, and it moves values between models only at the end of either; unroll "
+                "it, as with a plain `for` over known items"
             )
-        self._model = model
+        self._top_step_model = model
         return model
 
     def _check_rows(self, trace: Trace, vocabulary_size: int | None) -> None:

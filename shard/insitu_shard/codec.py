@@ -5,7 +5,8 @@ from __future__ import annotations
 import zlib
 from typing import TYPE_CHECKING
 
-from insitu_proto.v1 import result_pb2, shard_service_pb2
+from insitu_proto.v1 import shard_service_pb2
+from insitu_proto.v1.result_pb2 import SavedValue
 from insitu_shard.engine import Finished, Logged, Saved, SegmentEvent, TraceStarted
 from insitu_wire import torch_codec
 from insitu_wire.limits import CHUNK_BYTES
@@ -30,21 +31,35 @@ def to_responses(event: SegmentEvent) -> Iterator[shard_service_pb2.RunSegmentRe
             yield shard_service_pb2.RunSegmentResponse(finished=finished)
 
 
+def to_fetched(node_id: int, value: object) -> Iterator[shard_service_pb2.FetchValuesResponse]:
+    """Yields the messages of a value that another group asks for."""
+    header, chunks = _encoded(node_id, "", value)
+    yield shard_service_pb2.FetchValuesResponse(value=header)
+    for chunk in chunks:
+        yield shard_service_pb2.FetchValuesResponse(data=chunk)
+
+
 def _saved(event: Saved) -> Iterator[shard_service_pb2.RunSegmentResponse]:
-    value, tensors = torch_codec.encode_saved(event.value)
+    header, chunks = _encoded(event.node_id, event.name, event.value)
+    yield shard_service_pb2.RunSegmentResponse(saved_value=header)
+    for chunk in chunks:
+        yield shard_service_pb2.RunSegmentResponse(data=chunk)
+
+
+def _encoded(node_id: int, name: str, saved: object) -> tuple[SavedValue, Iterator[bytes]]:
+    """Gives a value's header, and its elements in chunks."""
+    value, tensors = torch_codec.encode_saved(saved)
     buffers = [torch_codec.tensor_data(tensor) for tensor in tensors]
     checksum = 0
     for buffer in buffers:
         checksum = zlib.crc32(buffer, checksum)
-    header = result_pb2.SavedValue(
-        node_id=event.node_id,
-        name=event.name,
-        value=value,
-        num_bytes=sum(buffer.nbytes for buffer in buffers),
-        crc32=checksum,
+    num_bytes = sum(buffer.nbytes for buffer in buffers)
+    header = SavedValue(
+        node_id=node_id, name=name, value=value, num_bytes=num_bytes, crc32=checksum
     )
-    yield shard_service_pb2.RunSegmentResponse(saved_value=header)
-    for buffer in buffers:
-        for start in range(0, buffer.nbytes, CHUNK_BYTES):
-            chunk = bytes(buffer[start : start + CHUNK_BYTES])
-            yield shard_service_pb2.RunSegmentResponse(data=chunk)
+    chunks = (
+        bytes(buffer[start : start + CHUNK_BYTES])
+        for buffer in buffers
+        for start in range(0, buffer.nbytes, CHUNK_BYTES)
+    )
+    return header, chunks

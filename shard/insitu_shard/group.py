@@ -13,16 +13,17 @@ from insitu_proto.v1 import shard_service_pb2
 from insitu_proto.v1.tensor_pb2 import Tensor
 from insitu_shard.engine import Finished, HandleStore, SegmentRun, StepFollows
 from insitu_shard.engine.ranks import Ranks
+from insitu_shard.imports import keep_values
 from insitu_shard.upload_cache import keep_upload, session_tensors
 from insitu_wire.dtypes import num_bytes
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from insitu_shard.config import ShardConfig
     from insitu_shard.engine import LoadedModel, SegmentEvent
-    from insitu_shard.upload_cache import UploadCache
+from insitu_shard.upload_cache import UploadCache
 
 # Followers wait for the next command as long as nobody uses the model. A leader that dies closes
 # its connections, which ends the wait at once.
@@ -38,6 +39,7 @@ class _Command(IntEnum):
     STOP = 4
     STORE_UPLOAD = 5
     DROP_UPLOADS = 6
+    STORE_VALUES = 7
 
 
 class CommandChannel:
@@ -107,23 +109,20 @@ class Leader:
 
     def run_segment(
         self,
-        session_id: str,
-        segment: shard_service_pb2.Segment,
+        request: shard_service_pb2.RunSegmentRequest,
         *,
         is_cancelled: Callable[[], bool],
     ) -> Iterator[SegmentEvent]:
         """Runs a segment and yields what it tells.
 
         Args:
-            session_id: session that owns the segment's values.
-            segment: what to run.
+            request: what to run; its imports have been stored.
             is_cancelled: asked before each step; once true, no further step runs and the events
                 end without `Finished`.
 
         Raises:
             Error: a step failed.
         """
-        request = shard_service_pb2.RunSegmentRequest(session_id=session_id, segment=segment)
         self._channel.send(_Command.BEGIN_SEGMENT, request.SerializeToString())
         run = _begin(self.model, request, self.handles, self.uploads.tensors)
         for event in run.run():
@@ -134,6 +133,20 @@ class Leader:
             else:
                 self._channel.send(_Command.RUN_STEP)
         yield Finished(run.has_exited)
+
+    def values(self, session_id: str, node_ids: Iterable[int]) -> dict[int, object]:
+        """Gives values of a session that are set."""
+        values = self.handles.values(session_id)
+        return {node_id: values[node_id] for node_id in node_ids if node_id in values}
+
+    def store_values(
+        self, imported: shard_service_pb2.ImportedValues, data: list[bytearray]
+    ) -> None:
+        """Keeps values of other groups on every rank, in place of what was kept under their ids."""
+        self._channel.send(_Command.STORE_VALUES, imported.SerializeToString())
+        for part in data:
+            self._channel.send_data(part)
+        keep_values(self.handles, imported, data, device=self.model.device)
 
     def store_upload(self, spec: Tensor, data: bytearray) -> None:
         """Keeps an uploaded tensor on every rank.
@@ -182,6 +195,10 @@ def follow(model: LoadedModel, channel: CommandChannel) -> None:
             case _Command.DROP_UPLOADS:
                 for name in payload.decode().splitlines():
                     uploads.pop(name, None)
+            case _Command.STORE_VALUES:
+                imported = shard_service_pb2.ImportedValues.FromString(payload)
+                data = [channel.receive_data(value.num_bytes) for value in imported.values]
+                keep_values(handles, imported, data, device=model.device)
             case _Command.STOP:
                 return
 
@@ -194,7 +211,8 @@ def _begin(
 ) -> SegmentRun:
     values = handles.values(request.session_id)
     tensors = session_tensors(request.segment.tensors, uploads, device=model.device)
-    return SegmentRun({model.name: model}, request.segment, values, tensors)
+    kept = request.kept_node_ids
+    return SegmentRun({model.name: model}, request.segment, values, tensors, kept)
 
 
 def _steps_of(

@@ -6,11 +6,13 @@ import asyncio
 import logging
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from insitu_proto.v1 import shard_service_pb2, shard_service_pb2_grpc
-from insitu_shard.codec import to_responses
+from insitu_shard.codec import to_fetched, to_responses
 from insitu_shard.engine import Finished, SegmentEvent, TraceStarted
+from insitu_shard.imports import fetch_values
 from insitu_shard.upload_cache import receive_upload
 from insitu_wire.errors import Error, to_failure
 from insitu_wire.limits import CHUNK_BYTES
@@ -97,6 +99,8 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
         self, request: shard_service_pb2.RunSegmentRequest, context: Context
     ) -> AsyncIterator[shard_service_pb2.RunSegmentResponse]:
         """Runs a segment and streams what happens."""
+        for imported, data in [await fetch_values(request, at) for at in request.imports]:
+            await self._on_engine(partial(self._leader.store_values, imported, data))
         loop = asyncio.get_running_loop()
         responses: asyncio.Queue[SegmentEvent | Error] = asyncio.Queue()
         cancelled = threading.Event()
@@ -120,6 +124,17 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
         finally:
             cancelled.set()
             await asyncio.shield(running)
+
+    async def FetchValues(
+        self, request: shard_service_pb2.FetchValuesRequest, context: Context
+    ) -> AsyncIterator[shard_service_pb2.FetchValuesResponse]:
+        """Streams values of a session to another group."""
+        values = await self._on_engine(
+            lambda: self._leader.values(request.session_id, request.node_ids)
+        )
+        for node_id, value in values.items():
+            for response in to_fetched(node_id, value):
+                yield response
 
     async def ReleaseSession(
         self, request: shard_service_pb2.ReleaseSessionRequest, context: Context
@@ -147,9 +162,7 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
         started = time.monotonic()
         outcome = "cancelled"
         try:
-            run = self._leader.run_segment(
-                request.session_id, request.segment, is_cancelled=cancelled.is_set
-            )
+            run = self._leader.run_segment(request, is_cancelled=cancelled.is_set)
             for event in run:
                 if isinstance(event, TraceStarted):
                     self._metrics.trace_started()

@@ -270,25 +270,65 @@ class RunSegmentRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     SEGMENT_FIELD_NUMBER: _builtins.int
+    IMPORTS_FIELD_NUMBER: _builtins.int
+    KEPT_NODE_IDS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Session that owns every value of the segment."""
     @_builtins.property
     def segment(self) -> Global___Segment:
         """What to run."""
 
+    @_builtins.property
+    def imports(self) -> _containers.RepeatedCompositeFieldContainer[Global___Import]:
+        """Values that the segment uses and other groups have."""
+
+    @_builtins.property
+    def kept_node_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ids of nodes whose values later segments of the session use, on any group."""
+
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         segment: Global___Segment | None = ...,
+        imports: _abc.Iterable[Global___Import] | None = ...,
+        kept_node_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["segment", b"segment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["segment", b"segment", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["imports", b"imports", "kept_node_ids", b"kept_node_ids", "segment", b"segment", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunSegmentRequest: _TypeAlias = RunSegmentRequest  # noqa: Y015
+
+@_typing.final
+class Import(_message.Message):
+    """Says where values of a session are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    NODE_IDS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """Address of the leader of the group that has them."""
+    @_builtins.property
+    def node_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ids of the nodes that made them."""
+
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        node_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "node_ids", b"node_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Import: _TypeAlias = Import  # noqa: Y015
 
 @_typing.final
 class RunSegmentResponse(_message.Message):
@@ -415,6 +455,98 @@ class SegmentFinished(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SegmentFinished: _TypeAlias = SegmentFinished  # noqa: Y015
+
+@_typing.final
+class FetchValuesRequest(_message.Message):
+    """Asks for values of a session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    NODE_IDS_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The session."""
+    @_builtins.property
+    def node_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ids of the nodes that made them."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        node_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node_ids", b"node_ids", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchValuesRequest: _TypeAlias = FetchValuesRequest  # noqa: Y015
+
+@_typing.final
+class FetchValuesResponse(_message.Message):
+    """Carries a value, or a part of its elements."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The next bytes of its elements, at most 1 MiB."""
+    @_builtins.property
+    def value(self) -> _result_pb2.SavedValue:
+        """The next value; its node_id is that of the node that made it."""
+
+    def __init__(
+        self,
+        *,
+        value: _result_pb2.SavedValue | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["value", "data"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___FetchValuesResponse: _TypeAlias = FetchValuesResponse  # noqa: Y015
+
+@_typing.final
+class ImportedValues(_message.Message):
+    """Gives values of a session to the ranks of a group; sent by its leader, before their elements."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    NODE_IDS_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The session."""
+    @_builtins.property
+    def node_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ids of all values that were asked for."""
+
+    @_builtins.property
+    def values(self) -> _containers.RepeatedCompositeFieldContainer[_result_pb2.SavedValue]:
+        """Those that are set."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        node_ids: _abc.Iterable[_builtins.int] | None = ...,
+        values: _abc.Iterable[_result_pb2.SavedValue] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node_ids", b"node_ids", "session_id", b"session_id", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportedValues: _TypeAlias = ImportedValues  # noqa: Y015
 
 @_typing.final
 class ReleaseSessionRequest(_message.Message):

@@ -60,6 +60,11 @@ class ShardServiceStub:
                 request_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.RunSegmentRequest.SerializeToString,
                 response_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.RunSegmentResponse.FromString,
                 _registered_method=True)
+        self.FetchValues = channel.unary_stream(
+                '/insitu.v1.ShardService/FetchValues',
+                request_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.FetchValuesRequest.SerializeToString,
+                response_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.FetchValuesResponse.FromString,
+                _registered_method=True)
         self.ReleaseSession = channel.unary_unary(
                 '/insitu.v1.ShardService/ReleaseSession',
                 request_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.ReleaseSessionRequest.SerializeToString,
@@ -109,6 +114,14 @@ class ShardServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchValues(self, request, context):
+        """Streams values of a session that the group keeps, each followed by its elements in chunks, to the
+        group of another model that the session uses. Values that are not set are left out. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReleaseSession(self, request, context):
         """Frees all values of a session. Idempotent; unknown sessions are fine.
         """
@@ -143,6 +156,11 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.RunSegment,
                     request_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.RunSegmentRequest.FromString,
                     response_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.RunSegmentResponse.SerializeToString,
+            ),
+            'FetchValues': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchValues,
+                    request_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.FetchValuesRequest.FromString,
+                    response_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.FetchValuesResponse.SerializeToString,
             ),
             'ReleaseSession': grpc.unary_unary_rpc_method_handler(
                     servicer.ReleaseSession,
@@ -286,6 +304,33 @@ class ShardService:
             '/insitu.v1.ShardService/RunSegment',
             insitu__proto_dot_v1_dot_shard__service__pb2.RunSegmentRequest.SerializeToString,
             insitu__proto_dot_v1_dot_shard__service__pb2.RunSegmentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchValues(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/insitu.v1.ShardService/FetchValues',
+            insitu__proto_dot_v1_dot_shard__service__pb2.FetchValuesRequest.SerializeToString,
+            insitu__proto_dot_v1_dot_shard__service__pb2.FetchValuesResponse.FromString,
             options,
             channel_credentials,
             insecure,

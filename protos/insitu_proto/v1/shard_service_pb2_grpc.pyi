@@ -49,6 +49,10 @@ class ShardServiceStub:
     """Runs a segment and streams what happens. Cancelling the call stops the segment before its next
     trace. Segments run one at a time, in the order of arrival.
     """
+    FetchValues: _grpc.UnaryStreamMultiCallable[_shard_service_pb2.FetchValuesRequest, _shard_service_pb2.FetchValuesResponse]
+    """Streams values of a session that the group keeps, each followed by its elements in chunks, to the
+    group of another model that the session uses. Values that are not set are left out. Idempotent.
+    """
     ReleaseSession: _grpc.UnaryUnaryMultiCallable[_shard_service_pb2.ReleaseSessionRequest, _shard_service_pb2.ReleaseSessionResponse]
     """Frees all values of a session. Idempotent; unknown sessions are fine."""
 
@@ -72,6 +76,10 @@ class ShardServiceAsyncStub(ShardServiceStub):
     RunSegment: _aio.UnaryStreamMultiCallable[_shard_service_pb2.RunSegmentRequest, _shard_service_pb2.RunSegmentResponse]  # type: ignore[assignment]
     """Runs a segment and streams what happens. Cancelling the call stops the segment before its next
     trace. Segments run one at a time, in the order of arrival.
+    """
+    FetchValues: _aio.UnaryStreamMultiCallable[_shard_service_pb2.FetchValuesRequest, _shard_service_pb2.FetchValuesResponse]  # type: ignore[assignment]
+    """Streams values of a session that the group keeps, each followed by its elements in chunks, to the
+    group of another model that the session uses. Values that are not set are left out. Idempotent.
     """
     ReleaseSession: _aio.UnaryUnaryMultiCallable[_shard_service_pb2.ReleaseSessionRequest, _shard_service_pb2.ReleaseSessionResponse]  # type: ignore[assignment]
     """Frees all values of a session. Idempotent; unknown sessions are fine."""
@@ -123,6 +131,16 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_shard_service_pb2.RunSegmentResponse], _abc.AsyncIterator[_shard_service_pb2.RunSegmentResponse]]:
         """Runs a segment and streams what happens. Cancelling the call stops the segment before its next
         trace. Segments run one at a time, in the order of arrival.
+        """
+
+    @_abc_1.abstractmethod
+    def FetchValues(
+        self,
+        request: _shard_service_pb2.FetchValuesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_shard_service_pb2.FetchValuesResponse], _abc.AsyncIterator[_shard_service_pb2.FetchValuesResponse]]:
+        """Streams values of a session that the group keeps, each followed by its elements in chunks, to the
+        group of another model that the session uses. Values that are not set are left out. Idempotent.
         """
 
     @_abc_1.abstractmethod

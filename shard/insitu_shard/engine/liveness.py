@@ -17,7 +17,7 @@ from insitu_shard.engine.graph import (
 from insitu_wire.operations import is_in_place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from insitu_shard.engine.graph import Node, NodeId, Step
 
@@ -25,10 +25,16 @@ if TYPE_CHECKING:
 class Liveness:
     """For each step of a segment, however deep: the ids that are used after it."""
 
-    def __init__(self, steps: Sequence[Step]) -> None:
+    def __init__(self, steps: Sequence[Step], kept: Iterable[NodeId] = ()) -> None:
+        """Looks through the steps.
+
+        Args:
+            steps: the segment's.
+            kept: ids that later segments use.
+        """
         self._used_after: dict[int, frozenset[NodeId]] = {}
         self._steps = steps  # keeps the steps, and so their identities
-        self._visit(steps, frozenset())
+        self._visit(steps, frozenset(kept))
 
     def used_after(self, step: Step) -> frozenset[NodeId]:
         """Gives the ids that may be referred to after a step; in a loop, by the next item too."""

@@ -59,6 +59,7 @@ class SegmentRun:
         segment: shard_service_pb2.Segment,
         values: dict[NodeId, object],
         tensors: Sequence[torch.Tensor] = (),
+        kept: Sequence[NodeId] = (),
     ) -> None:
         """Decodes and prepares the steps.
 
@@ -68,6 +69,7 @@ class SegmentRun:
             values: the session's values that outlive a step; read, added to, and freed at their
                 last use.
             tensors: the session's list of tensors, on the model's device; they stay as they are.
+            kept: ids of values that later segments use.
         """
         self._models = models
         # Computations between traces run where any of its models is.
@@ -81,8 +83,8 @@ class SegmentRun:
         self._brought = storages(list(tensors))
         self._steps = decoder.steps(segment.steps)
         self._values = values
-        self._liveness = Liveness(self._steps)
-        self._writes_in_place = has_in_place_call(self._steps)
+        self._liveness = Liveness(self._steps, kept)
+        self._writes_in_place = bool(kept) or has_in_place_call(self._steps)
         self._seed = segment.seed
         self._num_runs: Counter[NodeId] = Counter()
         self._loops: list[NodeId] = []

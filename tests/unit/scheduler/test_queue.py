@@ -19,21 +19,21 @@ def queue() -> FifoQueue:
 def test_sessions_of_a_model_leave_in_the_order_in_which_they_came(queue: FifoQueue) -> None:
     for name in ("1", "2", "3"):
         queue.push(waiting(name))
-    left = [queue.pop("a") for _ in range(4)]
+    left = [queue.pop("a", {"a", "b"}) for _ in range(4)]
     assert [session.session_id if session else None for session in left] == ["1", "2", "3", None]
 
 
 def test_a_model_is_never_given_the_session_of_another(queue: FifoQueue) -> None:
     queue.push(waiting("1", "b"))
-    assert queue.pop("a") is None
-    assert queue.pop("b") == waiting("1", "b")
+    assert queue.pop("a", {"a", "b"}) is None
+    assert queue.pop("b", {"a", "b"}) == waiting("1", "b")
 
 
 def test_a_session_for_any_model_takes_its_turn_in_every_line(queue: FifoQueue) -> None:
     for name, model in (("1", "a"), ("2", None), ("3", "b"), ("4", "a")):
         queue.push(waiting(name, model))
     assert dict(queue.positions()) == {"1": 1, "2": 2, "3": 2, "4": 3}
-    first = queue.pop("b")
+    first = queue.pop("b", {"a", "b"})
     assert first is not None
     assert first.session_id == "2"
     assert dict(queue.positions()) == {"1": 1, "3": 1, "4": 2}
@@ -58,6 +58,35 @@ def test_the_oldest_of_a_line_is_its_head(queue: FifoQueue) -> None:
     queue.push(waiting("1"))
     queue.push(waiting("2"))
     assert queue.oldest("a") == waiting("1")
-    queue.pop("a")
-    queue.pop("a")
+    queue.pop("a", {"a", "b"})
+    queue.pop("a", {"a", "b"})
     assert queue.oldest("a") is None
+
+
+def test_a_session_over_several_models_waits_for_all_and_is_not_overtaken() -> None:
+    queue = FifoQueue()
+    first = waiting("1", "b")
+    wide = WaitingSession(
+        SessionId("2"), "ann", "a", estimated_cost=1.0, enqueued_at=0.0, others=frozenset({"b"})
+    )
+    for session in (first, wide, waiting("3", "a"), waiting("4", "b")):
+        queue.push(session)
+    assert queue.pop("a", {"a"}) is None
+    assert queue.pop("b", {"b"}) is first
+    assert queue.pop("b", {"b"}) is None
+    assert queue.pop("b", {"a", "b"}) is wide
+    assert queue.pop("a", {"a", "b"}) == waiting("3", "a")
+    assert queue.pop("b", {"a", "b"}) == waiting("4", "b")
+
+
+def test_sessions_over_the_same_models_do_not_keep_each_others_groups() -> None:
+    queue = FifoQueue()
+    for name, (model, other) in {"1": "ab", "2": "ba"}.items():
+        queue.push(
+            WaitingSession(
+                SessionId(name), "ann", model, estimated_cost=1.0, enqueued_at=0.0,
+                others=frozenset({other}),
+            )
+        )  # fmt: skip
+    order = [queue.pop("b", {"a", "b"}), queue.pop("a", {"a", "b"})]
+    assert [session.session_id for session in order if session] == ["1", "2"]

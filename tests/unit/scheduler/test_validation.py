@@ -123,7 +123,17 @@ def test_a_session_that_uses_all_that_the_server_runs_is_accepted() -> None:
         (
             Reason.UNSUPPORTED_FEATURE,
             "'tiny/model' and 'tiny/other'",
-            Session(steps=[trace(), trace(model="tiny/other")]),
+            Session(
+                steps=[
+                    Step(
+                        loop=Loop(
+                            items=Value(list=value_pb2.ListValue()),
+                            item_node_id=1,
+                            steps=[trace(), trace(model="tiny/other")],
+                        )
+                    )
+                ]
+            ),
         ),
         (Reason.MODEL_NOT_FOUND, "tiny/model, tiny/other", Session(steps=[trace(model="gpt-9")])),
         (Reason.UNKNOWN_MODULE_PATH, "model.layers.0", Session(steps=[trace(read(1, "layers.0"))])),

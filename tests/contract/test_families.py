@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from insitu import LanguageModel
+from support.judge import with_hooks, with_insitu
 from support.tiny_models import CONFIGS, TinyModels
 
 if TYPE_CHECKING:
@@ -141,3 +142,22 @@ def test_rows_of_unequal_length_are_padded_on_the_left(tiny: TinyModels) -> None
         alone = model.lm_head.output.save()
     assert both.shape[:2] == (2, len(IDS))
     torch.testing.assert_close(both[1, -len(OTHER_IDS) :], alone[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_the_language_equals_hand_written_hooks_in_every_family(
+    family: str, tiny: TinyModels
+) -> None:
+    expected = with_hooks(tiny.module(family))
+    actual = with_insitu(LanguageModel(str(tiny.folder(family))))
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_the_language_equals_hand_written_hooks_in_bfloat16(family: str, tiny: TinyModels) -> None:
+    expected = with_hooks(tiny.module(family, torch.bfloat16))
+    actual = with_insitu(LanguageModel(str(tiny.folder(family)), dtype=torch.bfloat16))
+    for name, tensor in expected.items():
+        assert actual[name].dtype == torch.bfloat16
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-2, atol=1e-2, msg=name)

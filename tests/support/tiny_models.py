@@ -52,7 +52,8 @@ class TinyModels:
             module.save_pretrained(folder)
         return folder
 
-    def module(self, family: str) -> torch.nn.Module:
+    def module(self, family: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         """Loads a family's model with plain transformers."""
-        module: torch.nn.Module = AutoModelForCausalLM.from_pretrained(self.folder(family))
+        folder = self.folder(family)
+        module: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         return module.eval()

@@ -14,17 +14,14 @@ from support.operation_samples import NOT_SAMPLED, function, sample
 from support.tiny_models import TinyModels
 
 IDS = [5, 9, 17, 23]
-_UNSET = {"torch.empty_like", "torch.Tensor.new_empty"}
-"""What these give is not the same twice."""
+_NEVER_THE_SAME = RANDOM | {"torch.empty", "torch.empty_like", "torch.Tensor.new_empty"}
+"""Of what these give, shape and dtype are compared alone."""
 
 _UNKNOWN_TUPLES = {"torch.linalg.lstsq"}
 """These give tuples of which nothing is known while recording, so that they are saved by item."""
 
 _LAPACK = {"cholesky", "det", "inverse", "logdet", "pinverse", "slogdet", "svd"}
 """These, and all of torch.linalg, round by where in memory their arguments happen to lie."""
-
-
-_TORCHS = {name for name in OPERATIONS if not name.startswith("insitu.")}
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +37,10 @@ def hidden(model: LanguageModel) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", sorted(_TORCHS - NOT_SAMPLED.keys()))
+@pytest.mark.parametrize("name", sorted(OPERATIONS - NOT_SAMPLED.keys()))
 def test_an_operation_gives_what_torch_gives(
     name: str, model: LanguageModel, hidden: torch.Tensor
 ) -> None:
-    torch.manual_seed(0)
     expected, expected_target = _call(name, hidden)
     with model.trace(IDS):
         actual, actual_target = _call(name, model.model.layers[0].output[0])
@@ -52,23 +48,21 @@ def test_an_operation_gives_what_torch_gives(
         for proxy in _leaves((actual, actual_target)):
             if isinstance(proxy, torch.Tensor):
                 proxy.save()
-        torch.manual_seed(0)
     for was_told, leaf in zip(told, _leaves(expected), strict=True):
         if was_told is not None:
             # What is a number in torch counts as a tensor without dimensions.
             assert was_told == (torch.as_tensor(leaf).shape, torch.as_tensor(leaf).dtype)
-    if name in RANDOM:
-        # Drawn from the trace's seed, and so not what torch's own generator gives here.
-        return
-    if name not in _UNSET:
-        is_exact = "linalg" not in name and last_word(name) not in _LAPACK
-        _check_same(actual, expected, tolerance=0 if is_exact else 1e-3)
+    if name in _NEVER_THE_SAME:
+        actual, expected = torch.zeros_like(actual), torch.zeros_like(expected)
+        actual_target = expected_target = None
+    is_exact = "linalg" not in name and last_word(name) not in _LAPACK
+    _check_same(actual, expected, tolerance=0 if is_exact else 1e-3)
     _check_same(actual_target, expected_target)
 
 
 def test_every_operation_is_sampled_or_named_as_one_that_can_not_be() -> None:
     assert NOT_SAMPLED.keys() <= OPERATIONS
-    assert len(NOT_SAMPLED) < 0.03 * len(OPERATIONS)
+    assert len(NOT_SAMPLED) < 0.02 * len(OPERATIONS)
 
 
 def _call(name: str, hidden: Any) -> tuple[Any, Any]:

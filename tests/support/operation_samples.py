@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from insitu_wire.operations import last_word
+from insitu_wire.operations import OPERATIONS, last_word
 
 Arguments = tuple[Any, ...]
 """Positional arguments; a dict in the last place holds the keyword arguments."""
@@ -213,6 +213,10 @@ _add("einsum", lambda s: ("ij,jk->ik", s.x, s.y))
 _add("full_like", lambda s: (s.x, 2.5))
 _add("group_norm", lambda s: (s.cube, 2))
 _add("layer_norm rms_norm", lambda s: (s.x, (4,)))
+_add("empty ones rand randn zeros", lambda s: (2, 3))
+_add("eye randperm", lambda s: (4,))
+_add("full", lambda s: ((2, 3), 1.5))
+_add("randint", lambda s: (9, (2, 3)))
 _add("normal", lambda s: (s.x, s.unit))
 _add("normal_ uniform_", lambda s: (s.x, 0.0, 1.0))
 _add("fill_ fill_diagonal_", lambda s: (s.x, 3.0))
@@ -263,14 +267,13 @@ _BY_NAME: dict[str, Callable[[Inputs], Arguments]] = {
 }
 """Arguments where one namespace takes others than the rest."""
 
-_CREATES = """
-arange empty eye full linspace logspace ones rand randint randn randperm scalar_tensor tensor
-tril_indices triu_indices zeros
-"""
+_OF_NUMBERS = "arange linspace logspace scalar_tensor tensor tril_indices triu_indices"
 
-NOT_SAMPLED = {f"torch.{name}": "takes no value of the session" for name in _CREATES.split()} | {
-    "torch.Tensor.tolist": "gives Python the elements, which are not there while recording",
-}
+NOT_SAMPLED = (
+    {f"torch.{name}": "is not recorded: the user has its result" for name in _OF_NUMBERS.split()}
+    | {name: "no function of torch" for name in OPERATIONS if name.startswith("insitu.")}
+    | {"torch.Tensor.tolist": "gives Python the elements, which are not there while recording"}
+)
 """Operations without a sample, and why."""
 
 

@@ -116,6 +116,13 @@ class Error(Exception):
         self.location = location
         self.trace_number = trace_number
         self.remote_traceback = remote_traceback
+        # Shown below a traceback; not a part of the text.
+        self.add_note(f"[{reason}] see {self.page}")
+
+    @property
+    def page(self) -> str:
+        """The page about the reason, in insitu's repository."""
+        return f"docs/errors/{self.reason}.md"
 
     def __str__(self) -> str:
         parts = [self.message]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import traceback
+
 import pytest
 
 from insitu_proto.v1 import error_reason_pb2
@@ -62,3 +64,11 @@ def test_the_text_of_an_error_names_the_users_line(part: str) -> None:
         trace_number=2,
     )
     assert part in str(err)
+
+
+def test_the_page_of_an_error_stands_below_its_traceback_and_not_in_its_text() -> None:
+    err = error(Reason.SHAPE_MISMATCH, "does not fit")
+    assert str(err) == "does not fit"
+    assert traceback.format_exception_only(err)[-1] == (
+        "[SHAPE_MISMATCH] see docs/errors/SHAPE_MISMATCH.md\n"
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from insitu._source import user_location
 from insitu_proto.v1 import intervention_pb2, trace_pb2
-from insitu_wire.errors import Location
+from insitu_wire.errors import Location, Reason, error
 from insitu_wire.steps import values_of
 from insitu_wire.values import walk
 
@@ -27,7 +28,18 @@ class Edit:
 
     @staticmethod
     def recorded_by(recorder: SessionRecorder) -> Edit:
-        """Takes what was recorded in an edit's block."""
+        """Takes what was recorded in an edit's block.
+
+        Raises:
+            InvalidTraceError: MALFORMED_SESSION, if it saves a value.
+        """
+        if recorder.saved:
+            raise error(
+                Reason.MALFORMED_SESSION,
+                "an edit is applied to many traces, so that it can not save a value; save it in "
+                "the traces that it is applied to",
+                location=user_location(),
+            )
         trace = trace_pb2.Trace()
         for step in recorder.session.steps:
             trace.MergeFrom(step.trace)

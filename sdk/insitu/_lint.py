@@ -22,16 +22,17 @@ class UnusedValueWarning(UserWarning):
 
 
 def warn_of_unused(session: Session) -> None:
-    """Warns at each line that makes a value which is neither saved nor used."""
+    """Warns at each line that does nothing but make values which are neither saved nor used."""
     used = {node_id for step in all_steps(session.steps) for node_id in references_of(step)}
-    seen: set[int] = set()
-    for node in _nodes(session):
-        if node.id in used or not _only_makes_a_value(node) or node.location in seen:
-            continue
-        seen.add(node.location)
-        if node.location:
-            at = session.locations[node.location - 1]
-            _warn(Location(at.file, at.line, at.source))
+    useful = {
+        node.location
+        for node in _nodes(session)
+        if node.id in used or not _only_makes_a_value(node)
+    }
+    idle = dict.fromkeys(node.location for node in _nodes(session) if node.location not in useful)
+    for index in filter(None, idle):
+        at = session.locations[index - 1]
+        _warn(Location(at.file, at.line, at.source))
 
 
 def _nodes(session: Session) -> Iterator[Node]:

@@ -1,0 +1,65 @@
+"""The examples run on the demo model, in process, and show what they say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def _run(name: str, *arguments: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    return done.stdout
+
+
+@pytest.mark.usefixtures("demo_folder")
+def test_the_logit_lens_ends_in_paris(tmp_path: Path) -> None:
+    lines = _run("logit_lens", cwd=tmp_path).splitlines()
+    assert len(lines) == 31
+    assert lines[-1].endswith("' Paris'")
+
+
+@pytest.mark.usefixtures("demo_folder")
+def test_steering_moves_the_answer_with_its_strength(tmp_path: Path) -> None:
+    lines = _run("steering", cwd=tmp_path).splitlines()[1:]
+    margins = [float(line.split()[5]) for line in lines]
+    assert len(margins) == 5
+    assert margins == sorted(margins)
+
+
+@pytest.mark.usefixtures("demo_folder")
+def test_features_are_shown_for_every_token(tmp_path: Path) -> None:
+    lines = _run("sae_features", cwd=tmp_path).splitlines()
+    assert lines[0].startswith("trained on ")
+    assert len(lines) > 6
+    assert all(line.count(":") >= 3 for line in lines[1:])
+
+
+@pytest.mark.usefixtures("demo_folder")
+def test_a_patch_across_models_brings_the_answer_over(tmp_path: Path) -> None:
+    model, other, patched = _run("cross_model_patching", cwd=tmp_path).splitlines()
+    assert model.endswith("' Paris'")
+    assert patched.endswith("' Paris'")
+    assert not other.endswith("' Paris'")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("demo_folder")
+def test_activation_patching_draws_its_map(tmp_path: Path) -> None:
+    out = _run("activation_patching", "--output", "map.png", cwd=tmp_path)
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert "84 patches in one session" in out

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-import torch
 
 from insitu import (
     CONFIG,
@@ -28,6 +27,7 @@ from insitu_proto.v1 import (
     trace_pb2,
 )
 from insitu_wire.errors import Error, from_rpc_error
+from insitu_wire.limits import MAX_SESSION_BYTES
 from support.tiny_models import TinyModels
 from support.up import Up
 
@@ -177,8 +177,8 @@ def test_a_shape_that_does_not_fit_a_write_fails_at_the_users_line_where_the_mod
 def test_a_session_over_the_size_limit_is_refused_with_both_sizes() -> None:
     model = LanguageModel("tiny/llama")
     with pytest.raises(CapacityError, match=r"[\d,]{10} bytes .*[\d,]{10}") as raised:
-        with model.trace(IDS, remote=True):
-            (model.lm_head.output.sum() + torch.zeros(17 * 1024 * 1024)).save()
+        with model.session(remote=True) as session:
+            session.log("x" * MAX_SESSION_BYTES)
     assert raised.value.reason == "REQUEST_TOO_LARGE"
 
 
@@ -188,8 +188,8 @@ def test_a_session_just_over_the_servers_own_limit_is_refused_by_the_server(
     monkeypatch.setattr(remote, "MAX_SESSION_BYTES", 2**40)
     model = LanguageModel("tiny/llama")
     with pytest.raises(Error) as raised:
-        with model.trace(IDS, remote=True):
-            (model.lm_head.output.sum() + torch.zeros(17 * 1024 * 1024)).save()
+        with model.session(remote=True) as session:
+            session.log("x" * MAX_SESSION_BYTES)
     assert raised.value.reason == "REQUEST_TOO_LARGE"
 
 

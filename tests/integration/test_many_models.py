@@ -60,6 +60,20 @@ def test_values_move_between_models_as_they_do_in_process(tiny: TinyModels) -> N
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
 
 
+def test_a_brought_tensor_reaches_the_groups_of_all_models() -> None:
+    base, other = LanguageModel("tiny/llama"), LanguageModel("tiny/qwen3")
+    brought = torch.randn(64, 1024)
+    with base.session(remote=True):
+        with base.trace(IDS):
+            first = base.model.layers[0].output[0].save()
+            product = (first @ brought).save()
+        with other.trace(IDS):
+            second = other.model.layers[0].output[0].save()
+            both = (product + second @ brought).save()
+    expected = first @ brought + second @ brought
+    torch.testing.assert_close(both, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_sessions_over_the_same_models_in_either_order_all_end(up: Up) -> None:
     base, other = LanguageModel("tiny/llama"), LanguageModel("tiny/qwen3")
     submissions = []

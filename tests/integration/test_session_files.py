@@ -24,6 +24,7 @@ from support.tiny_models import TinyModels
 from support.up import Up, insitu, run_python
 
 IDS = [5, 9, 17, 23]
+STEERING = torch.ones(64)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def _record(model: LanguageModel, path: Path, **options: bool) -> tuple[Any, Any
             attended = model.model.layers[0].self_attn.output.save()
         session.log("half way")
         with model.trace(IDS):
-            model.model.layers[1].output[0][:, -1] = torch.ones(64)
+            model.model.layers[1].output[0][:, -1] = STEERING
             hidden = model.model.layers[2].output[0].save()
     assert (len(attended), double.shape) == (2, (2,))
     session.save(path)

@@ -135,7 +135,7 @@ def test_a_safetensors_file_is_brought_as_it_is(model: LanguageModel, tmp_path: 
         return torch.where(before > weights["threshold"], before, 0)
 
     hidden, result = applied(model, features)
-    torch.testing.assert_close(result, features(hidden))
+    torch.testing.assert_close(result, features(hidden), rtol=1e-3, atol=1e-3)
 
 
 def test_the_users_tensor_is_never_written_to(model: LanguageModel) -> None:
@@ -202,8 +202,8 @@ def test_an_edit_brings_its_tensors_to_every_trace(model: LanguageModel) -> None
         hidden = model.model.layers[1].output[0].save()
     with torch.no_grad():
         added = small + large(hidden).unflatten(-1, (64, 16)).sum(-1)
-    torch.testing.assert_close(steered[0], hidden + added)
-    torch.testing.assert_close(product, plain[0] @ other)
+    torch.testing.assert_close(steered[0], hidden + added, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(product, plain[0] @ other, rtol=1e-3, atol=1e-3)
 
 
 def test_a_session_file_holds_its_tensors(
@@ -223,7 +223,9 @@ def test_a_session_file_holds_its_tensors(
     assert done.returncode == 0, done.stderr
     assert ("Uploading tensors: 100%" in done.stderr) is is_remote
     hidden, _ = applied(model, torch.clone)
-    torch.testing.assert_close(load_file(output)["result"], hidden @ brought)
+    actual = load_file(output)["result"]
+    # Other processes round otherwise.
+    torch.testing.assert_close(actual, hidden @ brought, rtol=1e-3, atol=1e-3)
     assert result.shape == (1, 5, 1024)
 
 
@@ -239,7 +241,7 @@ def test_a_tensor_crosses_each_wire_once(
             for proxy in (to_scheduler, to_shard):
                 proxy.captured.clear()
             hidden, result = applied(model, lambda hidden: (hidden @ brought).sum(-1))
-            torch.testing.assert_close(result, (hidden @ brought).sum(-1))
+            torch.testing.assert_close(result, (hidden @ brought).sum(-1), rtol=1e-3, atol=1e-3)
             for proxy in (to_scheduler, to_shard):
                 assert (len(proxy.captured) > MIB) is is_first
                 assert len(proxy.captured) < (MIB + 100_000 if is_first else 50_000)
@@ -261,9 +263,9 @@ def test_what_had_to_make_room_is_uploaded_again(
         model = connect(up.endpoint)
         for brought in (a, b, b, a, c, b):
             hidden, result = applied(model, lambda hidden: hidden @ brought)  # noqa: B023
-            torch.testing.assert_close(result, hidden @ brought)
+            torch.testing.assert_close(result, hidden @ brought, rtol=1e-3, atol=1e-3)
         assert capsys.readouterr().err.count("Uploading tensors: 100%") == 4
         with pytest.raises(CapacityError, match="2,097,152 bytes, and the shard group keeps"):
             applied(model, lambda hidden: hidden @ b + hidden @ c)
         hidden, result = applied(model, lambda hidden: hidden @ c)
-        torch.testing.assert_close(result, hidden @ c)
+        torch.testing.assert_close(result, hidden @ c, rtol=1e-3, atol=1e-3)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from google.protobuf import text_format
 
+from insitu_proto.v1.tensor_pb2 import Tensor
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -21,7 +23,13 @@ _ELEMENTS = re.compile(r'\bdata: "(?:[^"\\]|\\.)*"')
 
 
 def dump(session: Session) -> Iterator[str]:
-    """Yields the lines of a session's text; a line of code stands once above what it recorded."""
+    """Yields the lines of a session's text, the user's tensors first.
+
+    A line of code stands once above what it recorded.
+    """
+    for index, tensor in enumerate(session.tensors):
+        description = Tensor(dtype=tensor.dtype, shape=tensor.shape)
+        yield f"tensor {index} {{ {_text(description)} data: ... }}"
     shown = ""
     for step in session.steps:
         for line in _draw_step(session, step, ""):

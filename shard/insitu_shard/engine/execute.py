@@ -145,8 +145,6 @@ class Executor:
                 if is_in_place(name):
                     self._before_write(node)
                 arguments, keywords = self._resolve((args, dict(kwargs)), node.id)
-                if name in FACTORIES:
-                    keywords.setdefault("device", self._model.device)
                 if is_in_place(name):
                     arguments = (self._own(arguments[0]), *arguments[1:])
                 return self._own(self._call(node, name, arguments, keywords))

@@ -26,6 +26,7 @@ test: setup ## Runs all tests.
 
 bench: setup .venv-nnsight/.installed ## Measures, side by side with plain transformers and nnsight.
 	$(BIN)/python benchmarks/first_session.py
+	$(BIN)/python benchmarks/recording.py
 
 .venv-nnsight/.installed:
 	$(PYTHON) -m venv .venv-nnsight

@@ -34,10 +34,10 @@ class Subject:
         )
         self.result = self._answer()["result"]
 
-    def seconds(self) -> float:
-        """Runs the subject once."""
+    def seconds(self, name: str = "run") -> float:
+        """Runs the subject once, or one of its runs."""
         assert self._process.stdin is not None
-        self._process.stdin.write("run\n")
+        self._process.stdin.write(f"{name}\n")
         self._process.stdin.flush()
         return float(self._answer()["seconds"])
 

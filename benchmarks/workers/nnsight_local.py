@@ -19,4 +19,4 @@ def run():
     return first.tolist(), second.tolist()
 
 
-serve(run)
+serve(run=run)

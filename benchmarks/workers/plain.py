@@ -40,4 +40,4 @@ def run():
     return first.tolist(), second.tolist()
 
 
-serve(run)
+serve(run=run)

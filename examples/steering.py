@@ -41,6 +41,5 @@ with model.session(remote=arguments.remote) as session:
 
 print(f"{arguments.prompt} ...")
 for strength, margin, answer in zip(STRENGTHS, margins, answers, strict=True):
-    print(
-        f"strength {strength:+.0f}  great - terrible {margin:+.2f}  {model.tokenizer.decode(answer)!r}"
-    )
+    word = model.tokenizer.decode(answer)
+    print(f"strength {strength:+.0f}  great - terrible {margin:+.2f}  {word!r}")

@@ -251,12 +251,35 @@ def reference(value: object) -> int | None:
 
 def proxies_in(value: Any) -> list[Proxy]:
     """Gives the proxies inside a value."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Proxy)]
+    return [found for found in recorded_in(value) if isinstance(found, Proxy)]
 
 
 def recorded_in(value: Any) -> list[Proxy | Container]:
     """Gives the proxies, and the lists and dicts of the session, inside a value."""
+    kind = type(value)
+    if isinstance(value, Proxy | Container):
+        return [value]
+    if kind in _PLAIN:
+        return []
+    if kind is slice:
+        return recorded_in((value.start, value.stop, value.step))
+    if kind in (tuple, list, ProxyTuple):
+        return [found for item in value for found in recorded_in(item)]
+    if kind in (dict, ProxyDict):
+        return [found for item in value.values() for found in recorded_in(item)]
+    if _is_leaf(value):
+        return []
+    # Other containers that torch knows, such as named tuples.
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Proxy | Container)]
+
+
+# What most arguments are: to walk over these by hand takes a fifth of the time that pytree takes.
+_PLAIN = {int, float, bool, str, type(None), type(...), torch.dtype, torch.device}
+
+
+def _is_leaf(value: Any) -> bool:
+    leaves = pytree.tree_leaves(value)
+    return len(leaves) == 1 and leaves[0] is value
 
 
 def fill(target: Any, value: Any) -> None:
@@ -378,15 +401,25 @@ def _moment(
 
 def as_meta(value: Any) -> Any:
     """Puts meta tensors, or `Unknown`, in the place of recorded values and tensors."""
-    return pytree.tree_map(_to_meta, value)
-
-
-def _to_meta(leaf: Any) -> Any:
-    if isinstance(leaf, Proxy):
-        return Unknown() if leaf._meta is None else leaf._meta
-    if isinstance(leaf, Container):
+    kind = type(value)
+    if isinstance(value, Proxy):
+        return Unknown() if value._meta is None else value._meta
+    if kind in _PLAIN:
+        return value
+    if kind is slice:
+        return Unknown() if recorded_in(value) else value
+    if kind in (tuple, ProxyTuple):
+        return tuple([as_meta(item) for item in value])
+    if kind is list:
+        return [as_meta(item) for item in value]
+    if kind in (dict, ProxyDict):
+        return {key: as_meta(item) for key, item in value.items()}
+    if isinstance(value, Container):
         return Unknown()
-    return leaf.detach().to("meta") if isinstance(leaf, torch.Tensor) else leaf
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("meta")
+    # Other containers that torch knows, such as named tuples.
+    return value if _is_leaf(value) else pytree.tree_map(as_meta, value)
 
 
 def _with_target_first(
@@ -414,7 +447,7 @@ def _save(value: Any, origin: Origin) -> None:
     location = user_location()
     if recorder.state != "recording":
         raise not_here(origin)
-    if any(saved is value for saved in recorder.saved.values()):
+    if recorder.is_saved(value):
         return
     name = assigned_name(location) or assigned_name(origin.location)
     recorder.block.save(value, name, location)

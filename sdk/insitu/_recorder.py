@@ -12,7 +12,7 @@ from insitu._brought import BroughtTensors
 from insitu._source import assigned_name, user_location
 from insitu_proto.v1 import intervention_pb2, session_pb2, trace_pb2
 from insitu_wire import torch_codec
-from insitu_wire.errors import Error
+from insitu_wire.errors import Error, Reason, error
 from insitu_wire.operations import RANDOM
 from insitu_wire.steps import all_steps
 
@@ -54,6 +54,7 @@ class SessionRecorder:
         self.session = session_pb2.Session()
         self.brought = BroughtTensors(self.session.tensors)
         self.saved: dict[int, object] = {}
+        self._saved_objects: set[int] = set()
         self.state = "recording"
         self.num_traces = 0
         self.trace: BlockRecorder | None = None
@@ -174,10 +175,30 @@ class SessionRecorder:
     def encode(self, value: object, location: Location) -> value_pb2.Value:
         """Encodes an argument; what can not be part of a session is an error at the user's line."""
         try:
-            return torch_codec.encode(value, self._reference, self.brought.add)
+            return torch_codec.encode(value, self._refer, self.brought.add)
         except Error as err:
             err.location = err.location or location
             raise
+
+    def _refer(self, value: object) -> int | None:
+        """Gives the id of a value of this session, and refuses those of others."""
+        origin = getattr(value, "_origin", None)
+        if origin is not None and origin.recorder is not self:
+            raise error(
+                Reason.UNKNOWN_REFERENCE,
+                f"{origin} belongs to another session; keep both in one session, or save the value "
+                "there and use the saved tensor here",
+            )
+        return self._reference(value)
+
+    def mark_saved(self, node_id: int, value: object) -> None:
+        """Takes note of what is to come back, by the id of its save node."""
+        self.saved[node_id] = value
+        self._saved_objects.add(id(value))
+
+    def is_saved(self, value: object) -> bool:
+        """Whether the user has marked exactly this object to come back."""
+        return id(value) in self._saved_objects
 
 
 class BlockRecorder:
@@ -278,7 +299,7 @@ class BlockRecorder:
         node = self._add_node(location)
         node.save.value.CopyFrom(encoded)
         node.save.name = name
-        self.session_recorder.saved[node.id] = value
+        self.session_recorder.mark_saved(node.id, value)
 
     def log(self, values: Sequence[object], location: Location) -> None:
         """Adds a message that is sent when its values exist."""

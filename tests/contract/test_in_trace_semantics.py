@@ -421,3 +421,13 @@ def test_random_numbers_follow_torchs_own_seed_where_a_trace_has_none(
     assert torch.equal(draw(), first)
     assert not torch.equal(first, other)
     assert not torch.equal(first[0], first[1])
+
+
+def test_a_slice_may_end_where_a_value_says(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        hidden = model.model.layers[0].output[0]
+        end = (hidden.norm(dim=-1)[0].argmax() % 3) + 1
+        part = hidden[:, :end].save()
+        end.save()
+        hidden.save()
+    assert torch.equal(part, hidden[:, : int(end)])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -281,3 +282,25 @@ def test_all_inputs_of_a_module_are_saved(model: LanguageModel) -> None:
 def test_a_misspelt_assignment_is_an_error(model: LanguageModel) -> None:
     with pytest.raises(UnknownModuleError, match="outptu"):
         model.lm_head.outptu = 1
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, value: setattr(model.model.layers[1], "output", value),
+        lambda model, value: model.model.layers[1].skip(value),
+        lambda model, value: model.lm_head(value),
+        lambda model, value: insitu.list([value]),
+    ],
+    ids=["write", "skip", "module call", "list"],
+)
+def test_a_value_of_another_session_is_refused_wherever_it_is_used(
+    model: LanguageModel, use: Callable[[LanguageModel, object], object]
+) -> None:
+    with model.trace(IDS):
+        elsewhere = model.model.layers[0].output[0]
+    with pytest.raises(InvalidTraceError, match="belongs to another session") as raised:
+        with model.trace(IDS):
+            model.lm_head.output.save()
+            use(model, elsewhere)
+    assert raised.value.reason == "UNKNOWN_REFERENCE"

@@ -39,7 +39,8 @@ def references_of(step: Step) -> Iterator[int]:
 
 def _values(step: Step) -> Iterator[Value]:
     yield from (step.loop.items, step.branch.condition, *step.log.values)
-    yield from (invoke.token_ids for invoke in step.trace.invokes)
+    for invoke in step.trace.invokes:
+        yield from (invoke.token_ids, invoke.args, invoke.kwargs)
     yield from (condition.value for condition in step.trace.conditions)
     for node in (*step.trace.nodes, *step.compute.nodes):
         yield from values_of(node)

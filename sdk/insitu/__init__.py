@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from insitu._envoy import Envoy
     from insitu._lint import UnusedValueWarning
     from insitu._model import LanguageModel
+    from insitu._module_model import Model
     from insitu._session import Session
     from insitu._submission import SessionState, Submission, attach
     from insitu._trace import Tracer
@@ -57,6 +58,7 @@ __all__ = [
     "InvalidTraceError",
     "LanguageModel",
     "LeaseLostError",
+    "Model",
     "NotFoundError",
     "PermissionDeniedError",
     "Session",
@@ -83,6 +85,7 @@ _LAZY = {
     "variable": "insitu._containers",
     "Envoy": "insitu._envoy",
     "LanguageModel": "insitu._model",
+    "Model": "insitu._module_model",
     "Session": "insitu._session",
     "SessionState": "insitu._submission",
     "Submission": "insitu._submission",

@@ -14,7 +14,8 @@ from insitu._proxy import Proxy, as_meta
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from insitu._model import LanguageModel
+    from insitu._base_model import BaseModel
+    from insitu._structure import ModuleTree
     from insitu_proto.v1 import model_pb2
 
 
@@ -33,7 +34,8 @@ class Cache(dict[str, CacheEntry]):
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: BaseModel,
+        tree: ModuleTree,
         modules: Sequence[str | Envoy] | None,
         include_output: bool,
         include_inputs: bool,
@@ -45,7 +47,7 @@ class Cache(dict[str, CacheEntry]):
         self._include_inputs = include_inputs
         self._reduce = reduce
         self._envoys = (
-            [model.get(path) for path in _cacheable(model)]
+            [model.get(path) for path in _cacheable(tree)]
             if modules is None
             else [at if isinstance(at, Envoy) else model.get(at) for at in modules]
         )
@@ -73,11 +75,11 @@ class Cache(dict[str, CacheEntry]):
         return self._reduce(value) if self._reduce is not None else value
 
 
-def _cacheable(model: LanguageModel) -> list[str]:
+def _cacheable(tree: ModuleTree) -> list[str]:
     """Gives the modules that a forward pass calls and that return tensors."""
     return [
         module.path
-        for module in model._tree.modules
+        for module in tree.modules
         if module.path and module.call_order and _returns_tensors(module.output)
     ]
 

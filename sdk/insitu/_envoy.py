@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from insitu._origin import Moment, Origin, check_in_time, latest
 from insitu._proxy import BlockProxy, as_meta, proxies_in, wrap
-from insitu._shapes import Unknown, applied, check_fits, structure
+from insitu._shapes import Unknown, check_fits, structure
 from insitu._source import user_location
 from insitu_proto.v1 import intervention_pb2
 from insitu_wire.errors import Reason, error
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from insitu._model import LanguageModel
+    from insitu._base_model import BaseModel
     from insitu._recorder import BlockRecorder
     from insitu_wire.errors import Location
 
@@ -35,11 +35,13 @@ class Envoy:
     to a part of one changes that part.
     """
 
-    def __init__(self, model: LanguageModel, path: str) -> None:
+    def __init__(self, model: BaseModel, path: str, call_index: int = 0) -> None:
         object.__setattr__(self, "_model", model)
         object.__setattr__(self, "path", path)
+        object.__setattr__(self, "_call_index", call_index)
 
-    _model: LanguageModel
+    _model: BaseModel
+    _call_index: int
     path: str
     """Module path, as in `named_modules()`."""
 
@@ -72,6 +74,14 @@ class Envoy:
     def inputs(self, value: Any) -> None:
         self._write("inputs", value)
 
+    @property
+    def calls(self) -> Calls:
+        """The calls of the module in one forward pass, of which `output` is that of the first.
+
+        `calls[1].output` is what the second returns.
+        """
+        return Calls(self)
+
     def skip(self, value: Any) -> None:
         """Has the module not run in this forward pass, and return a value in its place.
 
@@ -90,10 +100,9 @@ class Envoy:
             )
         if self._model._tree[self.path].is_block and isinstance(value, tuple) and len(value) == 1:
             (value,) = value
-        self._check_in_time(value, trace, self._place(is_input=True), location)
-        what = f"{self.path or 'model'}.output"
-        check_fits(self._shapes("output", trace), as_meta(value), what, location)
-        trace.skip(self.path, value, location)
+        self._check_in_time(value, trace, self._place(trace, is_input=True), location)
+        check_fits(self._shapes("output", trace), as_meta(value), self._name("output"), location)
+        trace.skip(self.path, self._call_index, value, location)
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Applies the module to values of the session, without firing its hook points."""
@@ -110,7 +119,7 @@ class Envoy:
             moment=latest(used, block.number),
             scope=recorder.scope,
         )
-        shapes = Unknown() if kwargs else applied(self._model._tree[self.path], as_meta(args))
+        shapes = self._model._applied(self.path, as_meta(args), as_meta(kwargs))
         result: torch.Tensor = wrap(shapes, origin)
         return result
 
@@ -164,8 +173,8 @@ class Envoy:
         location = user_location()
         trace = self._trace(f".{side}", location)
         node_id = trace.read(self._hook_point(side, trace), location)
-        name = f"{self.path or 'model'}.{side}"
-        place = self._place(is_input=side != "output")
+        name = self._name(side)
+        place = self._place(trace, is_input=side != "output")
         moment = Moment(trace.number, place, f"{name} ({location})", written_by=place)
         recorder = trace.session_recorder
         # A read does not wait for conditions, but stands where steps may not run.
@@ -177,14 +186,18 @@ class Envoy:
     def _write(self, side: str, value: Any) -> None:
         location = user_location()
         trace = self._trace(f".{side}", location)
-        place = self._place(is_input=side != "output")
+        place = self._place(trace, is_input=side != "output")
         self._check_in_time(value, trace, place, location)
-        what = f"{self.path or 'model'}.{side}"
-        check_fits(self._shapes(side, trace), as_meta(value), what, location)
+        check_fits(self._shapes(side, trace), as_meta(value), self._name(side), location)
         trace.write(self._hook_point(side, trace), value, location)
 
-    def _place(self, *, is_input: bool) -> int:
-        return self._model._tree.place(self.path, is_input=is_input)
+    def _name(self, side: str) -> str:
+        call = f".calls[{self._call_index}]" if self._call_index else ""
+        return f"{self.path or 'model'}{call}.{side}"
+
+    def _place(self, trace: BlockRecorder, *, is_input: bool) -> int:
+        tree = trace.tree or self._model._tree
+        return tree.place(self.path, is_input=is_input, call_index=self._call_index)
 
     def _check_in_time(
         self, value: Any, trace: BlockRecorder, place: int, location: Location
@@ -193,9 +206,9 @@ class Envoy:
         check_in_time(latest((proxy._origin for proxy in used), trace.number), place, location)
 
     def _shapes(self, side: str, trace: BlockRecorder) -> Any:
-        module = self._model._tree[self.path]
+        module = (trace.tree or self._model._tree)[self.path]
         batch = (trace.num_rows, trace.length)
-        if not all(batch):
+        if not all(batch) or self._call_index:
             return Unknown()
         if side == "output":
             return structure(module.output, *batch)
@@ -208,8 +221,25 @@ class Envoy:
 
     def _hook_point(self, side: str, trace: BlockRecorder) -> intervention_pb2.HookPoint:
         return intervention_pb2.HookPoint(
-            module_path=self.path, side=_SIDES[side], invoke=trace.invoke
+            module_path=self.path,
+            side=_SIDES[side],
+            call_index=self._call_index,
+            invoke=trace.invoke,
         )
 
     def _trace(self, what: str, location: Location) -> BlockRecorder:
         return self._model._current_trace(f"{self.path or 'model'}{what}", location)
+
+
+class Calls:
+    """The calls of a module in one forward pass, by number from 0."""
+
+    def __init__(self, envoy: Envoy) -> None:
+        self._envoy = envoy
+
+    def __getitem__(self, index: int) -> Envoy:
+        if index < 0:
+            raise IndexError(
+                "how often a module is called shows only when it runs; count its calls from 0"
+            )
+        return Envoy(self._envoy._model, self._envoy.path, index)

@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from insitu._base_model import BaseModel
 from insitu._config import CONFIG
-from insitu._edits import Edit
-from insitu._envoy import Envoy
-from insitu._session import Session, active_session, detached
+from insitu._proxy import as_meta, reference
+from insitu._session import Session, active_session
+from insitu._shapes import Unknown, applied
 from insitu._source import user_location
-from insitu._structure import ModuleTree
 from insitu._submission import submit
-from insitu._trace import Tracer
+from insitu._tokens import token_rows
 from insitu.backends.remote import RemoteBackend
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
-    import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from insitu._recorder import BlockRecorder
     from insitu._tokens import Prompt
+    from insitu._trace import Tracer
     from insitu.backends import Backend
     from insitu.backends.local import LocalBackend
-    from insitu_proto.v1 import model_pb2
     from insitu_wire.errors import Location
 
 
-class LanguageModel(Envoy):
+class LanguageModel(BaseModel):
     """A causal language model, to be traced where it runs.
 
     Its structure and tokenizer come from the server, or for a local path from that folder. Weights
@@ -53,14 +53,10 @@ class LanguageModel(Envoy):
         dtype: torch.dtype | None = None,
         rename: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(self, "")
-        self.__dict__.update(name=str(name), _dtype=dtype, _rename=rename, _edits=())
+        super().__init__(str(name), rename)
+        self.__dict__["_dtype"] = dtype
 
-    name: str
-    """Name by which the server knows the model, or the path of its folder."""
     _dtype: torch.dtype | None
-    _rename: Mapping[str, str] | None
-    _edits: tuple[Edit, ...]
 
     def session(self, *, remote: bool = False, blocking: bool = True, run: bool = True) -> Session:
         """Opens a session: one request that holds traces.
@@ -101,12 +97,9 @@ class LanguageModel(Envoy):
             seed: of the random numbers that the block draws, from 1; by default one that torch's
                 own generator gives.
         """
-        session = active_session()
-        if session is None:
-            session = self.session(remote=remote, blocking=blocking)
-            return Tracer(session, self, prompt, owns_session=True, seed=seed)
-        session.add_model(self._base)
-        return Tracer(session, self, prompt, owns_session=False, seed=seed)
+        if active_session() is not None:
+            return self._open_trace(prompt, None, seed)
+        return self._open_trace(prompt, self.session(remote=remote, blocking=blocking), seed)
 
     def scan(self, prompt: Prompt | None = None) -> Tracer:
         """Opens a trace that is recorded and checked, and does not run: for shapes.
@@ -114,32 +107,7 @@ class LanguageModel(Envoy):
         with model.scan("Hello"):
             hidden_size = model.model.layers[0].output.shape[-1]
         """
-        session = Session(self, self._backend, run=False)
-        return Tracer(session, self, prompt, owns_session=True)
-
-    @contextmanager
-    def edit(self, *, inplace: bool = False) -> Iterator[LanguageModel]:
-        """Records interventions that are applied to every later trace of a model.
-
-            with model.edit() as edited:
-                model.model.layers[3].output[:] *= 1.5
-            with edited.trace(prompt):
-                ...
-
-        In a session they hold for its later traces of this model object.
-
-        Args:
-            inplace: whether this model object gets them; else a copy of it, which the block gives.
-        """
-        edited = self if inplace else self._copy()
-        session = Session(self, self._backend, run=False)
-        with detached(), Tracer(session, self, None, owns_session=True, is_edit=True):
-            yield edited
-        edited.__dict__["_edits"] = (*edited._edits, Edit.recorded_by(session._recorder))
-
-    def clear_edits(self) -> None:
-        """Takes away the interventions that `edit(inplace=True)` has attached."""
-        self.__dict__["_edits"] = ()
+        return self._open_trace(prompt, Session(self, self._backend, run=False), 0)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -161,22 +129,6 @@ class LanguageModel(Envoy):
         config: PretrainedConfig = AutoConfig.for_model(**values)
         return config
 
-    @property
-    def _base(self) -> LanguageModel:
-        """The model that this is an edited copy of; itself if it is none."""
-        base: LanguageModel = self.__dict__.get("_edited_from", self)
-        return base
-
-    def _copy(self) -> LanguageModel:
-        """Gives another object for the same model, with the same edits and backends."""
-        copy = LanguageModel.__new__(type(self))
-        copy.__dict__.update(self.__dict__, _edited_from=self._base, _model=copy)
-        return copy
-
-    def _apply_edits(self, block: BlockRecorder) -> None:
-        for edit in self._edits:
-            edit.apply(block)
-
     @cached_property
     def _remote(self) -> RemoteBackend:
         return RemoteBackend(CONFIG)
@@ -197,38 +149,15 @@ class LanguageModel(Envoy):
         is_folder = (Path(self.name).expanduser() / "config.json").is_file()
         return self._remote if CONFIG.has_endpoint and not is_folder else self._local
 
-    @cached_property
-    def _description(self) -> model_pb2.ModelDescription:
-        return self._backend.describe(self.name)
+    def _add_input(self, block: BlockRecorder, given: Any, location: Location) -> int:
+        if reference(given) is not None:
+            meta = as_meta(given)
+            is_known = isinstance(meta, torch.Tensor) and meta.ndim in (1, 2)
+            block.num_rows, block.length = (1, *meta.shape)[-2:] if is_known else (0, 0)
+            return block.add_computed_invoke(given, location)
+        rows = token_rows(given, lambda: self.tokenizer, location)
+        block.num_rows, block.length = len(rows), max(map(len, rows))
+        return block.add_invoke(rows)
 
-    @cached_property
-    def _tree(self) -> ModuleTree:
-        return ModuleTree(self._description, self._rename)
-
-    def _current_block(self, what: str, location: Location) -> BlockRecorder:
-        """Gives where a call of a module is recorded: the open trace, or between traces."""
-        session = active_session()
-        if session is None or session._recorder.trace is not None:
-            return self._current_trace(what, location)
-        session.add_model(self._base)
-        return session._recorder.compute_on(self.name)
-
-    def _current_trace(self, what: str, location: Location) -> BlockRecorder:
-        session = active_session()
-        trace = session._recorder.trace if session is not None else None
-        if trace is None:
-            raise error(
-                Reason.MALFORMED_SESSION,
-                f"{what} has a value only while the model runs; use it inside a "
-                "`with model.trace(...)` block",
-                location=location,
-            )
-        assert trace.trace is not None
-        if trace.trace.model != self.name:
-            raise error(
-                Reason.MALFORMED_SESSION,
-                f"{what} is of {self.name}, and this trace runs {trace.trace.model}; use it in a "
-                "trace of its own, where values of this one may be written",
-                location=location,
-            )
-        return trace
+    def _applied(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return Unknown() if kwargs else applied(self._tree[path], args)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 
     from insitu._origin import Container
+    from insitu._structure import ModuleTree
     from insitu_proto.v1 import value_pb2
     from insitu_wire.errors import Location
 
@@ -211,6 +212,8 @@ class BlockRecorder:
         num_rows: rows of the batch, or of the open invoke; 0 where that is not known.
         length: tokens in the longest of these rows; 0 where that is not known.
         conditions: values under which nodes that are added now run.
+        tree: the modules as the trace's own input goes through them; None where what the model's
+            description tells holds for any input.
     """
 
     def __init__(
@@ -226,6 +229,7 @@ class BlockRecorder:
         self.invoke = 0
         self.num_rows = 0
         self.length = 0
+        self.tree: ModuleTree | None = None
         self.conditions: list[object] = []
         self._nodes = nodes
         self._condition = 0
@@ -241,6 +245,15 @@ class BlockRecorder:
         assert self.trace is not None
         encoded = self.session_recorder.encode(token_ids, location)
         self.trace.invokes.add(token_ids=encoded)
+        return len(self.trace.invokes)
+
+    def add_module_invoke(
+        self, args: tuple[object, ...], kwargs: dict[str, object], location: Location
+    ) -> int:
+        """Adds the arguments of a module that is no language model."""
+        assert self.trace is not None
+        encode = self.session_recorder.encode
+        self.trace.invokes.add(args=encode(args, location), kwargs=encode(kwargs, location))
         return len(self.trace.invokes)
 
     @contextmanager
@@ -314,11 +327,12 @@ class BlockRecorder:
         node.assign.node_id = variable
         node.assign.value.CopyFrom(encoded)
 
-    def skip(self, path: str, value: object, location: Location) -> None:
-        """Has a module not run, and gives what it is to return."""
+    def skip(self, path: str, call_index: int, value: object, location: Location) -> None:
+        """Has a call of a module not happen, and gives what it is to return."""
         encoded = self.session_recorder.encode(value, location)
         node = self._add_node(location)
         node.skip.module_path = path
+        node.skip.call_index = call_index
         node.skip.value.CopyFrom(encoded)
 
     def stop(self, location: Location) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from insitu._model import LanguageModel
+    from insitu._base_model import BaseModel
     from insitu._submission import Submission
     from insitu._trace import Tracer
     from insitu.backends import Backend
@@ -61,7 +61,7 @@ class Session:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: BaseModel,
         backend: Backend,
         *,
         run: bool = True,
@@ -88,7 +88,7 @@ class Session:
         self._token: Token[Session | None] | None = None
         self._open = ExitStack()
 
-    def add_model(self, model: LanguageModel) -> None:
+    def add_model(self, model: BaseModel) -> None:
         """Adds a model whose traces the session holds."""
         self._models.setdefault(model.name, model)
 

@@ -14,12 +14,18 @@ if TYPE_CHECKING:
     from insitu_proto.v1 import model_pb2
     from insitu_wire.errors import Location
 
+    Moment = tuple[str, bool, int]
+    """Module path, whether its call begins or else ends, and which call of it this is, from 0."""
+
 
 class ModuleTree:
     """The modules of a model by path, and who is whose child."""
 
     def __init__(
-        self, description: model_pb2.ModelDescription, rename: Mapping[str, str] | None = None
+        self,
+        description: model_pb2.ModelDescription,
+        rename: Mapping[str, str] | None = None,
+        moments: Sequence[Moment] = (),
     ) -> None:
         """Makes the tree.
 
@@ -27,6 +33,8 @@ class ModuleTree:
             description: the model's.
             rename: further names: of a module, by its full path, at the root; or of every module
                 that has a name, beside it.
+            moments: what a forward pass enters and leaves, in order; by default the first calls,
+                as the description has them.
 
         Raises:
             ConfigurationError: INVALID_CONFIGURATION for a name that a module has already.
@@ -41,7 +49,8 @@ class ModuleTree:
         self._aliases: dict[str, dict[str, str]] = defaultdict(dict)
         for old, new in (rename or {}).items():
             self._add_alias(old, new)
-        self._places = _places(description.modules)
+        moments = moments or _first_calls(description.modules)
+        self._places = {moment: place for place, moment in enumerate(moments, 1)}
 
     def __contains__(self, path: str) -> bool:
         return path in self._modules
@@ -85,12 +94,12 @@ class ModuleTree:
         """Gives the names of a module's children, in order."""
         return self._children.get(path, [])
 
-    def place(self, path: str, *, is_input: bool) -> int:
+    def place(self, path: str, *, is_input: bool, call_index: int = 0) -> int:
         """Gives the place in the forward pass at which a module is entered or left, from 1.
 
         0 if it is not known.
         """
-        return self._places.get((path, is_input), 0)
+        return self._places.get((path, is_input, call_index), 0)
 
     def unknown(self, path: str, location: Location) -> Exception:
         """Makes the error for a path that does not exist; names the nearest that do."""
@@ -122,18 +131,18 @@ class ModuleTree:
         return "\n".join([f"{module.class_name}(", *lines, ")"])
 
 
-def _places(modules: Sequence[model_pb2.Module]) -> dict[tuple[str, bool], int]:
-    """Numbers the moments of a forward pass: a module is left after all that it calls."""
+def _first_calls(modules: Sequence[model_pb2.Module]) -> list[Moment]:
+    """Gives the moments of a forward pass: a module is left after all that it calls."""
     called = sorted((m for m in modules if m.call_order), key=lambda module: module.call_order)
-    places: dict[tuple[str, bool], int] = {}
+    moments: list[Moment] = []
     entered: list[str] = []
     for path in (*(module.path for module in called), None):
         while entered and (path is None or not _is_inside(path, entered[-1])):
-            places[entered.pop(), False] = len(places) + 1
+            moments.append((entered.pop(), False, 0))
         if path is not None:
-            places[path, True] = len(places) + 1
+            moments.append((path, True, 0))
             entered.append(path)
-    return places
+    return moments
 
 
 def _is_inside(path: str, other: str) -> bool:

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Self
-
-import torch
+from typing import TYPE_CHECKING, Any, Self
 
 from insitu._cache import Cache
-from insitu._proxy import as_meta, reference
 from insitu._source import user_location
-from insitu._tokens import token_rows
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
+    import torch
+
+    from insitu._base_model import BaseModel
     from insitu._control import Branch
     from insitu._envoy import Envoy
-    from insitu._model import LanguageModel
     from insitu._recorder import BlockRecorder
     from insitu._session import Session
     from insitu._submission import Submission
-    from insitu._tokens import Prompt
 
 
 class Tracer:
@@ -35,8 +32,8 @@ class Tracer:
     def __init__(
         self,
         session: Session,
-        model: LanguageModel,
-        prompt: Prompt | None,
+        model: BaseModel,
+        prompt: Any,
         *,
         owns_session: bool,
         seed: int = 0,
@@ -69,7 +66,7 @@ class Tracer:
         self._open("stop").stop(user_location())
 
     @contextmanager
-    def invoke(self, prompt: Prompt | None = None) -> Iterator[Self]:
+    def invoke(self, prompt: Any = None) -> Iterator[Self]:
         """Adds rows to the batch of a trace that was opened without a prompt.
 
         Inside, every value has the rows of this invoke only, without the padding that longer
@@ -77,7 +74,7 @@ class Tracer:
         without a prompt sees all rows, padded on the left.
 
         Args:
-            prompt: see `LanguageModel.trace`.
+            prompt: see `LanguageModel.trace`; for a module, its argument.
         """
         recorder = self._open("invoke")
         location = user_location()
@@ -90,7 +87,7 @@ class Tracer:
             )
         outer = recorder.num_rows, recorder.length
         if prompt is not None:
-            recorder.invoke = self._add_rows(prompt)
+            recorder.invoke = self._add_input(prompt)
         try:
             yield self
         finally:
@@ -123,8 +120,8 @@ class Tracer:
         Returns:
             A mapping of module paths; each has `.output` and `.input`.
         """
-        self._open("cache")
-        cache = Cache(self._model, modules, include_output, include_inputs, reduce)
+        tree = self._open("cache").tree or self._model._tree
+        cache = Cache(self._model, tree, modules, include_output, include_inputs, reduce)
         self._caches.append(cache)
         return cache
 
@@ -137,19 +134,10 @@ class Tracer:
             )
         return self._recorder
 
-    def _add_rows(self, prompt: Prompt) -> int:
-        """Adds a prompt to the batch and gives its invoke's number."""
-        recorder = self._recorder
-        assert recorder is not None
-        location = user_location()
-        if reference(prompt) is not None:
-            meta = as_meta(prompt)
-            is_known = isinstance(meta, torch.Tensor) and meta.ndim in (1, 2)
-            recorder.num_rows, recorder.length = (1, *meta.shape)[-2:] if is_known else (0, 0)
-            return recorder.add_computed_invoke(prompt, location)
-        rows = token_rows(prompt, lambda: self._model.tokenizer, location)
-        recorder.num_rows, recorder.length = len(rows), max(map(len, rows))
-        return recorder.add_invoke(rows)
+    def _add_input(self, given: object) -> int:
+        """Adds an input to the trace and gives its invoke's number."""
+        assert self._recorder is not None
+        return self._model._add_input(self._recorder, given, user_location())
 
     def __enter__(self) -> Self:
         if self._owns_session:
@@ -172,7 +160,7 @@ class Tracer:
         self._session._tracer = self
         self._recorder = self._session._recorder.open_trace(self._model.name, self._seed)
         if self._prompt is not None:
-            self._add_rows(self._prompt)
+            self._add_input(self._prompt)
         if not self._is_edit:
             self._model._apply_edits(self._recorder)
 

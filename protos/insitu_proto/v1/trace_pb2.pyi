@@ -132,10 +132,20 @@ class Invoke(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ROWS_FIELD_NUMBER: _builtins.int
+    ARGS_FIELD_NUMBER: _builtins.int
+    KWARGS_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenRow]:
-        """Rows of the batch, in order. At least one, unless token_ids is set."""
+        """Rows of the batch, in order. At least one, unless token_ids is set or the trace is of a module."""
+
+    @_builtins.property
+    def args(self) -> _value_pb2.Value:
+        """Positional arguments of a module that is no language model, as a tuple; for such modules alone."""
+
+    @_builtins.property
+    def kwargs(self) -> _value_pb2.Value:
+        """Keyword arguments of such a module, as a dict."""
 
     @_builtins.property
     def token_ids(self) -> _value_pb2.Value:
@@ -145,11 +155,13 @@ class Invoke(_message.Message):
         self,
         *,
         rows: _abc.Iterable[Global___TokenRow] | None = ...,
+        args: _value_pb2.Value | None = ...,
+        kwargs: _value_pb2.Value | None = ...,
         token_ids: _value_pb2.Value | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["args", b"args", "kwargs", b"kwargs", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["args", b"args", "kwargs", b"kwargs", "rows", b"rows", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

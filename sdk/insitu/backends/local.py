@@ -87,7 +87,7 @@ class LocalBackend:
         return engine.resolve_model_folder(self._name)
 
     @cached_property
-    def _model(self) -> engine.LoadedModel:
+    def _model(self) -> engine.LoadedModule:
         return engine.load_model(self._name, self._folder, dtype=self._dtype)
 
 

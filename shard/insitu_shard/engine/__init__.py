@@ -4,6 +4,7 @@ The shard service drives it on every rank of a group; the SDK's local backend dr
 """
 
 from insitu_shard.engine.describe import describe
+from insitu_shard.engine.describe_module import describe_module
 from insitu_shard.engine.events import (
     Finished,
     Logged,
@@ -20,12 +21,14 @@ from insitu_shard.engine.model import (
     load_model,
     resolve_model_folder,
 )
+from insitu_shard.engine.module import LoadedModule
 from insitu_shard.engine.segment import SegmentRun
 
 __all__ = [
     "Finished",
     "HandleStore",
     "LoadedModel",
+    "LoadedModule",
     "Logged",
     "Saved",
     "SegmentEvent",
@@ -34,6 +37,7 @@ __all__ = [
     "TraceStarted",
     "check_ranks",
     "describe",
+    "describe_module",
     "load_config",
     "load_model",
     "resolve_model_folder",

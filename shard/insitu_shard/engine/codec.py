@@ -89,8 +89,12 @@ class StepDecoder:
         )
 
     def _invoke(self, invoke: trace_pb2.Invoke) -> graph.Invoke:
-        token_ids = self._value(invoke.token_ids) if invoke.HasField("token_ids") else None
-        return graph.Invoke(tuple(tuple(row.token_ids) for row in invoke.rows), token_ids)
+        return graph.Invoke(
+            tuple(tuple(row.token_ids) for row in invoke.rows),
+            self._value(invoke.token_ids) if invoke.HasField("token_ids") else None,
+            self._value(invoke.args) if invoke.HasField("args") else (),
+            self._value(invoke.kwargs) if invoke.HasField("kwargs") else {},
+        )
 
     def _loop(self, loop: session_pb2.Loop) -> graph.Loop:
         return graph.Loop(self._value(loop.items), loop.item_node_id, self.steps(loop.steps))

@@ -36,6 +36,16 @@ def describe(
         transformers_version=transformers_version,
         tokenizer_hash=tokenizer_hash,
     )
+    add_modules(description, module, measurements)
+    return description
+
+
+def add_modules(
+    description: model_pb2.ModelDescription,
+    module: torch.nn.Module,
+    measurements: list[Measurement],
+) -> None:
+    """Adds a module and all below it, with what was measured of them."""
     blocks = block_paths(module)
     order = measurements[0].call_order if measurements else {}
     for path, part in module.named_modules():
@@ -48,7 +58,6 @@ def describe(
         )
         if path in order:
             _add_structures(entry, measurements)
-    return description
 
 
 def measure_fake(
@@ -114,6 +123,8 @@ def _tensor(tensors: list[torch.Tensor]) -> model_pb2.TensorSpec | None:
 
 def _dimension(sizes: tuple[int, ...]) -> model_pb2.DimensionSpec | None:
     """Finds what a size is made of: a constant, rows, tokens, or both."""
+    if len(sizes) == 1:
+        return model_pb2.DimensionSpec(factor=sizes[0])
     for batch_power, length_power in ((0, 0), (1, 0), (0, 1), (1, 1)):
         units = [batch**batch_power * length**length_power for batch, length in PROBE_SIZES]
         factors = {size / unit for size, unit in zip(sizes, units, strict=True)}

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from insitu_shard.engine.boundary_value import BoundaryValue
     from insitu_shard.engine.graph import Node, NodeId
     from insitu_shard.engine.memory import StorageKey
-    from insitu_shard.engine.model import LoadedModel
+    from insitu_shard.engine.module import LoadedModule
     from insitu_shard.engine.plan import Plan
 
 
@@ -57,7 +57,7 @@ class Executor:
     def __init__(
         self,
         plan: Plan,
-        model: LoadedModel,
+        model: LoadedModule,
         earlier: Mapping[NodeId, object],
         seed: str,
         brought: AbstractSet[StorageKey] = frozenset(),
@@ -217,6 +217,16 @@ class Executor:
             for used in self._plan.uses[reader_id]:
                 if used not in copies and (value := self._current(used)) is not UNSET:
                     copies[used] = value if is_assignment else copied(value)
+
+    def part_from(self, boundary_value: object) -> None:
+        """Copies values that share the memory of what the model goes on with and may write into."""
+        memory = storages(boundary_value)
+        for values in (self.values, self.assigned, self.saved):
+            sharing = {
+                node_id: value for node_id, value in values.items() if storages(value) & memory
+            }
+            for node_id, value in copied_together(sharing).items():
+                self._keep(values, node_id, value)
 
     def _part_from_strangers(self, writer: Node, target: object) -> None:
         """Copies values that happen to share the written memory, but are no views of it.

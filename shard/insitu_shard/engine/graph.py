@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +178,10 @@ class Invoke:
     """Token ids of each row."""
     token_ids: object = None
     """A reference to token ids that an earlier step gives, in place of rows."""
+    args: object = ()
+    """Positional arguments, of a module that is no language model."""
+    kwargs: object = field(default_factory=dict)
+    """Keyword arguments of such a module."""
 
 
 @dataclass(frozen=True, slots=True)

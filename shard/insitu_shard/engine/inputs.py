@@ -10,7 +10,7 @@ import torch
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from insitu_shard.engine.graph import Invoke
 
@@ -52,6 +52,16 @@ class Batch:
             invokes.append(InvokeRows(first_row, len(rows), longest - length, length))
             first_row += len(rows)
         return Batch(tuple(row for rows in rows_of_invokes for row in rows), tuple(invokes))
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardInputs:
+    """What a forward pass is called with."""
+
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    batch: Batch | None = None
+    """Which rows of it are whose, where it is made of rows."""
 
 
 def model_inputs(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from insitu_shard.engine.boundary_value import InputValue, OutputValue, check_token_ids
+from insitu_shard.engine.boundary_value import InputValue, OutputValue
 from insitu_shard.engine.execute import Executor
 from insitu_shard.engine.failures import cyclic_write, model_raised, not_reached
 from insitu_shard.engine.graph import UNSET, Boundary, Skip
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from insitu_shard.engine.boundary_value import BoundaryValue
     from insitu_shard.engine.graph import Node, NodeId
-    from insitu_shard.engine.inputs import Batch
+    from insitu_shard.engine.inputs import Batch, ForwardInputs
     from insitu_shard.engine.memory import StorageKey
-    from insitu_shard.engine.model import LoadedModel
+    from insitu_shard.engine.module import LoadedModule
     from insitu_shard.engine.plan import Plan
 
 
@@ -45,7 +45,7 @@ class Interleaver:
     def __init__(
         self,
         plan: Plan,
-        model: LoadedModel,
+        model: LoadedModule,
         earlier: Mapping[NodeId, object],
         seed: str,
         brought: AbstractSet[StorageKey] = frozenset(),
@@ -59,14 +59,13 @@ class Interleaver:
         self._batch: Batch | None = None
         self.error: Error | None = None
 
-    def run(self, inputs: Mapping[str, torch.Tensor] | None, batch: Batch | None = None) -> None:
+    def run(self, inputs: ForwardInputs | None) -> None:
         """Runs the nodes, and the forward pass as far as they need it.
 
         Args:
             inputs: the model's; None for nodes that need no pass.
-            batch: which rows of the inputs are whose.
         """
-        self._batch = batch
+        self._batch = inputs.batch if inputs is not None else None
         self._ready = [
             node.id
             for node in self._plan.nodes.values()
@@ -111,7 +110,7 @@ class Interleaver:
         executor = self._executor
         return executor.stopped_at is not None or executor.done == self._plan.nodes.keys()
 
-    def _run_pass(self, inputs: Mapping[str, torch.Tensor]) -> None:
+    def _run_pass(self, inputs: ForwardInputs) -> None:
         hooks = list(self._install_hooks())
         skipping = {
             node.operation.module_path
@@ -121,7 +120,7 @@ class Interleaver:
         for path in skipping:
             self._install_skip(path)
         try:
-            self._model.module(**inputs, use_cache=False)
+            self._model.module(*inputs.args, **inputs.kwargs)
         except _NothingIsLeft:
             pass
         except Exception as exception:  # noqa: BLE001 - a write can make the model raise anything
@@ -166,8 +165,7 @@ class Interleaver:
             self._run_boundary(boundary, value)
             if boundary not in self._plan.due_at_boundary:
                 return None
-            if path == self._model.embedding_path:
-                self._check_token_ids(boundary, value)
+            self._check_arguments(boundary, value)
             return None if self.error else layout.scatter(value.raw)
 
         return hook
@@ -212,10 +210,10 @@ class Interleaver:
         is_written = boundary in self._plan.due_at_boundary
         return InvokesValue(whole, structure, self._batch, is_written)
 
-    def _check_token_ids(self, boundary: Boundary, value: BoundaryValue) -> None:
+    def _check_arguments(self, boundary: Boundary, value: BoundaryValue) -> None:
         last_write = self._plan.nodes[self._plan.due_at_boundary[boundary][-1]]
         try:
-            check_token_ids(value.raw, self._model.vocab_size, f"{boundary.module_path}.input")
+            self._model.check_arguments(boundary.module_path, value.raw)
         except Error as err:
             err.location = last_write.location
             self.error = self.error or err
@@ -231,6 +229,8 @@ class Interleaver:
         late = [node_id for node_id in writes if node_id not in self._executor.done]
         if late and self.error is None:
             self.error = cyclic_write(late[0], self._plan, self._executor.done)
+        if self._model.writes_in_place:
+            self._executor.part_from(value.raw)
 
     def _run_ready(self, boundary: Boundary | None, value: BoundaryValue | None) -> None:
         """Runs every node that can run now, in the order of definition."""

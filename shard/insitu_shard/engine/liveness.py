@@ -68,7 +68,8 @@ def _used(steps: Sequence[Step]) -> Iterator[NodeId]:
     for step in _all_steps(steps):
         match step.kind:
             case Trace(invokes=invokes, conditions=conditions):
-                yield from references([invoke.token_ids for invoke in invokes])
+                for invoke in invokes:
+                    yield from references((invoke.token_ids, invoke.args, invoke.kwargs))
                 yield from references([condition.value for condition in conditions])
             case Log(values=values):
                 yield from references(list(values))

@@ -7,25 +7,29 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from insitu_proto.v1 import model_pb2
+from insitu_shard.engine.boundary_value import check_token_ids
 from insitu_shard.engine.describe import describe, measure_fake
+from insitu_shard.engine.inputs import Batch, ForwardInputs, model_inputs, rows_of
 from insitu_shard.engine.layout import Layouts, find_layouts
 from insitu_shard.engine.measure import PROBE_SIZES, block_paths, measure
-from insitu_shard.engine.memory import StorageKey, storages
+from insitu_shard.engine.module import LoadedModule
 from insitu_shard.engine.ranks import Ranks
 from insitu_wire.errors import Reason, error
 from insitu_wire.paths import model_cache_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from insitu_shard.engine.graph import Invoke
 
 
 _TOKENIZER_FILE = re.compile(
@@ -34,23 +38,14 @@ _TOKENIZER_FILE = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class LoadedModel:
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel(LoadedModule):
     """A model in this process's memory, ready to run, whole or one rank's slices of it."""
 
-    name: str
     folder: Path
     config: PretrainedConfig
     module: PreTrainedModel
-    device: torch.device
     dtype: torch.dtype
-    layouts: Layouts
-    ranks: Ranks
-
-    @cached_property
-    def modules(self) -> Mapping[str, torch.nn.Module]:
-        """All modules by path."""
-        return dict(self.module.named_modules())
 
     @cached_property
     def block_paths(self) -> frozenset[str]:
@@ -70,10 +65,22 @@ class LoadedModel:
         size: int = self.config.get_text_config().vocab_size
         return size
 
-    @cached_property
-    def storages(self) -> frozenset[StorageKey]:
-        """The memory of its weights and buffers, which no session may write to."""
-        return storages([*self.module.parameters(), *self.module.buffers()])
+    @property
+    def writes_in_place(self) -> bool:
+        """Whether its forward pass may write into what a module has taken or returned."""
+        # transformers' models do not.
+        return False
+
+    def forward_inputs(self, invokes: Sequence[Invoke]) -> ForwardInputs:
+        """Gives the token ids of all invokes as one batch."""
+        batch = Batch.of([rows_of(at, at.token_ids, self.vocab_size) for at in invokes])
+        inputs = model_inputs(batch.rows, pad_token_id=self.pad_token_id, device=self.device)
+        return ForwardInputs((), {**inputs, "use_cache": False}, batch)
+
+    def check_arguments(self, path: str, arguments: tuple[Any, Any]) -> None:
+        """Refuses token ids that the embedding has no row for."""
+        if path == self.embedding_path:
+            check_token_ids(arguments, self.vocab_size, f"{path}.input")
 
     def structure(self, path: str, *, is_input: bool) -> model_pb2.StructureSpec:
         """Gives what is known of the tensors at a module boundary of the whole model.
@@ -145,7 +152,16 @@ def load_model(
     if ranks.size == 1:
         module = module.to(device)
     layouts = _layouts(config, module, ranks, device)
-    return LoadedModel(name, folder, config, module, device, module.dtype, layouts, ranks)
+    return LoadedModel(
+        name=name,
+        folder=folder,
+        config=config,
+        module=module,
+        device=device,
+        dtype=module.dtype,
+        layouts=layouts,
+        ranks=ranks,
+    )
 
 
 def _layouts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from insitu_shard.engine.codec import StepDecoder
@@ -21,7 +22,6 @@ from insitu_shard.engine.graph import (
     references,
     resolve,
 )
-from insitu_shard.engine.inputs import Batch, model_inputs, rows_of
 from insitu_shard.engine.interleaver import Interleaver
 from insitu_shard.engine.liveness import Liveness, has_in_place_call
 from insitu_shard.engine.logs import format_values
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
     from insitu_proto.v1 import shard_service_pb2
     from insitu_shard.engine.graph import NodeId, Step
-    from insitu_shard.engine.model import LoadedModel
+    from insitu_shard.engine.inputs import ForwardInputs
+    from insitu_shard.engine.module import LoadedModule
     from insitu_shard.engine.plan import Plan
 
 
@@ -55,7 +56,7 @@ class SegmentRun:
 
     def __init__(
         self,
-        models: Mapping[str, LoadedModel],
+        models: Mapping[str, LoadedModule],
         segment: shard_service_pb2.Segment,
         values: dict[NodeId, object],
         tensors: Sequence[torch.Tensor] = (),
@@ -160,17 +161,16 @@ class SegmentRun:
     def _run_trace(self, trace: Trace, step: Step) -> Iterator[SegmentEvent]:
         model = self._models[trace.model]
         try:
-            batch = self._batch(trace, model)
+            inputs = self._inputs(trace, model)
         except Error as err:
             err.trace_number = step.trace_number
             raise
-        if batch is None:
+        if inputs is None:
             return
         plan = plan_nodes(trace.nodes, trace.conditions, used_later=self._liveness.used_after(step))
         seed = self._block_seed(trace.nodes, trace.seed)
         interleaver = Interleaver(plan, model, self._values, seed, self._brought)
-        inputs = model_inputs(batch.rows, pad_token_id=model.pad_token_id, device=model.device)
-        interleaver.run(inputs, batch)
+        interleaver.run(inputs)
         yield from self._finish(interleaver, plan, step.trace_number)
 
     def _block_seed(self, nodes: Sequence[Node], seed: int) -> str:
@@ -179,13 +179,16 @@ class SegmentRun:
         self._num_runs[first_id] += 1
         return f"{seed or self._seed}:{self._num_runs[first_id]}"
 
-    def _batch(self, trace: Trace, model: LoadedModel) -> Batch | None:
-        """Gives the rows of a trace; None if what they are made of was not set."""
-        token_ids = [self._resolve(invoke.token_ids) for invoke in trace.invokes]
-        if UNSET in [ids for ids in token_ids if isinstance(ids, type(UNSET))]:
-            return None
-        pairs = zip(trace.invokes, token_ids, strict=True)
-        return Batch.of([rows_of(invoke, ids, model.vocab_size) for invoke, ids in pairs])
+    def _inputs(self, trace: Trace, model: LoadedModule) -> ForwardInputs | None:
+        """Gives what a trace runs over; None if what that is made of was not set."""
+        invokes = []
+        for invoke in trace.invokes:
+            values = self._resolve((invoke.token_ids, invoke.args, invoke.kwargs))
+            if not isinstance(values, tuple):
+                return None
+            token_ids, args, kwargs = values
+            invokes.append(replace(invoke, token_ids=token_ids, args=args, kwargs=kwargs))
+        return model.forward_inputs(invokes)
 
     def _finish(
         self, interleaver: Interleaver, plan: Plan, trace_number: int

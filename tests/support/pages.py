@@ -13,6 +13,10 @@ import insitu
 from insitu import Error
 
 ERROR_PAGES = Path(__file__).resolve().parents[2] / "docs" / "errors"
+GUIDES = [
+    *sorted((ERROR_PAGES.parent / "usage").glob("*.md")),
+    ERROR_PAGES.parent / "coming-from-nnsight.md",
+]
 _FENCE = re.compile(r"^```(?P<kind>.*)\n(?P<text>(?:.*\n)*?)^```$", re.MULTILINE)
 
 
@@ -29,7 +33,8 @@ def examples(page: Path) -> list[Example]:
     """Gives the examples of a page: ```python blocks, each with the ```text block after it."""
     blocks = [(match["kind"], match["text"]) for match in _FENCE.finditer(page.read_text())]
     found = []
-    for (kind, code), (next_kind, text) in zip(blocks, [*blocks[1:], ("", "")], strict=True):
+    following = [*blocks, ("", "")][1:]
+    for (kind, code), (next_kind, text) in zip(blocks, following, strict=True):
         if kind in ("python", "python server"):
             shown = text if next_kind == "text" else ""
             found.append(Example(code, shown, needs_server=kind == "python server"))
@@ -68,3 +73,13 @@ def agrees(shown: str, actual: str) -> bool:
     """Tells whether a page shows what came: "..." stands for anything, line breaks for spaces."""
     pattern = re.escape(" ".join(shown.split())).replace(r"\.\.\.", ".*")
     return re.fullmatch(pattern, " ".join(actual.split())) is not None
+
+
+def run_page(page: Path, model: insitu.LanguageModel, folder: Path, *, with_server: bool) -> None:
+    """Runs the examples of a page in one namespace, top to bottom."""
+    names = namespace(model)
+    for number, example in enumerate(examples(page)):
+        if with_server or not example.needs_server:
+            file = folder / f"{page.stem}-{number}.py"
+            file.write_text(example.code)
+            exec(compile(example.code, str(file), "exec"), names)

@@ -72,6 +72,7 @@ class Reason(StrEnum):
     WAIT_TIMEOUT = auto()
     TENSOR_NOT_UPLOADED = auto()
     STORAGE_FULL = auto()
+    HANDLE_NOT_FOUND = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +219,7 @@ _TABLE: dict[Reason, tuple[grpc.StatusCode, type[Error]]] = {
     Reason.MODEL_NOT_FOUND: (_Code.NOT_FOUND, NotFoundError),
     Reason.SESSION_NOT_FOUND: (_Code.NOT_FOUND, NotFoundError),
     Reason.RESULT_NOT_FOUND: (_Code.NOT_FOUND, NotFoundError),
+    Reason.HANDLE_NOT_FOUND: (_Code.NOT_FOUND, NotFoundError),
     Reason.REQUEST_ID_REUSED: (_Code.FAILED_PRECONDITION, SessionStateError),
     Reason.INTERVENTION_RAISED: (_Code.INVALID_ARGUMENT, InterventionError),
     Reason.SESSION_CANCELLED: (_Code.CANCELLED, CancelledError),

@@ -49,7 +49,7 @@ def _values(step: Step) -> Iterator[Value]:
 def values_of(node: Node) -> Iterator[Value]:
     """Yields the values that a node uses."""
     match node.WhichOneof("operation"):
-        case "write" | "save" | "assign" | "skip" as kind:
+        case "write" | "save" | "assign" | "skip" | "keep" as kind:
             yield getattr(node, kind).value
         case "log":
             yield from node.log.values

@@ -82,6 +82,8 @@ class Admission:
         session = request.session
         models = self._catalog.served()
         await _off_loop(session, lambda: validate(session, models))
+        # Refused now where it can be known; it may be lost later, too.
+        self._dispatcher.kept.group_of(user, session)
         accepted = AcceptedSession(
             session_id=SessionId(str(uuid.uuid4())),
             request_id=request.request_id,
@@ -112,7 +114,8 @@ class Admission:
             if known.session_id != accepted.session_id:
                 return _same_session(known, accepted.payload_digest, accepted.request_id)
             undo.pop_all()
-        live = LiveSession(log, session, accepted.model)
+        group = self._dispatcher.kept.group_of(accepted.user, session)
+        live = LiveSession(log, session, accepted.model, needed_lease_id=group)
         self._dispatcher.enqueue(live, position=position, is_detached=is_detached)
         self._metrics.accepted(accepted.model or "")
         return accepted.session_id

@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from insitu_scheduler import events
+from insitu_scheduler.kept_values import KeptValues
 from insitu_scheduler.live_session import LiveSession, ending
 from insitu_scheduler.positions import PositionAnnouncer
 from insitu_scheduler.queue import WaitingSession
@@ -55,6 +56,7 @@ class Dispatcher:
         max_queued: int,
         orphan_grace_seconds: float,
     ) -> None:
+        self.kept = KeptValues()
         self.watchers = Watchers(orphan_grace_seconds, self._cancel_orphan)
         self._queue = queue
         self._registry = registry
@@ -119,6 +121,7 @@ class Dispatcher:
                 estimated_cost=estimate_cost(live.session),
                 enqueued_at=time.monotonic(),
                 others=frozenset(models_of(live.session)) - {live.model},
+                lease_id=live.needed_lease_id,
             )
         )
         self._positions.pushed(session_id, position)
@@ -144,6 +147,8 @@ class Dispatcher:
 
     def lose(self, group: Group) -> None:
         """Gives up a group whose lease is gone, and with it the session that it runs."""
+        self.kept.lose(group.lease_id)
+        self._fail_those_that_need(group)
         client = self._clients.pop(group.lease_id, None)
         if client is None:
             return  # the scheduler stops, and has closed it
@@ -153,6 +158,20 @@ class Dispatcher:
                 live.stop(events.failed(replica_lost()))
                 return  # its run closes the connection, after it has released its values
         self._spawn(client.close())
+
+    async def release_kept(self, user: str, handle_id: str) -> bool:
+        """Lets go of a value that a user keeps; tells whether there was one."""
+        place = self.kept.find(user, handle_id)
+        self.kept.forget(user, handle_id)
+        client = self._clients.get(place.lease_id) if place else None
+        return client is not None and await client.release_handle(user, handle_id)
+
+    def _fail_those_that_need(self, group: Group) -> None:
+        """Ends waiting sessions that load what a group kept that is gone."""
+        for live in list(self._live.values()):
+            if live.work is None and live.needed_lease_id == group.lease_id:
+                self._withdraw(live)
+                self._spawn(self._end(live, events.failed(replica_lost())))
 
     def groups_changed(self, model: str) -> None:
         """Takes note that groups of a model came, went, or changed their state."""
@@ -189,7 +208,7 @@ class Dispatcher:
             free = {other.model: other for other in self._registry.ready()}
             if not any(other is group for other in self._registry.ready()):
                 continue  # a session over several models has taken it
-            if waiting := self._queue.pop(group.model, free.keys()):
+            if waiting := self._queue.pop(group.model, free.keys(), group.lease_id):
                 needed = ({waiting.model} | waiting.others) - {group.model, None}
                 groups = [group, *(free[model] for model in needed if model)]
                 for taken in groups:
@@ -213,6 +232,7 @@ class Dispatcher:
             uploads=self._uploads,
         )
         clients = {group.model: self._clients[group.lease_id] for group in groups}
+        self.kept.add(live.log.user, live.session, {at.model: at.lease_id for at in groups})
         live.lease_ids = frozenset(group.lease_id for group in groups)
         live.work = asyncio.create_task(run.run(clients))
         self._spawn(self._see_through(live, live.work, groups))

@@ -26,6 +26,8 @@ class LiveSession:
     log: EventLog
     session: Session
     model: str | None
+    needed_lease_id: LeaseId | None = None
+    """The one group that can run it, for it keeps what the session loads; None if any can."""
     work: asyncio.Task[None] | None = None
     """What runs it; None while it waits."""
     lease_ids: frozenset[LeaseId] = frozenset()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Errors travel in HTTP/2 headers, which take a few kilobytes.
 MAX_QUOTED = 200
+_MAX_HANDLE = 64
 
 
 class OperationChecker:
@@ -72,6 +73,11 @@ class OperationChecker:
                 self._check_values([node.assign.value])
             case "stop":
                 return
+            case "keep":
+                self._check_handle(node.keep.handle_id)
+                self._check_values([node.keep.value])
+            case "load":
+                self._check_handle(node.load.handle_id)
             case "skip":
                 self._check_path(node.skip.module_path, model)
                 self._check_values([node.skip.value])
@@ -79,6 +85,13 @@ class OperationChecker:
                 raise unsupported(f"{self._owner} is an operation that it does not know")
             case kind:
                 raise unsupported(f"{self._owner} is a {kind}, which it can not run yet")
+
+    def _check_handle(self, handle_id: str) -> None:
+        if not 16 <= len(handle_id) <= _MAX_HANDLE or not handle_id.isalnum():
+            raise malformed(
+                f"{self._owner} names the handle {handle_id[:_MAX_HANDLE]!r}; a handle is 16 to "
+                f"{_MAX_HANDLE} letters and digits, drawn at random"
+            )
 
     def _check_hook_point(self, hook_point: HookPoint, model: KnownModel | None) -> None:
         if hook_point.invoke > self._num_invokes:

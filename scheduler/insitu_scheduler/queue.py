@@ -28,6 +28,8 @@ class WaitingSession:
     """When it began to wait, in seconds of the caller's clock."""
     others: frozenset[str] = frozenset()
     """Further models, of which it needs a group each at the same time."""
+    lease_id: str | None = None
+    """The one group that can take it, for what it keeps; None if any of the model's can."""
 
 
 class SessionQueue(Protocol):
@@ -37,12 +39,15 @@ class SessionQueue(Protocol):
         """Adds a session."""
         ...
 
-    def pop(self, model: str, free: AbstractSet[str]) -> WaitingSession | None:
+    def pop(
+        self, model: str, free: AbstractSet[str], lease_id: str | None = None
+    ) -> WaitingSession | None:
         """Takes out the next session that a group of a model can run, if there is one.
 
         Args:
             model: the group's.
             free: models of which a group is free, the group's own among them.
+            lease_id: the group's.
         """
         ...
 
@@ -88,14 +93,16 @@ class FifoQueue:
         if waiting.others:
             self._wide[waiting.session_id] = self._num_pushed
 
-    def pop(self, model: str, free: AbstractSet[str]) -> WaitingSession | None:
+    def pop(
+        self, model: str, free: AbstractSet[str], lease_id: str | None = None
+    ) -> WaitingSession | None:
         """Takes out the earliest session that a group of a model can run.
 
         A session that needs several models is not overtaken in any of their lines: else it might
         never find all of them free. All lines have one order, so that no two such sessions keep
         each other's groups.
         """
-        heads = [next(iter(self._lines[key].items()), None) for key in (model, None)]
+        heads = [self._first(key, lease_id) for key in (model, None)]
         heads.append(self._first_wide(model))
         found = [head for head in heads if head is not None]
         if not found:
@@ -105,6 +112,15 @@ class FifoQueue:
         if first.others and not first.others | {first.model or model} <= free:
             return None
         return self.remove(session_id)
+
+    def _first(self, model: str | None, lease_id: str | None) -> tuple[SessionId, int] | None:
+        """Gives the first of a line that needs no other group than the given one."""
+        fitting = (
+            (session_id, number)
+            for session_id, number in self._lines[model].items()
+            if self._waiting[session_id][1].lease_id in (None, lease_id)
+        )
+        return next(fitting, None)
 
     def _first_wide(self, model: str) -> tuple[SessionId, int] | None:
         needing = (

@@ -87,6 +87,7 @@ class SessionRun:
             segment=message,
             imports=imports,
             kept_node_ids=kept,
+            user=self.log.user,
         )
         async with aclosing(shard.run_segment(request)) as responses:
             async for response in responses:

@@ -147,6 +147,14 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         await self._dispatcher.cancel(log.session_id)
         return pb.CancelSessionResponse(had_ended=had_ended)
 
+    async def ReleaseKeptValue(
+        self, request: pb.ReleaseKeptValueRequest, context: Context
+    ) -> pb.ReleaseKeptValueResponse:
+        """Lets go of a value that one of the caller's sessions kept."""
+        user = self._authenticate(context)
+        had_value = await self._dispatcher.release_kept(user, request.handle_id)
+        return pb.ReleaseKeptValueResponse(had_value=had_value)
+
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:

@@ -117,6 +117,19 @@ class ShardClient:
                 self.address, session_id, rpc_error.details(),
             )  # fmt: skip
 
+    async def release_handle(self, user: str, handle_id: str) -> bool:
+        """Lets go of a kept value; tells whether there was one.
+
+        Raises:
+            Error: REPLICA_LOST if the group is gone.
+        """
+        request = shard_service_pb2.ReleaseHandleRequest(user=user, handle_id=handle_id)
+        try:
+            response = await self._stub.ReleaseHandle(request)
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._lost(rpc_error) from rpc_error
+        return response.had_value
+
     async def close(self) -> None:
         """Closes the connection, and with it what still runs over it."""
         await self._channel.close()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAX_STEPS = 10_000
 MAX_NODES = 100_000
 MAX_TENSORS = 100_000
-_WITHOUT_VALUE = ("write", "save", "log", "assign", "stop", "skip")
+_WITHOUT_VALUE = ("write", "save", "log", "assign", "stop", "skip", "keep")
 # What runs inside a forward pass only.
 _IN_A_PASS = ("read", "write", "stop", "skip")
 MAX_DEPTH = 16

@@ -37,6 +37,7 @@ from insitu_wire.errors import (
 if TYPE_CHECKING:
     from insitu._containers import dict, list, variable
     from insitu._envoy import Envoy
+    from insitu._handle import Handle
     from insitu._lint import UnusedValueWarning
     from insitu._model import LanguageModel
     from insitu._module_model import Model
@@ -53,6 +54,7 @@ __all__ = [
     "DeadlineError",
     "Envoy",
     "Error",
+    "Handle",
     "InternalError",
     "InterventionError",
     "InvalidTraceError",
@@ -84,6 +86,7 @@ _LAZY = {
     "list": "insitu._containers",
     "variable": "insitu._containers",
     "Envoy": "insitu._envoy",
+    "Handle": "insitu._handle",
     "LanguageModel": "insitu._model",
     "Model": "insitu._module_model",
     "Session": "insitu._session",

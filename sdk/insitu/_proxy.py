@@ -33,6 +33,7 @@ from insitu_wire.operations import is_in_place, last_word, may_alias, writing_op
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from insitu._handle import Handle
     from insitu_wire.errors import Location
 
 
@@ -82,6 +83,16 @@ class Proxy(torch.Tensor):
         """Marks the value to come back; after the session has run, this object is the value."""
         _save(self, self._origin)
         return self
+
+    def keep(self) -> Handle:
+        """Keeps the value where the model runs, for later sessions of the same user.
+
+        It stays until the handle's `release`, or until it has not been used for a time that the
+        server sets (an hour); in this process until then or its end.
+        """
+        from insitu._handle import keep  # it is a proxy itself
+
+        return keep(self)
 
     def __iter__(self) -> Iterator[Proxy]:
         if self._meta is None:

@@ -19,7 +19,7 @@ from insitu_wire.steps import all_steps
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 
-    from insitu._origin import Container
+    from insitu._origin import Container, Origin
     from insitu._structure import ModuleTree
     from insitu_proto.v1 import value_pb2
     from insitu_wire.errors import Location
@@ -42,6 +42,7 @@ class SessionRecorder:
         state: "recording", then "running", then "done".
         num_traces: how many traces there are.
         containers: lists and dicts that it builds.
+        loaded: where values that earlier sessions kept come from, by handle.
         trace: the trace whose block is open, if one is.
         scope: where what is recorded now is defined, and so surely set.
     """
@@ -60,6 +61,7 @@ class SessionRecorder:
         self.num_traces = 0
         self.trace: BlockRecorder | None = None
         self.containers: list[Container] = []
+        self.loaded: dict[str, Origin] = {}
         self.scope: Scope = ()
         self._reference = reference
         self._steps: MutableSequence[session_pb2.Step] = self.session.steps
@@ -334,6 +336,19 @@ class BlockRecorder:
         node.skip.module_path = path
         node.skip.call_index = call_index
         node.skip.value.CopyFrom(encoded)
+
+    def keep(self, value: object, handle_id: str, location: Location) -> None:
+        """Keeps a value beyond the session."""
+        encoded = self.session_recorder.encode(value, location)
+        node = self._add_node(location)
+        node.keep.value.CopyFrom(encoded)
+        node.keep.handle_id = handle_id
+
+    def load(self, handle_id: str, location: Location) -> int:
+        """Adds the value that an earlier session kept, and gives its node id."""
+        node = self._add_node(location)
+        node.load.handle_id = handle_id
+        return node.id
 
     def stop(self, location: Location) -> None:
         """Ends the forward pass when all that was recorded before has run."""

@@ -92,6 +92,10 @@ class Session:
         """Adds a model whose traces the session holds."""
         self._models.setdefault(model.name, model)
 
+    def model_named(self, name: str) -> BaseModel:
+        """Gives the model of a trace."""
+        return self._models[name]
+
     def log(self, *values: object) -> None:
         """Prints values when the session comes to this place; they arrive as its LOG events.
 

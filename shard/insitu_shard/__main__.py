@@ -47,6 +47,20 @@ def run(
         str,
         typer.Option(envvar="INSITU_DTYPE", help="Element type of weights; default: as stored."),
     ] = "",
+    kept_bytes: Annotated[
+        int,
+        typer.Option(
+            envvar="INSITU_KEPT_BYTES",
+            help="Memory of each rank for values that one user keeps beyond sessions, in bytes.",
+        ),
+    ] = 4 * 1024**3,
+    kept_seconds: Annotated[
+        float,
+        typer.Option(
+            envvar="INSITU_KEPT_SECONDS",
+            help="How long a value that a user keeps stays after its last use, in seconds.",
+        ),
+    ] = 3600.0,
     upload_cache_bytes: Annotated[
         int,
         typer.Option(
@@ -70,6 +84,8 @@ def run(
             num_ranks=tp,
             dtype=dtype,
             upload_cache_bytes=upload_cache_bytes,
+            kept_bytes=kept_bytes,
+            kept_seconds=kept_seconds,
         )
         if "RANK" in os.environ:
             from insitu_shard.server import run_rank

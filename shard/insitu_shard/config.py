@@ -31,6 +31,10 @@ class ShardConfig:
     """Element type of the weights, such as "bfloat16"; by default as stored."""
     upload_cache_bytes: int = 8 * 1024**3
     """Memory of each rank for tensors that users bring; the least recently used make room."""
+    kept_bytes: int = 4 * 1024**3
+    """Memory of each rank for values that one user keeps beyond sessions."""
+    kept_seconds: float = 3600.0
+    """How long a kept value stays after it was last used."""
     collective_timeout_seconds: float = 60.0
     """How long a rank waits for the others inside a forward pass before the group gives up."""
     grace_seconds: float = 30.0

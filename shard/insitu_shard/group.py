@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from insitu_proto.v1.tensor_pb2 import Tensor
 from insitu_shard.engine import Finished, HandleStore, SegmentRun, StepFollows
 from insitu_shard.engine.ranks import Ranks
 from insitu_shard.imports import keep_values
+from insitu_shard.lifetimes import Lifetimes
 from insitu_shard.upload_cache import keep_upload, session_tensors
 from insitu_wire.dtypes import num_bytes
 from insitu_wire.errors import Error
@@ -40,6 +42,7 @@ class _Command(IntEnum):
     STORE_UPLOAD = 5
     DROP_UPLOADS = 6
     STORE_VALUES = 7
+    LET_GO = 8
 
 
 class CommandChannel:
@@ -101,10 +104,28 @@ def join_group(config: ShardConfig, rank: int) -> Ranks:
 class Leader:
     """Runs segments on all ranks of the group. Used by one thread only."""
 
-    def __init__(self, model: LoadedModel, channel: CommandChannel, uploads: UploadCache) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        channel: CommandChannel,
+        uploads: UploadCache,
+        *,
+        kept_bytes: int,
+        kept_seconds: float,
+    ) -> None:
+        """Makes the leader.
+
+        Args:
+            model: the model.
+            channel: reaches the followers.
+            uploads: tensors that users brought.
+            kept_bytes: how much each user may keep beyond sessions.
+            kept_seconds: how long it is kept after its last use.
+        """
         self.model = model
         self.uploads = uploads
-        self.handles = HandleStore()
+        self.handles = HandleStore(kept_bytes)
+        self._lifetimes = Lifetimes(kept_seconds)
         self._channel = channel
 
     def run_segment(
@@ -123,6 +144,8 @@ class Leader:
         Raises:
             Error: a step failed.
         """
+        self.let_go_of_unused()
+        self._lifetimes.touch(request, now=time.monotonic())
         self._channel.send(_Command.BEGIN_SEGMENT, request.SerializeToString())
         run = _begin(self.model, request, self.handles, self.uploads.tensors)
         for event in run.run():
@@ -163,6 +186,17 @@ class Leader:
         model, uploads = self.model, self.uploads.tensors
         keep_upload(uploads, spec, data, device=model.device, ranks=model.ranks)
 
+    def let_go(self, user: str, handle_id: str) -> bool:
+        """Frees a kept value on every rank; tells whether there was one."""
+        self._lifetimes.forget(user, handle_id)
+        self._channel.send(_Command.LET_GO, f"{handle_id}\n{user}".encode())
+        return self.handles.let_go(user, handle_id)
+
+    def let_go_of_unused(self) -> None:
+        """Frees kept values that have not been used for long."""
+        for user, handle_id in self._lifetimes.expired(now=time.monotonic()):
+            self.let_go(user, handle_id)
+
     def release(self, session_id: str) -> int:
         """Frees a session's values on every rank, and lets its uploads make room for others."""
         self.uploads.release(session_id)
@@ -174,9 +208,11 @@ class Leader:
         self._channel.send(_Command.STOP)
 
 
-def follow(model: LoadedModel, channel: CommandChannel) -> None:
+def follow(  # noqa: C901 - one case a command
+    model: LoadedModel, channel: CommandChannel, *, kept_bytes: int
+) -> None:
     """Does on this rank what the leader does, until it says stop."""
-    handles = HandleStore()
+    handles = HandleStore(kept_bytes)
     uploads: dict[str, torch.Tensor] = {}
     run: Iterator[SegmentEvent | StepFollows] = iter(())
     while True:
@@ -195,6 +231,9 @@ def follow(model: LoadedModel, channel: CommandChannel) -> None:
             case _Command.DROP_UPLOADS:
                 for name in payload.decode().splitlines():
                     uploads.pop(name, None)
+            case _Command.LET_GO:
+                handle_id, _, user = payload.decode().partition("\n")
+                handles.let_go(user, handle_id)
             case _Command.STORE_VALUES:
                 imported = shard_service_pb2.ImportedValues.FromString(payload)
                 data = [channel.receive_data(value.num_bytes) for value in imported.values]
@@ -212,7 +251,8 @@ def _begin(
     values = handles.values(request.session_id)
     tensors = session_tensors(request.segment.tensors, uploads, device=model.device)
     kept = request.kept_node_ids
-    return SegmentRun({model.name: model}, request.segment, values, tensors, kept)
+    mine = handles.kept_for(request.user)
+    return SegmentRun({model.name: model}, request.segment, values, tensors, kept, mine)
 
 
 def _steps_of(

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_TIDY_SECONDS = 60.0
+
 _SERVICE_NAME = shard_service_pb2.DESCRIPTOR.services_by_name["ShardService"].full_name
 
 
@@ -49,7 +51,7 @@ def run_rank(config: ShardConfig, rank: int) -> None:
         # The leader alone is told when to stop; it tells the others after what runs has ended.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        follow(_load(config, ranks), channel)
+        follow(_load(config, ranks), channel, kept_bytes=config.kept_bytes)
     else:
         asyncio.run(_lead(config, ranks, channel))
 
@@ -71,7 +73,13 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     loop = asyncio.get_running_loop()
     model = await loop.run_in_executor(engine, _load, config, ranks)
     description = await loop.run_in_executor(engine, model.describe)
-    leader = Leader(model, channel, UploadCache(config.upload_cache_bytes))
+    leader = Leader(
+        model,
+        channel,
+        UploadCache(config.upload_cache_bytes),
+        kept_bytes=config.kept_bytes,
+        kept_seconds=config.kept_seconds,
+    )
     metrics = ShardMetrics(model.name, leader.handles, leader.uploads)
     stopping = asyncio.Event()
     is_lost = False
@@ -91,12 +99,14 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     _stop_on_signals(stopping)
     registration = Registration(config.scheduler, _shard_group(config, address))
     registering = asyncio.create_task(registration.run())
+    tidying = asyncio.create_task(servicer.tidy(min(config.kept_seconds, _TIDY_SECONDS)))
     _log.info("%s is served at %s over %d rank(s)", model.name, address, config.num_ranks)
     await stopping.wait()
     registration.drain()
     await health.enter_graceful_shutdown()
     await server.stop(None if is_lost else config.grace_seconds)
     registering.cancel()
+    tidying.cancel()
     if is_lost:
         raise error(Reason.REPLICA_LOST, f"the shard group of {model.name} lost a rank")
     await asyncio.to_thread(servicer.stop)

@@ -136,12 +136,27 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
             for response in to_fetched(node_id, value):
                 yield response
 
+    async def ReleaseHandle(
+        self, request: shard_service_pb2.ReleaseHandleRequest, context: Context
+    ) -> shard_service_pb2.ReleaseHandleResponse:
+        """Lets go of a kept value."""
+        had_value = await self._on_engine(
+            lambda: self._leader.let_go(request.user, request.handle_id)
+        )
+        return shard_service_pb2.ReleaseHandleResponse(had_value=had_value)
+
     async def ReleaseSession(
         self, request: shard_service_pb2.ReleaseSessionRequest, context: Context
     ) -> shard_service_pb2.ReleaseSessionResponse:
         """Frees all values of a session."""
         num_values = await self._on_engine(lambda: self._leader.release(request.session_id))
         return shard_service_pb2.ReleaseSessionResponse(num_values=num_values)
+
+    async def tidy(self, interval_seconds: float) -> None:
+        """Lets go of kept values that nobody has used for long, now and then."""
+        while True:
+            await asyncio.sleep(interval_seconds)
+            await self._on_engine(self._leader.let_go_of_unused)
 
     def stop(self) -> None:
         """Waits for what runs, and ends the followers."""

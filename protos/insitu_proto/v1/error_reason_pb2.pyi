@@ -92,6 +92,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """What was brought does not fit into what the server keeps, and all of that is in use. Try again
     later, or bring less.
     """
+    ERROR_REASON_HANDLE_NOT_FOUND: _ErrorReason.ValueType  # 32
+    """There is no kept value under the handle: it was released, its time is over, or its shard group was lost."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Says why something was refused or failed. The name without its prefix is the reason of
@@ -164,6 +166,8 @@ ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 31
 """What was brought does not fit into what the server keeps, and all of that is in use. Try again
 later, or bring less.
 """
+ERROR_REASON_HANDLE_NOT_FOUND: ErrorReason.ValueType  # 32
+"""There is no kept value under the handle: it was released, its time is over, or its shard group was lost."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

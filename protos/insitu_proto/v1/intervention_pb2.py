@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from insitu_proto.v1 import value_pb2 as insitu__proto_dot_v1_dot_value__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"insitu_proto/v1/intervention.proto\x12\tinsitu.v1\x1a\x1binsitu_proto/v1/value.proto\"g\n\tHookPoint\x12\x13\n\x0bmodule_path\x18\x01 \x01(\t\x12!\n\x04side\x18\x02 \x01(\x0e\x32\x13.insitu.v1.HookSide\x12\x12\n\ncall_index\x18\x03 \x01(\r\x12\x0e\n\x06invoke\x18\x04 \x01(\r\"<\n\x0eSourceLocation\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0c\n\x04line\x18\x02 \x01(\r\x12\x0e\n\x06source\x18\x03 \x01(\t\"\xa7\x03\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x10\n\x08location\x18\x02 \x01(\r\x12\x1f\n\x04read\x18\x03 \x01(\x0b\x32\x0f.insitu.v1.ReadH\x00\x12!\n\x05write\x18\x04 \x01(\x0b\x32\x10.insitu.v1.WriteH\x00\x12\x1f\n\x04\x63\x61ll\x18\x05 \x01(\x0b\x32\x0f.insitu.v1.CallH\x00\x12,\n\x0bmodule_call\x18\x06 \x01(\x0b\x32\x15.insitu.v1.ModuleCallH\x00\x12\'\n\x08gradient\x18\x07 \x01(\x0b\x32\x13.insitu.v1.GradientH\x00\x12\x1f\n\x04save\x18\x08 \x01(\x0b\x32\x0f.insitu.v1.SaveH\x00\x12\x1d\n\x03log\x18\t \x01(\x0b\x32\x0e.insitu.v1.LogH\x00\x12#\n\x06\x61ssign\x18\n \x01(\x0b\x32\x11.insitu.v1.AssignH\x00\x12\x1f\n\x04stop\x18\x0b \x01(\x0b\x32\x0f.insitu.v1.StopH\x00\x12\x1f\n\x04skip\x18\x0c \x01(\x0b\x32\x0f.insitu.v1.SkipH\x00\x12\x11\n\tcondition\x18\r \x01(\rB\x0b\n\toperation\":\n\x06\x41ssign\x12\x0f\n\x07node_id\x18\x01 \x01(\x04\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\"\x06\n\x04Stop\"P\n\x04Skip\x12\x13\n\x0bmodule_path\x18\x01 \x01(\t\x12\x12\n\ncall_index\x18\x02 \x01(\r\x12\x1f\n\x05value\x18\x03 \x01(\x0b\x32\x10.insitu.v1.Value\"0\n\x04Read\x12(\n\nhook_point\x18\x01 \x01(\x0b\x32\x14.insitu.v1.HookPoint\"R\n\x05Write\x12(\n\nhook_point\x18\x01 \x01(\x0b\x32\x14.insitu.v1.HookPoint\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\"\xa2\x01\n\x04\x43\x61ll\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x04\x61rgs\x18\x02 \x03(\x0b\x32\x10.insitu.v1.Value\x12+\n\x06kwargs\x18\x03 \x03(\x0b\x32\x1b.insitu.v1.Call.KwargsEntry\x1a?\n\x0bKwargsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value:\x02\x38\x01\"\xb5\x01\n\nModuleCall\x12\x13\n\x0bmodule_path\x18\x01 \x01(\t\x12\x1e\n\x04\x61rgs\x18\x02 \x03(\x0b\x32\x10.insitu.v1.Value\x12\x31\n\x06kwargs\x18\x03 \x03(\x0b\x32!.insitu.v1.ModuleCall.KwargsEntry\x1a?\n\x0bKwargsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value:\x02\x38\x01\"a\n\x08Gradient\x12\x1e\n\x04loss\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x14\n\x0cretain_graph\x18\x03 \x01(\x08\"5\n\x04Save\x12\x1f\n\x05value\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x0c\n\x04name\x18\x02 \x01(\t\"\'\n\x03Log\x12 \n\x06values\x18\x01 \x03(\x0b\x32\x10.insitu.v1.Value*f\n\x08HookSide\x12\x19\n\x15HOOK_SIDE_UNSPECIFIED\x10\x00\x12\x13\n\x0fHOOK_SIDE_INPUT\x10\x01\x12\x14\n\x10HOOK_SIDE_INPUTS\x10\x02\x12\x14\n\x10HOOK_SIDE_OUTPUT\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"insitu_proto/v1/intervention.proto\x12\tinsitu.v1\x1a\x1binsitu_proto/v1/value.proto\"g\n\tHookPoint\x12\x13\n\x0bmodule_path\x18\x01 \x01(\t\x12!\n\x04side\x18\x02 \x01(\x0e\x32\x13.insitu.v1.HookSide\x12\x12\n\ncall_index\x18\x03 \x01(\r\x12\x0e\n\x06invoke\x18\x04 \x01(\r\"<\n\x0eSourceLocation\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0c\n\x04line\x18\x02 \x01(\r\x12\x0e\n\x06source\x18\x03 \x01(\t\"\xe9\x03\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x10\n\x08location\x18\x02 \x01(\r\x12\x1f\n\x04read\x18\x03 \x01(\x0b\x32\x0f.insitu.v1.ReadH\x00\x12!\n\x05write\x18\x04 \x01(\x0b\x32\x10.insitu.v1.WriteH\x00\x12\x1f\n\x04\x63\x61ll\x18\x05 \x01(\x0b\x32\x0f.insitu.v1.CallH\x00\x12,\n\x0bmodule_call\x18\x06 \x01(\x0b\x32\x15.insitu.v1.ModuleCallH\x00\x12\'\n\x08gradient\x18\x07 \x01(\x0b\x32\x13.insitu.v1.GradientH\x00\x12\x1f\n\x04save\x18\x08 \x01(\x0b\x32\x0f.insitu.v1.SaveH\x00\x12\x1d\n\x03log\x18\t \x01(\x0b\x32\x0e.insitu.v1.LogH\x00\x12#\n\x06\x61ssign\x18\n \x01(\x0b\x32\x11.insitu.v1.AssignH\x00\x12\x1f\n\x04stop\x18\x0b \x01(\x0b\x32\x0f.insitu.v1.StopH\x00\x12\x1f\n\x04skip\x18\x0c \x01(\x0b\x32\x0f.insitu.v1.SkipH\x00\x12\x1f\n\x04keep\x18\x0e \x01(\x0b\x32\x0f.insitu.v1.KeepH\x00\x12\x1f\n\x04load\x18\x0f \x01(\x0b\x32\x0f.insitu.v1.LoadH\x00\x12\x11\n\tcondition\x18\r \x01(\rB\x0b\n\toperation\":\n\x06\x41ssign\x12\x0f\n\x07node_id\x18\x01 \x01(\x04\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\":\n\x04Keep\x12\x1f\n\x05value\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x11\n\thandle_id\x18\x02 \x01(\t\"\x19\n\x04Load\x12\x11\n\thandle_id\x18\x01 \x01(\t\"\x06\n\x04Stop\"P\n\x04Skip\x12\x13\n\x0bmodule_path\x18\x01 \x01(\t\x12\x12\n\ncall_index\x18\x02 \x01(\r\x12\x1f\n\x05value\x18\x03 \x01(\x0b\x32\x10.insitu.v1.Value\"0\n\x04Read\x12(\n\nhook_point\x18\x01 \x01(\x0b\x32\x14.insitu.v1.HookPoint\"R\n\x05Write\x12(\n\nhook_point\x18\x01 \x01(\x0b\x32\x14.insitu.v1.HookPoint\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\"\xa2\x01\n\x04\x43\x61ll\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x04\x61rgs\x18\x02 \x03(\x0b\x32\x10.insitu.v1.Value\x12+\n\x06kwargs\x18\x03 \x03(\x0b\x32\x1b.insitu.v1.Call.KwargsEntry\x1a?\n\x0bKwargsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value:\x02\x38\x01\"\xb5\x01\n\nModuleCall\x12\x13\n\x0bmodule_path\x18\x01 \x01(\t\x12\x1e\n\x04\x61rgs\x18\x02 \x03(\x0b\x32\x10.insitu.v1.Value\x12\x31\n\x06kwargs\x18\x03 \x03(\x0b\x32!.insitu.v1.ModuleCall.KwargsEntry\x1a?\n\x0bKwargsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value:\x02\x38\x01\"a\n\x08Gradient\x12\x1e\n\x04loss\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x14\n\x0cretain_graph\x18\x03 \x01(\x08\"5\n\x04Save\x12\x1f\n\x05value\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x0c\n\x04name\x18\x02 \x01(\t\"\'\n\x03Log\x12 \n\x06values\x18\x01 \x03(\x0b\x32\x10.insitu.v1.Value*f\n\x08HookSide\x12\x19\n\x15HOOK_SIDE_UNSPECIFIED\x10\x00\x12\x13\n\x0fHOOK_SIDE_INPUT\x10\x01\x12\x14\n\x10HOOK_SIDE_INPUTS\x10\x02\x12\x14\n\x10HOOK_SIDE_OUTPUT\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,36 +36,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CALL_KWARGSENTRY']._serialized_options = b'8\001'
   _globals['_MODULECALL_KWARGSENTRY']._loaded_options = None
   _globals['_MODULECALL_KWARGSENTRY']._serialized_options = b'8\001'
-  _globals['_HOOKSIDE']._serialized_start=1499
-  _globals['_HOOKSIDE']._serialized_end=1601
+  _globals['_HOOKSIDE']._serialized_start=1652
+  _globals['_HOOKSIDE']._serialized_end=1754
   _globals['_HOOKPOINT']._serialized_start=78
   _globals['_HOOKPOINT']._serialized_end=181
   _globals['_SOURCELOCATION']._serialized_start=183
   _globals['_SOURCELOCATION']._serialized_end=243
   _globals['_NODE']._serialized_start=246
-  _globals['_NODE']._serialized_end=669
-  _globals['_ASSIGN']._serialized_start=671
-  _globals['_ASSIGN']._serialized_end=729
-  _globals['_STOP']._serialized_start=731
-  _globals['_STOP']._serialized_end=737
-  _globals['_SKIP']._serialized_start=739
-  _globals['_SKIP']._serialized_end=819
-  _globals['_READ']._serialized_start=821
-  _globals['_READ']._serialized_end=869
-  _globals['_WRITE']._serialized_start=871
-  _globals['_WRITE']._serialized_end=953
-  _globals['_CALL']._serialized_start=956
-  _globals['_CALL']._serialized_end=1118
-  _globals['_CALL_KWARGSENTRY']._serialized_start=1055
-  _globals['_CALL_KWARGSENTRY']._serialized_end=1118
-  _globals['_MODULECALL']._serialized_start=1121
-  _globals['_MODULECALL']._serialized_end=1302
-  _globals['_MODULECALL_KWARGSENTRY']._serialized_start=1055
-  _globals['_MODULECALL_KWARGSENTRY']._serialized_end=1118
-  _globals['_GRADIENT']._serialized_start=1304
-  _globals['_GRADIENT']._serialized_end=1401
-  _globals['_SAVE']._serialized_start=1403
-  _globals['_SAVE']._serialized_end=1456
-  _globals['_LOG']._serialized_start=1458
-  _globals['_LOG']._serialized_end=1497
+  _globals['_NODE']._serialized_end=735
+  _globals['_ASSIGN']._serialized_start=737
+  _globals['_ASSIGN']._serialized_end=795
+  _globals['_KEEP']._serialized_start=797
+  _globals['_KEEP']._serialized_end=855
+  _globals['_LOAD']._serialized_start=857
+  _globals['_LOAD']._serialized_end=882
+  _globals['_STOP']._serialized_start=884
+  _globals['_STOP']._serialized_end=890
+  _globals['_SKIP']._serialized_start=892
+  _globals['_SKIP']._serialized_end=972
+  _globals['_READ']._serialized_start=974
+  _globals['_READ']._serialized_end=1022
+  _globals['_WRITE']._serialized_start=1024
+  _globals['_WRITE']._serialized_end=1106
+  _globals['_CALL']._serialized_start=1109
+  _globals['_CALL']._serialized_end=1271
+  _globals['_CALL_KWARGSENTRY']._serialized_start=1208
+  _globals['_CALL_KWARGSENTRY']._serialized_end=1271
+  _globals['_MODULECALL']._serialized_start=1274
+  _globals['_MODULECALL']._serialized_end=1455
+  _globals['_MODULECALL_KWARGSENTRY']._serialized_start=1208
+  _globals['_MODULECALL_KWARGSENTRY']._serialized_end=1271
+  _globals['_GRADIENT']._serialized_start=1457
+  _globals['_GRADIENT']._serialized_end=1554
+  _globals['_SAVE']._serialized_start=1556
+  _globals['_SAVE']._serialized_end=1609
+  _globals['_LOG']._serialized_start=1611
+  _globals['_LOG']._serialized_end=1650
 # @@protoc_insertion_point(module_scope)

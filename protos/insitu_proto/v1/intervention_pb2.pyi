@@ -130,6 +130,8 @@ class Node(_message.Message):
     ASSIGN_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     SKIP_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     CONDITION_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Unique in the session, from 1, increasing in the order of definition."""
@@ -177,6 +179,14 @@ class Node(_message.Message):
     def skip(self) -> Global___Skip:
         """Gives a module's output without running it."""
 
+    @_builtins.property
+    def keep(self) -> Global___Keep:
+        """Keeps a value beyond the session."""
+
+    @_builtins.property
+    def load(self) -> Global___Load:
+        """Gives a value that an earlier session kept."""
+
     def __init__(
         self,
         *,
@@ -192,13 +202,15 @@ class Node(_message.Message):
         assign: Global___Assign | None = ...,
         stop: Global___Stop | None = ...,
         skip: Global___Skip | None = ...,
+        keep: Global___Keep | None = ...,
+        load: Global___Load | None = ...,
         condition: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "call", b"call", "gradient", b"gradient", "log", b"log", "module_call", b"module_call", "operation", b"operation", "read", b"read", "save", b"save", "skip", b"skip", "stop", b"stop", "write", b"write"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "call", b"call", "gradient", b"gradient", "keep", b"keep", "load", b"load", "log", b"log", "module_call", b"module_call", "operation", b"operation", "read", b"read", "save", b"save", "skip", b"skip", "stop", b"stop", "write", b"write"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "call", b"call", "condition", b"condition", "gradient", b"gradient", "id", b"id", "location", b"location", "log", b"log", "module_call", b"module_call", "operation", b"operation", "read", b"read", "save", b"save", "skip", b"skip", "stop", b"stop", "write", b"write"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "call", b"call", "condition", b"condition", "gradient", b"gradient", "id", b"id", "keep", b"keep", "load", b"load", "location", b"location", "log", b"log", "module_call", b"module_call", "operation", b"operation", "read", b"read", "save", b"save", "skip", b"skip", "stop", b"stop", "write", b"write"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["read", "write", "call", "module_call", "gradient", "save", "log", "assign", "stop", "skip"]  # noqa: Y015
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["read", "write", "call", "module_call", "gradient", "save", "log", "assign", "stop", "skip", "keep", "load"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
 
@@ -231,6 +243,58 @@ class Assign(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Assign: _TypeAlias = Assign  # noqa: Y015
+
+@_typing.final
+class Keep(_message.Message):
+    """Keeps a value in the memory of the group that has it, for later sessions of the same user, until it is released
+    or has not been used for a time that the server sets.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: _builtins.int
+    HANDLE_ID_FIELD_NUMBER: _builtins.int
+    handle_id: _builtins.str
+    """Name of the handle: unguessable, made by the client, at most 64 characters."""
+    @_builtins.property
+    def value(self) -> _value_pb2.Value:
+        """The value."""
+
+    def __init__(
+        self,
+        *,
+        value: _value_pb2.Value | None = ...,
+        handle_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle_id", b"handle_id", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Keep: _TypeAlias = Keep  # noqa: Y015
+
+@_typing.final
+class Load(_message.Message):
+    """Gives a copy of a value that an earlier session of the same user kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_ID_FIELD_NUMBER: _builtins.int
+    handle_id: _builtins.str
+    """Name of the handle."""
+    def __init__(
+        self,
+        *,
+        handle_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle_id", b"handle_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Load: _TypeAlias = Load  # noqa: Y015
 
 @_typing.final
 class Stop(_message.Message):

@@ -408,6 +408,50 @@ class CancelSessionResponse(_message.Message):
 Global___CancelSessionResponse: _TypeAlias = CancelSessionResponse  # noqa: Y015
 
 @_typing.final
+class ReleaseKeptValueRequest(_message.Message):
+    """Asks to let go of a kept value."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_ID_FIELD_NUMBER: _builtins.int
+    handle_id: _builtins.str
+    """Name of the handle."""
+    def __init__(
+        self,
+        *,
+        handle_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle_id", b"handle_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseKeptValueRequest: _TypeAlias = ReleaseKeptValueRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseKeptValueResponse(_message.Message):
+    """Tells what was let go."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HAD_VALUE_FIELD_NUMBER: _builtins.int
+    had_value: _builtins.bool
+    """Whether there was such a value."""
+    def __init__(
+        self,
+        *,
+        had_value: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["had_value", b"had_value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseKeptValueResponse: _TypeAlias = ReleaseKeptValueResponse  # noqa: Y015
+
+@_typing.final
 class ListModelsRequest(_message.Message):
     """Asks for the models."""
 

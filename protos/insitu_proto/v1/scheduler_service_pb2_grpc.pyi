@@ -61,6 +61,8 @@ class SchedulerServiceStub:
     """
     CancelSession: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.CancelSessionRequest, _scheduler_service_pb2.CancelSessionResponse]
     """Cancels a session in any state. Idempotent; a session that has ended stays as it is."""
+    ReleaseKeptValue: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ReleaseKeptValueRequest, _scheduler_service_pb2.ReleaseKeptValueResponse]
+    """Lets go of a value that one of the caller's sessions kept. Idempotent."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListModelsRequest, _scheduler_service_pb2.ListModelsResponse]
     """Lists the models that are served. Idempotent."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetModelRequest, _scheduler_service_pb2.GetModelResponse]
@@ -103,6 +105,8 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     """
     CancelSession: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.CancelSessionRequest, _scheduler_service_pb2.CancelSessionResponse]  # type: ignore[assignment]
     """Cancels a session in any state. Idempotent; a session that has ended stays as it is."""
+    ReleaseKeptValue: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ReleaseKeptValueRequest, _scheduler_service_pb2.ReleaseKeptValueResponse]  # type: ignore[assignment]
+    """Lets go of a value that one of the caller's sessions kept. Idempotent."""
     ListModels: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListModelsRequest, _scheduler_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the models that are served. Idempotent."""
     GetModel: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetModelRequest, _scheduler_service_pb2.GetModelResponse]  # type: ignore[assignment]
@@ -184,6 +188,14 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_service_pb2.CancelSessionResponse, _abc.Awaitable[_scheduler_service_pb2.CancelSessionResponse]]:
         """Cancels a session in any state. Idempotent; a session that has ended stays as it is."""
+
+    @_abc_1.abstractmethod
+    def ReleaseKeptValue(
+        self,
+        request: _scheduler_service_pb2.ReleaseKeptValueRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.ReleaseKeptValueResponse, _abc.Awaitable[_scheduler_service_pb2.ReleaseKeptValueResponse]]:
+        """Lets go of a value that one of the caller's sessions kept. Idempotent."""
 
     @_abc_1.abstractmethod
     def ListModels(

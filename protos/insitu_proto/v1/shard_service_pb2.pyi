@@ -272,8 +272,11 @@ class RunSegmentRequest(_message.Message):
     SEGMENT_FIELD_NUMBER: _builtins.int
     IMPORTS_FIELD_NUMBER: _builtins.int
     KEPT_NODE_IDS_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Session that owns every value of the segment."""
+    user: _builtins.str
+    """User whose kept values the segment may load, and for whom it keeps values. Set by the scheduler."""
     @_builtins.property
     def segment(self) -> Global___Segment:
         """What to run."""
@@ -293,10 +296,11 @@ class RunSegmentRequest(_message.Message):
         segment: Global___Segment | None = ...,
         imports: _abc.Iterable[Global___Import] | None = ...,
         kept_node_ids: _abc.Iterable[_builtins.int] | None = ...,
+        user: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["segment", b"segment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["imports", b"imports", "kept_node_ids", b"kept_node_ids", "segment", b"segment", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["imports", b"imports", "kept_node_ids", b"kept_node_ids", "segment", b"segment", "session_id", b"session_id", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -547,6 +551,54 @@ class ImportedValues(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ImportedValues: _TypeAlias = ImportedValues  # noqa: Y015
+
+@_typing.final
+class ReleaseHandleRequest(_message.Message):
+    """Asks to let go of a kept value."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_FIELD_NUMBER: _builtins.int
+    HANDLE_ID_FIELD_NUMBER: _builtins.int
+    user: _builtins.str
+    """User that it is kept for."""
+    handle_id: _builtins.str
+    """Name of the handle."""
+    def __init__(
+        self,
+        *,
+        user: _builtins.str = ...,
+        handle_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle_id", b"handle_id", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseHandleRequest: _TypeAlias = ReleaseHandleRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseHandleResponse(_message.Message):
+    """Tells what was let go."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HAD_VALUE_FIELD_NUMBER: _builtins.int
+    had_value: _builtins.bool
+    """Whether there was such a value."""
+    def __init__(
+        self,
+        *,
+        had_value: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["had_value", b"had_value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseHandleResponse: _TypeAlias = ReleaseHandleResponse  # noqa: Y015
 
 @_typing.final
 class ReleaseSessionRequest(_message.Message):

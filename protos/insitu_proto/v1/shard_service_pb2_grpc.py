@@ -65,6 +65,11 @@ class ShardServiceStub:
                 request_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.FetchValuesRequest.SerializeToString,
                 response_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.FetchValuesResponse.FromString,
                 _registered_method=True)
+        self.ReleaseHandle = channel.unary_unary(
+                '/insitu.v1.ShardService/ReleaseHandle',
+                request_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.ReleaseHandleRequest.SerializeToString,
+                response_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.ReleaseHandleResponse.FromString,
+                _registered_method=True)
         self.ReleaseSession = channel.unary_unary(
                 '/insitu.v1.ShardService/ReleaseSession',
                 request_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.ReleaseSessionRequest.SerializeToString,
@@ -122,6 +127,13 @@ class ShardServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReleaseHandle(self, request, context):
+        """Lets go of a value that was kept beyond its session. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReleaseSession(self, request, context):
         """Frees all values of a session. Idempotent; unknown sessions are fine.
         """
@@ -161,6 +173,11 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.FetchValues,
                     request_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.FetchValuesRequest.FromString,
                     response_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.FetchValuesResponse.SerializeToString,
+            ),
+            'ReleaseHandle': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseHandle,
+                    request_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.ReleaseHandleRequest.FromString,
+                    response_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.ReleaseHandleResponse.SerializeToString,
             ),
             'ReleaseSession': grpc.unary_unary_rpc_method_handler(
                     servicer.ReleaseSession,
@@ -331,6 +348,33 @@ class ShardService:
             '/insitu.v1.ShardService/FetchValues',
             insitu__proto_dot_v1_dot_shard__service__pb2.FetchValuesRequest.SerializeToString,
             insitu__proto_dot_v1_dot_shard__service__pb2.FetchValuesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseHandle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/insitu.v1.ShardService/ReleaseHandle',
+            insitu__proto_dot_v1_dot_shard__service__pb2.ReleaseHandleRequest.SerializeToString,
+            insitu__proto_dot_v1_dot_shard__service__pb2.ReleaseHandleResponse.FromString,
             options,
             channel_credentials,
             insecure,

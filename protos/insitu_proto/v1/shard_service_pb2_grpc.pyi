@@ -53,6 +53,8 @@ class ShardServiceStub:
     """Streams values of a session that the group keeps, each followed by its elements in chunks, to the
     group of another model that the session uses. Values that are not set are left out. Idempotent.
     """
+    ReleaseHandle: _grpc.UnaryUnaryMultiCallable[_shard_service_pb2.ReleaseHandleRequest, _shard_service_pb2.ReleaseHandleResponse]
+    """Lets go of a value that was kept beyond its session. Idempotent."""
     ReleaseSession: _grpc.UnaryUnaryMultiCallable[_shard_service_pb2.ReleaseSessionRequest, _shard_service_pb2.ReleaseSessionResponse]
     """Frees all values of a session. Idempotent; unknown sessions are fine."""
 
@@ -81,6 +83,8 @@ class ShardServiceAsyncStub(ShardServiceStub):
     """Streams values of a session that the group keeps, each followed by its elements in chunks, to the
     group of another model that the session uses. Values that are not set are left out. Idempotent.
     """
+    ReleaseHandle: _aio.UnaryUnaryMultiCallable[_shard_service_pb2.ReleaseHandleRequest, _shard_service_pb2.ReleaseHandleResponse]  # type: ignore[assignment]
+    """Lets go of a value that was kept beyond its session. Idempotent."""
     ReleaseSession: _aio.UnaryUnaryMultiCallable[_shard_service_pb2.ReleaseSessionRequest, _shard_service_pb2.ReleaseSessionResponse]  # type: ignore[assignment]
     """Frees all values of a session. Idempotent; unknown sessions are fine."""
 
@@ -142,6 +146,14 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
         """Streams values of a session that the group keeps, each followed by its elements in chunks, to the
         group of another model that the session uses. Values that are not set are left out. Idempotent.
         """
+
+    @_abc_1.abstractmethod
+    def ReleaseHandle(
+        self,
+        request: _shard_service_pb2.ReleaseHandleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_service_pb2.ReleaseHandleResponse, _abc.Awaitable[_shard_service_pb2.ReleaseHandleResponse]]:
+        """Lets go of a value that was kept beyond its session. Idempotent."""
 
     @_abc_1.abstractmethod
     def ReleaseSession(

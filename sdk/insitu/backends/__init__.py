@@ -35,5 +35,8 @@ class Backend(Protocol):
         Values of traces that ran before a failure are yielded before the error is raised.
         """
 
+    def release_handle(self, handle_id: str) -> None:
+        """Lets go of a value that a session kept; one that is gone already is fine."""
+
     def close(self) -> None:
         """Frees what the backend holds."""

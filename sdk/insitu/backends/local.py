@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
 from contextlib import ExitStack
 from functools import cached_property
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from insitu_proto.v1 import model_pb2, session_pb2
+
+
+_KEPT = engine.KeptValues(sys.maxsize)
+"""What sessions of this process keep; the user's own memory is the only limit."""
 
 
 class LocalBackend:
@@ -70,13 +75,17 @@ class LocalBackend:
             brought = [
                 tensor.to(self._model.device) for tensor in _session_tensors(session, tensors)
             ]
-            run = engine.SegmentRun(models, segment, values={}, tensors=brought)
+            run = engine.SegmentRun(models, segment, values={}, tensors=brought, handles=_KEPT)
             for event in run.run():
                 match event:
                     case engine.Logged(message=message):
                         log_event(name, "LOG", message)
                     case engine.Saved(node_id=node_id, value=value):
                         yield node_id, value
+
+    def release_handle(self, handle_id: str) -> None:
+        """Lets go of a value that a session kept."""
+        _KEPT.pop(handle_id, None)
 
     def close(self) -> None:
         """Frees the model's weights."""

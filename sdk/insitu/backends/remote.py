@@ -142,6 +142,12 @@ class RemoteBackend:
         with self._connection.call() as (stub, metadata):
             yield from download(stub.FetchResult(request, metadata=metadata))
 
+    def release_handle(self, handle_id: str) -> None:
+        """Lets go of a value that a session kept."""
+        request = scheduler_service_pb2.ReleaseKeptValueRequest(handle_id=handle_id)
+        with self._connection.call() as (stub, metadata):
+            stub.ReleaseKeptValue(request, metadata=metadata, timeout=_TIMEOUT_SECONDS)
+
     def cancel(self, session_id: str, *, timeout: float = _TIMEOUT_SECONDS) -> None:
         """Cancels a session; one that has ended stays as it is."""
         request = scheduler_service_pb2.CancelSessionRequest(session_id=session_id)

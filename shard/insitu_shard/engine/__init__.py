@@ -13,7 +13,7 @@ from insitu_shard.engine.events import (
     StepFollows,
     TraceStarted,
 )
-from insitu_shard.engine.handles import HandleStore
+from insitu_shard.engine.handles import HandleStore, KeptValues
 from insitu_shard.engine.model import (
     LoadedModel,
     check_ranks,
@@ -27,6 +27,7 @@ from insitu_shard.engine.segment import SegmentRun
 __all__ = [
     "Finished",
     "HandleStore",
+    "KeptValues",
     "LoadedModel",
     "LoadedModule",
     "Logged",

@@ -110,7 +110,9 @@ class StepDecoder:
         location = self._location(node.location)
         return graph.Node(node.id, self._operation(node, location), location, node.condition)
 
-    def _operation(self, node: intervention_pb2.Node, location: Location | None) -> graph.Operation:
+    def _operation(  # noqa: C901 - one case a kind
+        self, node: intervention_pb2.Node, location: Location | None
+    ) -> graph.Operation:
         match node.WhichOneof("operation"):
             case "read":
                 return graph.Read(_hook_point(node.read.hook_point))
@@ -137,6 +139,10 @@ class StepDecoder:
             case "skip":
                 skip = node.skip
                 return graph.Skip(skip.module_path, skip.call_index, self._value(skip.value))
+            case "keep":
+                return graph.Keep(self._value(node.keep.value), node.keep.handle_id)
+            case "load":
+                return graph.Load(node.load.handle_id)
             case kind:
                 raise _unsupported(f"an operation of kind {kind}", location)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from insitu_shard.engine.control import holds
@@ -10,6 +11,8 @@ from insitu_shard.engine.graph import (
     UNSET,
     Assign,
     Call,
+    Keep,
+    Load,
     Log,
     ModuleCall,
     Read,
@@ -25,7 +28,7 @@ from insitu_shard.engine.memory import MemoryMap, copied, copied_if_in, copied_t
 from insitu_shard.engine.operations import function
 from insitu_shard.engine.randomness import seeded
 from insitu_shard.engine.sizes import check_size
-from insitu_wire.errors import Error
+from insitu_wire.errors import Error, Reason, error
 from insitu_wire.operations import FACTORIES, RANDOM, SELECT, is_in_place, writes_into_container
 from insitu_wire.torch_codec import encode_saved
 
@@ -48,6 +51,7 @@ class Executor:
         assigned: what variables of this block and of earlier steps were given.
         saved: values of save nodes.
         logs: messages of log nodes.
+        kept: handles and values of keep nodes that ran.
         skips: what skipped calls return, by module path and call index.
         done: nodes that ran, or whose condition did not hold.
         stopped_at: the stop node that ran, if one did.
@@ -61,6 +65,7 @@ class Executor:
         earlier: Mapping[NodeId, object],
         seed: str,
         brought: AbstractSet[StorageKey] = frozenset(),
+        handles: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         """Makes an executor.
 
@@ -71,7 +76,9 @@ class Executor:
             seed: what makes its random numbers its own.
             brought: memory of the user's own tensors, which other sessions may be using too: nodes
                 read it, and get a copy where they could write to it.
+            handles: the user's values that earlier sessions kept.
         """
+        self._handles = handles
         self._seed = seed
         self._plan = plan
         self._brought = brought
@@ -84,6 +91,7 @@ class Executor:
         self.assigned: dict[NodeId, object] = {}
         self.saved: dict[NodeId, object] = {}
         self.logs: dict[NodeId, str] = {}
+        self.kept: dict[NodeId, tuple[str, object]] = {}
         self.skips: dict[tuple[str, int], object] = {}
         self.done: set[NodeId] = set()
         self.stopped_at: NodeId | None = None
@@ -165,6 +173,10 @@ class Executor:
                 self.skips[path, index] = self._own(self._resolve(value, node.id))
             case Stop():
                 self.stopped_at = node.id
+            case Keep(value=value, handle_id=handle_id):
+                self.kept[node.id] = (handle_id, copied(self._resolve(value, node.id)))
+            case Load(handle_id=handle_id):
+                return copied(self._load(handle_id))
         return None
 
     def _own(self, value: Any) -> Any:
@@ -182,6 +194,17 @@ class Executor:
             with seeded(f"{self._seed}:{node.id}", self._model.device):
                 return function(name)(*arguments, **keywords)
         return function(name)(*arguments, **keywords)
+
+    def _load(self, handle_id: str) -> object:
+        try:
+            return self._handles[handle_id]
+        except KeyError:
+            raise error(
+                Reason.HANDLE_NOT_FOUND,
+                f"there is no kept value under the handle {handle_id}; it was released, or has not "
+                "been used for long, or the shard group that had it was lost: keep it again",
+                handleId=handle_id,
+            ) from None
 
     def _call_module(self, path: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         layouts = self._model.layouts

@@ -128,7 +128,22 @@ class Skip:
     value: object
 
 
-Operation = Read | Write | Call | ModuleCall | Save | Log | Assign | Stop | Skip
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Keeps a value beyond the session."""
+
+    value: object
+    handle_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Gives a copy of a value that an earlier session kept."""
+
+    handle_id: str
+
+
+Operation = Read | Write | Call | ModuleCall | Save | Log | Assign | Stop | Skip | Keep | Load
 
 
 class Unset(Enum):
@@ -244,9 +259,9 @@ class Step:
 def operands(operation: Operation) -> tuple[object, ...]:
     """Gives the arguments of an operation, in which references may be nested."""
     match operation:
-        case Read() | Stop():
+        case Read() | Stop() | Load():
             return ()
-        case Write(value=value) | Save(value=value) | Skip(value=value):
+        case Write(value=value) | Save(value=value) | Skip(value=value) | Keep(value=value):
             return (value,)
         case Assign(target=target, value=value):
             return (Ref(target), value)

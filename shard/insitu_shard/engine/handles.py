@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from insitu_wire.errors import Reason, error
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from insitu_shard.engine.graph import NodeId
 
 SessionId = str
@@ -20,8 +24,23 @@ class HandleStore:
     the scheduler and never from a user.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_kept_bytes: int = 0) -> None:
+        """Makes an empty store.
+
+        Args:
+            max_kept_bytes: how much may outlive its session, for each user.
+        """
         self._sessions: dict[SessionId, dict[NodeId, object]] = {}
+        self._max_kept_bytes = max_kept_bytes
+        self._kept: dict[str, KeptValues] = {}
+
+    def kept_for(self, user: str) -> KeptValues:
+        """Gives a user's values that outlive their session."""
+        return self._kept.setdefault(user, KeptValues(self._max_kept_bytes))
+
+    def let_go(self, user: str, handle_id: str) -> bool:
+        """Frees a value that outlived its session; tells whether there was one."""
+        return self.kept_for(user).pop(handle_id, None) is not None
 
     def values(self, session_id: SessionId) -> dict[NodeId, object]:
         """Gives the values of a session, to read and to add to."""
@@ -34,15 +53,46 @@ class HandleStore:
     @property
     def num_values(self) -> int:
         """How many values are kept."""
-        return sum(map(len, self._sessions.values()))
+        return sum(len(values) for values in self._all())
 
     @property
     def num_bytes(self) -> int:
         """How many bytes the kept tensors' memory takes, each memory counted once."""
-        storages = {
-            leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes()
-            for values in self._sessions.values()
-            for leaf in pytree.tree_leaves(list(values.values()))
-            if isinstance(leaf, torch.Tensor)
-        }
-        return sum(storages.values())
+        return _num_bytes([value for values in self._all() for value in values.values()])
+
+    def _all(self) -> list[Mapping[Any, object]]:
+        return [*self._sessions.values(), *self._kept.values()]
+
+
+class KeptValues(dict[str, object]):
+    """Values of one user that outlive their session, by handle, within a budget."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__()
+        self._max_bytes = max_bytes
+
+    def keep(self, values: Mapping[str, object]) -> None:
+        """Adds values, all or none.
+
+        Raises:
+            CapacityError: OUT_OF_MEMORY, if they do not fit the budget.
+        """
+        size = _num_bytes([*self.values(), *values.values()])
+        if size > self._max_bytes:
+            raise error(
+                Reason.OUT_OF_MEMORY,
+                f"kept values would take {size:,} bytes, and a user's take at most "
+                f"{self._max_bytes:,}; release() handles that are not needed, or keep less",
+                bytes=size,
+                maxBytes=self._max_bytes,
+            )
+        self.update(values)
+
+
+def _num_bytes(values: object) -> int:
+    storages = {
+        leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes()
+        for leaf in pytree.tree_leaves(values)
+        if isinstance(leaf, torch.Tensor)
+    }
+    return sum(storages.values())

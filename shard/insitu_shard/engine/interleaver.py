@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,10 +50,11 @@ class Interleaver:
         earlier: Mapping[NodeId, object],
         seed: str,
         brought: AbstractSet[StorageKey] = frozenset(),
+        handles: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         self._plan = plan
         self._model = model
-        self._executor = Executor(plan, model, earlier, seed, brought)
+        self._executor = Executor(plan, model, earlier, seed, brought, handles)
         self._num_missing = {node_id: len(waits) for node_id, waits in plan.predecessors.items()}
         self._ready: list[NodeId] = []
         self._num_calls: dict[tuple[str, bool], int] = defaultdict(int)
@@ -83,6 +85,11 @@ class Interleaver:
     def saved(self) -> dict[NodeId, object]:
         """Values of the save nodes that ran."""
         return {key: self._executor.saved[key] for key in self._counting(self._executor.saved)}
+
+    @property
+    def kept(self) -> dict[str, object]:
+        """Values to be kept beyond the session, by handle."""
+        return dict(self._executor.kept[key] for key in self._counting(self._executor.kept))
 
     @property
     def logs(self) -> list[str]:

@@ -22,6 +22,7 @@ from insitu_shard.engine.graph import (
     references,
     resolve,
 )
+from insitu_shard.engine.handles import KeptValues
 from insitu_shard.engine.interleaver import Interleaver
 from insitu_shard.engine.liveness import Liveness, has_in_place_call
 from insitu_shard.engine.logs import format_values
@@ -61,6 +62,7 @@ class SegmentRun:
         values: dict[NodeId, object],
         tensors: Sequence[torch.Tensor] = (),
         kept: Sequence[NodeId] = (),
+        handles: KeptValues | None = None,
     ) -> None:
         """Decodes and prepares the steps.
 
@@ -71,8 +73,10 @@ class SegmentRun:
                 last use.
             tensors: the session's list of tensors, on the model's device; they stay as they are.
             kept: ids of values that later segments use.
+            handles: the user's values that are kept beyond sessions; read, and added to.
         """
         self._models = models
+        self._handles = KeptValues(0) if handles is None else handles
         # Computations between traces run where any of its models is.
         self._any_model = next(iter(models.values()))
         decoder = StepDecoder(
@@ -125,7 +129,9 @@ class SegmentRun:
                 plan = plan_nodes(nodes, used_later=self._liveness.used_after(step))
                 model = self._models[name] if name else self._any_model
                 seed = self._block_seed(nodes, 0)
-                interleaver = Interleaver(plan, model, self._values, seed, self._brought)
+                interleaver = Interleaver(
+                    plan, model, self._values, seed, self._brought, self._handles
+                )
                 interleaver.run(None)
                 yield from self._finish(interleaver, plan, 0)
             case Log(values=logged):
@@ -169,7 +175,7 @@ class SegmentRun:
             return
         plan = plan_nodes(trace.nodes, trace.conditions, used_later=self._liveness.used_after(step))
         seed = self._block_seed(trace.nodes, trace.seed)
-        interleaver = Interleaver(plan, model, self._values, seed, self._brought)
+        interleaver = Interleaver(plan, model, self._values, seed, self._brought, self._handles)
         interleaver.run(inputs)
         yield from self._finish(interleaver, plan, step.trace_number)
 
@@ -202,6 +208,7 @@ class SegmentRun:
             )
             err.trace_number = trace_number
             raise err
+        self._handles.keep(interleaver.kept)
         outliving = interleaver.outliving
         beside = list(self._values.values()) if self._writes_in_place else None
         self._values.update(compact(outliving, beside=beside))

@@ -1,0 +1,120 @@
+"""Knows which shard group keeps which value beyond its session, and for whom. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from insitu_wire.errors import Location, Reason, error
+from insitu_wire.steps import all_steps
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from insitu_proto.v1.intervention_pb2 import Node
+    from insitu_proto.v1.session_pb2 import Session
+    from insitu_scheduler.registry import LeaseId
+    from insitu_wire.errors import Error
+
+
+@dataclass(frozen=True, slots=True)
+class KeptValue:
+    """Where a value is kept."""
+
+    model: str
+    lease_id: LeaseId
+
+
+class KeptValues:
+    """The values that groups keep, by user and handle. A user never sees another's."""
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[str, str], KeptValue] = {}
+
+    def add(self, user: str, session: Session, leases: dict[str, LeaseId]) -> None:
+        """Takes note of what a session is to keep.
+
+        Args:
+            user: whose it is.
+            session: the session, as it starts.
+            leases: the groups that run it, by model.
+        """
+        for model, node in _nodes(session):
+            if node.HasField("keep"):
+                owner = model if model in leases else next(iter(leases))
+                place = KeptValue(owner, leases[owner])
+                self._values[user, node.keep.handle_id] = place
+
+    def group_of(self, user: str, session: Session) -> LeaseId | None:
+        """Gives the group that a session needs for what it loads; None if any will do.
+
+        Raises:
+            NotFoundError: HANDLE_NOT_FOUND, at the user's line.
+            VersionError: UNSUPPORTED_FEATURE, if a value is of another model's group.
+        """
+        groups: set[LeaseId] = set()
+        for model, node in _nodes(session):
+            if not node.HasField("load"):
+                continue
+            place = self._values.get((user, node.load.handle_id))
+            if place is None:
+                raise not_found(node.load.handle_id, _location(session, node))
+            if model and model != place.model:
+                raise _of_another_model(place.model, model, _location(session, node))
+            groups.add(place.lease_id)
+        if len(groups) > 1:
+            raise error(
+                Reason.UNSUPPORTED_FEATURE,
+                "the session loads values that several shard groups keep; keep them in sessions "
+                "over one group, or make them again",
+            )
+        return next(iter(groups), None)
+
+    def find(self, user: str, handle_id: str) -> KeptValue | None:
+        """Gives where a value is kept."""
+        return self._values.get((user, handle_id))
+
+    def forget(self, user: str, handle_id: str) -> None:
+        """Takes note that a value is kept no longer."""
+        self._values.pop((user, handle_id), None)
+
+    def lose(self, lease_id: LeaseId) -> None:
+        """Takes note that a group is gone, and all that it kept."""
+        self._values = {
+            key: place for key, place in self._values.items() if place.lease_id != lease_id
+        }
+
+
+def not_found(handle_id: str, location: Location | None = None) -> Error:
+    """Makes the error for a handle under which nothing is kept."""
+    return error(
+        Reason.HANDLE_NOT_FOUND,
+        f"there is no kept value under the handle {handle_id:.64}; it was released, or has not "
+        "been used for long, or the shard group that had it was lost: keep it again",
+        location=location,
+        handleId=handle_id[:64],
+    )
+
+
+def _of_another_model(owner: str, model: str, location: Location | None) -> Error:
+    return error(
+        Reason.UNSUPPORTED_FEATURE,
+        f"the kept value is with {owner}, and is loaded in a trace of {model}; use it between the "
+        "traces first, as with `value = handle.clone()`",
+        location=location,
+    )
+
+
+def _nodes(session: Session) -> Iterator[tuple[str, Node]]:
+    for step in all_steps(session.steps):
+        for node in step.trace.nodes:
+            yield step.trace.model, node
+        for node in step.compute.nodes:
+            yield step.compute.model, node
+
+
+def _location(session: Session, node: Node) -> Location | None:
+    if not node.location:
+        return None
+    at = session.locations[node.location - 1]
+    return Location(at.file, at.line, at.source)

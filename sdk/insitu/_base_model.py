@@ -78,6 +78,10 @@ class BaseModel(Envoy):
     def _applied(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Gives what a module returns for meta tensors, if it can be known."""
 
+    def _loop_items(self, items: Any) -> Any:
+        """Gives what a loop runs over, from what the user gave."""
+        return items
+
     def _open_trace(self, given: Any, session: Session | None, seed: int) -> Tracer:
         """Opens a trace over an input, in a session of its own or in the one that is open."""
         if session is not None:

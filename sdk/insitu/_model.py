@@ -149,6 +149,11 @@ class LanguageModel(BaseModel):
         is_folder = (Path(self.name).expanduser() / "config.json").is_file()
         return self._remote if CONFIG.has_endpoint and not is_folder else self._local
 
+    def _loop_items(self, items: Any) -> Any:
+        if isinstance(items, list | tuple) and items and all(isinstance(x, str) for x in items):
+            return [torch.tensor(self.tokenizer(text)["input_ids"]) for text in items]
+        return items
+
     def _add_input(self, block: BlockRecorder, given: Any, location: Location) -> int:
         if reference(given) is not None:
             meta = as_meta(given)

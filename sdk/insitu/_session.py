@@ -132,13 +132,14 @@ class Session:
                 with model.trace(prompt):
                     ...
 
-        Numbers are tensors without dimensions inside. A value saved inside comes back as the last
-        item left it; collect others with `insitu.list()`.
+        Numbers are tensors without dimensions inside, and texts the token ids of prompts. A value
+        saved inside comes back as the last item left it; collect others with `insitu.list()`.
 
         Args:
             items: what to run over; known or not while recording.
             return_context: whether the block gets (item, loop), to call loop.exit(); else the item.
         """
+        items = self.model._loop_items(items)
         return Loop(self._recorder, items, user_location(), return_context=return_context)
 
     def save(self, path: str | PathLike[str]) -> None:

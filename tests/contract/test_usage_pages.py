@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+import insitu
 from insitu import LanguageModel
 from support.pages import GUIDES, run_page
 
@@ -26,3 +28,15 @@ def test_every_page_is_in_the_index() -> None:
     index = next(page for page in GUIDES if page.name == "README.md").read_text()
     pages = {page.name for page in GUIDES if page.parent.name == "usage"} - {"README.md"}
     assert all(f"[{name}]({name})" in index for name in pages)
+
+
+def test_a_loop_over_texts_runs_over_prompts(model: LanguageModel) -> None:
+    prompts = ["The Eiffel Tower is in the city of", "Two plus two is"]
+    with model.session() as session:
+        answers = insitu.list().save()
+        with session.iter(prompts) as prompt, model.trace(prompt):
+            answers.append(model.lm_head.output[0, -1].argmax())
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with model.trace(prompt):
+            expected = model.lm_head.output[0, -1].argmax().save()
+        assert torch.equal(answer, expected)

@@ -57,4 +57,7 @@ def join(condition: Proxy, one: Any, other: Any, name: str, location: Location) 
     )
     moment = latest((proxy._origin for proxy in proxies_in((condition, *values))), block.number)
     origin = Origin(recorder, location, name, node_id, moment=moment, scope=recorder.scope)
-    return wrap(metas[0] if are_alike else Unknown(), origin)
+    joined = wrap(metas[0] if are_alike else Unknown(), origin)
+    if any(recorder.is_saved(part) for part in (one, other)):
+        joined.save()
+    return joined

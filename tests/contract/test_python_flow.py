@@ -171,3 +171,32 @@ def test_nothing_is_traced_when_the_statement_is_over(model: LanguageModel) -> N
         assert sys.gettrace() is before
         score.save()
     assert sys.gettrace() is before
+
+
+@pytest.mark.parametrize(("threshold", "factor"), [(-1e9, 3), (1e9, 4)])
+def test_what_either_branch_saves_comes_back_under_its_name(
+    model: LanguageModel, threshold: float, factor: int
+) -> None:
+    with model.session():
+        with model.trace(IDS):
+            score = model.lm_head.output.max().save()
+        if score > threshold:  # noqa: SIM108 - this is the statement that is tested
+            result = (score * 3).save()
+        else:
+            result = (score * 4).save()
+    assert torch.equal(result, score * factor)
+
+
+def test_a_body_that_raises_leaves_nothing_behind(model: LanguageModel) -> None:
+    import sys
+
+    with pytest.raises(RuntimeError, match="mine"):
+        with model.session():
+            with model.trace(IDS):
+                score = model.lm_head.output.max()
+            if score > 0:
+                raise RuntimeError("mine")
+    assert sys.gettrace() is None or "coverage" in repr(sys.gettrace())
+    with model.trace(IDS):
+        logits = model.lm_head.output.save()
+    assert logits.shape == (1, 4, 256)

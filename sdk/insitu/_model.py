@@ -150,7 +150,8 @@ class LanguageModel(BaseModel):
         return self._remote if CONFIG.has_endpoint and not is_folder else self._local
 
     def _loop_items(self, items: Any) -> Any:
-        if isinstance(items, list | tuple) and items and all(isinstance(x, str) for x in items):
+        is_known = isinstance(items, list | tuple) and reference(items) is None
+        if is_known and items and all(isinstance(x, str) for x in items):
             return [torch.tensor(self.tokenizer(text)["input_ids"]) for text in items]
         return items
 

@@ -79,6 +79,8 @@ class SessionRun:
             locations=self.session.locations,
             first_trace_number=segment.first_trace_number,
             seed=self.session.seed,
+            exact=self.session.exact,
+            padding=self.session.padding,
             tensors=self.session.tensors,
         )
         await bring_uploads(shard, self.log.session_id, message.tensors, self.uploads)

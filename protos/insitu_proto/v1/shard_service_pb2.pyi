@@ -229,10 +229,16 @@ class Segment(_message.Message):
     FIRST_TRACE_NUMBER_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
     first_trace_number: _builtins.int
     """Number of the segment's first trace in the session, from 1."""
     seed: _builtins.int
     """The session's seed."""
+    exact: _builtins.bool
+    """The session's."""
+    padding: _builtins.bool
+    """The session's."""
     @_builtins.property
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.Step]:
         """The steps."""
@@ -253,10 +259,12 @@ class Segment(_message.Message):
         first_trace_number: _builtins.int = ...,
         seed: _builtins.int = ...,
         tensors: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
+        exact: _builtins.bool = ...,
+        padding: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_trace_number", b"first_trace_number", "locations", b"locations", "seed", b"seed", "steps", b"steps", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "first_trace_number", b"first_trace_number", "locations", b"locations", "padding", b"padding", "seed", b"seed", "steps", b"steps", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -65,6 +65,8 @@ class LocalBackend:
             locations=session.locations,
             first_trace_number=1,
             seed=session.seed,
+            exact=session.exact,
+            padding=session.padding,
         )
         with ExitStack() as running:
             # In one order, so that no two sessions wait for each other.

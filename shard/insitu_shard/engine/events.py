@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from insitu_shard.engine.pass_run import Pending
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,9 @@ class Finished:
 @dataclass(frozen=True, slots=True)
 class StepFollows:
     """A step that computes comes next. The ranks of a group wait here for each other."""
+
+    pending: Sequence[Pending] = ()
+    """Traces that may run now. Whoever drives may run passes of them, and of other sessions'."""
 
 
 SegmentEvent = TraceStarted | Logged | Saved | Finished

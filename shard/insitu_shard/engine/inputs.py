@@ -60,8 +60,6 @@ class ForwardInputs:
 
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
-    batch: Batch | None = None
-    """Which rows of it are whose, where it is made of rows."""
 
 
 def model_inputs(

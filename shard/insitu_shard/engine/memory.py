@@ -58,6 +58,20 @@ def copied_together(values: Mapping[NodeId, object]) -> dict[NodeId, object]:
     return copy.deepcopy(dict(values))
 
 
+def let_go_of_memory(values: dict[NodeId, Any], memory: AbstractSet[StorageKey]) -> None:
+    """Copies the parts that values have of the given memory, so that the rest can be freed."""
+
+    def let_go(tensor: torch.Tensor) -> torch.Tensor:
+        is_part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+        return tensor.clone() if is_part and _key(tensor) in memory else tensor
+
+    for node_id, value in values.items():
+        if isinstance(value, torch.Tensor):
+            values[node_id] = let_go(value)
+        else:
+            values[node_id] = pytree.tree_map_only(torch.Tensor, let_go, value)
+
+
 def compact(
     values: Mapping[NodeId, object], *, beside: Iterable[object] | None = None
 ) -> dict[NodeId, object]:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from insitu_proto.v1 import model_pb2
+from insitu_shard.compiler import Outline
 from insitu_shard.engine.boundary_value import check_token_ids
 from insitu_shard.engine.describe import describe, measure_fake
 from insitu_shard.engine.inputs import Batch, ForwardInputs, model_inputs, rows_of
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from insitu_shard.engine.graph import Invoke
+    from insitu_shard.engine.inputs import Rows
 
 
 _TOKENIZER_FILE = re.compile(
@@ -71,11 +73,26 @@ class LoadedModel(LoadedModule):
         # transformers' models do not.
         return False
 
+    def batch(self, invokes: Sequence[Invoke]) -> Batch:
+        """Puts the rows of all invokes into one batch."""
+        return Batch.of([rows_of(at, at.token_ids, self.vocab_size) for at in invokes])
+
     def forward_inputs(self, invokes: Sequence[Invoke]) -> ForwardInputs:
         """Gives the token ids of all invokes as one batch."""
-        batch = Batch.of([rows_of(at, at.token_ids, self.vocab_size) for at in invokes])
-        inputs = model_inputs(batch.rows, pad_token_id=self.pad_token_id, device=self.device)
-        return ForwardInputs((), {**inputs, "use_cache": False}, batch)
+        return self.inputs_of_rows(self.batch(invokes).rows)
+
+    def inputs_of_rows(self, rows: Rows) -> ForwardInputs:
+        """Gives what the forward pass over rows of token ids is called with."""
+        inputs = model_inputs(rows, pad_token_id=self.pad_token_id, device=self.device)
+        return ForwardInputs((), {**inputs, "use_cache": False})
+
+    @cached_property
+    def outline(self) -> Outline:
+        """Where its modules are in a forward pass; without blocks if rows can not fork."""
+        outline = Outline.of(self.describe())
+        if any(self.layouts.at(path, is_input=False).is_sharded for path in outline.blocks):
+            return Outline(modules=outline.modules)
+        return outline
 
     def check_arguments(self, path: str, arguments: tuple[Any, Any]) -> None:
         """Refuses token ids that the embedding has no row for."""

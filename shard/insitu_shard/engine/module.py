@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from insitu_proto.v1 import model_pb2
+from insitu_shard.compiler import Outline
 from insitu_shard.engine.inputs import ForwardInputs
 from insitu_shard.engine.layout import Layouts
 from insitu_shard.engine.memory import StorageKey, copied, storages
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from insitu_shard.engine.graph import Invoke
+    from insitu_shard.engine.inputs import Batch, Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,20 @@ class LoadedModule:
         """
         del path, is_input
         return model_pb2.StructureSpec()
+
+    @cached_property
+    def outline(self) -> Outline:
+        """Where its modules are in a forward pass; without blocks if rows can not fork."""
+        return Outline()
+
+    def batch(self, invokes: Sequence[Invoke]) -> Batch | None:
+        """Puts the rows of all invokes into one batch; None for a module that takes no rows."""
+        del invokes
+        return None
+
+    def inputs_of_rows(self, rows: Rows) -> ForwardInputs:
+        """Gives what the forward pass over rows of token ids is called with."""
+        raise TypeError(f"{self.name} takes no rows of token ids: {len(rows)}")
 
     def forward_inputs(self, invokes: Sequence[Invoke]) -> ForwardInputs:
         """Gives what the forward pass of a trace is called with.

@@ -22,6 +22,7 @@ from insitu_shard.engine.graph import (
     Read,
     Ref,
     Save,
+    Side,
     Skip,
     Stop,
     Write,
@@ -72,6 +73,10 @@ class Plan:
     """Nodes whose value is needed after the block."""
     writes_in_place: bool
     """Whether any node writes into an existing value."""
+    seen_by_invoke: frozenset[Boundary]
+    """Boundaries at which nodes ask for the rows of an invoke."""
+    inputs_seen: frozenset[Boundary]
+    """Boundaries at which nodes ask for all arguments of the call."""
 
 
 def plan_nodes(
@@ -201,6 +206,11 @@ class _Planner:
 
     def finish(self, used_later: frozenset[NodeId]) -> Plan:
         """Gives the plan of what was added."""
+        points = [
+            node.operation.hook_point
+            for node in self.nodes.values()
+            if isinstance(node.operation, Read | Write)
+        ]
         successors: dict[NodeId, list[NodeId]] = defaultdict(list)
         at_boundary: dict[Boundary, list[NodeId]] = defaultdict(list)
         for node in self.nodes.values():
@@ -221,4 +231,6 @@ class _Planner:
             num_uses=dict(self.num_uses),
             outliving=used_later & self.nodes.keys(),
             writes_in_place=bool(self.readers_before),
+            seen_by_invoke=frozenset(point.boundary for point in points if point.invoke),
+            inputs_seen=frozenset(point.boundary for point in points if point.side is Side.INPUTS),
         )

@@ -80,7 +80,7 @@ def test_steps_tell_in_order_what_happens_and_free_what_nobody_needs(tiny: TinyM
     model = load_model("tiny", tiny.folder("llama"))
     run = SegmentRun({"tiny": model}, segment, store.values("s"))
     events = run.run()
-    assert [type(next(events)) for _ in range(3)] == [StepFollows, TraceStarted, Saved]
+    assert [type(next(events)) for _ in range(3)] == [TraceStarted, StepFollows, Saved]
     assert store.num_values == 1
     assert store.num_bytes == 4 * 64 * 4
     logged = next(events)

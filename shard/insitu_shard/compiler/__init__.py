@@ -1,0 +1,25 @@
+"""The session compiler: turns traces into forward passes. Values in, plans out: no torch, no model.
+
+`outline.py` knows where in a forward pass a module is, `facts.py` what a trace needs of a pass,
+`lanes.py` which rows traces share, `passes.py` which traces share a pass, and `window.py` which
+traces may run at all.
+"""
+
+from insitu_shard.compiler.facts import Fork, TraceFacts
+from insitu_shard.compiler.lanes import Lane, LaneTree
+from insitu_shard.compiler.outline import Outline
+from insitu_shard.compiler.passes import Limits, Pass, plan_passes
+from insitu_shard.compiler.window import Window, WindowStep
+
+__all__ = [
+    "Fork",
+    "Lane",
+    "LaneTree",
+    "Limits",
+    "Outline",
+    "Pass",
+    "TraceFacts",
+    "Window",
+    "WindowStep",
+    "plan_passes",
+]

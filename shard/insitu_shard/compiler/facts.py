@@ -1,0 +1,49 @@
+"""What the compiler must know of a trace to place it in a forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+Rows = tuple[tuple[int, ...], ...]
+"""Token ids of each row."""
+
+
+class Fork(NamedTuple):
+    """A moment from which on a trace's rows are no longer those of traces that write otherwise."""
+
+    moment: int
+    writes: Hashable
+    """What is written there: equal for traces that write the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceFacts:
+    """A trace as the planner of passes sees it."""
+
+    rows: Rows
+    key: Hashable = None
+    """Traces of equal keys may share a pass; None for one that runs alone."""
+    alone_because: str = ""
+    """Why it runs alone, for people."""
+    forks: tuple[Fork, ...] = ()
+    """Its writes, by moment."""
+    last_moment: int = 0
+    """The last moment of the pass that it needs."""
+    head: tuple[int, int] | None = None
+    """First position, and the one after the last, at which it reads the head's output."""
+    kept_bytes: int = 0
+    """Estimate of what stays in memory until the trace ends."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in the longest row."""
+        return max(map(len, self.rows))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of its batch."""
+        return len(self.rows)

@@ -1,0 +1,137 @@
+"""Decides which traces share a forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from insitu_shard.compiler.lanes import LaneTree
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator, Sequence
+
+    from insitu_shard.compiler.facts import TraceFacts
+    from insitu_shard.compiler.outline import Outline
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How large a pass may be. A trace that is larger alone runs alone."""
+
+    max_tokens: int = 8192
+    """Tokens that go through a layer at once, over all rows."""
+    max_bytes: int = 2 * 1024**3
+    """Estimate of the memory that the pass takes beside the weights."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: a plan, and what people want to know of it."""
+
+    members: tuple[int, ...]
+    """Places of its traces among those that were planned, in order."""
+    traces: tuple[TraceFacts, ...]
+    """Its traces."""
+    outline: Outline
+
+    @cached_property
+    def tree(self) -> LaneTree:
+        """Which rows the traces share."""
+        return LaneTree(self.traces)
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether its rows are planned: a trace that runs alone may do anything."""
+        return self.traces[0].key is not None
+
+    @property
+    def length(self) -> int:
+        """Positions of each row."""
+        return max(trace.length for trace in self.traces)
+
+    @cached_property
+    def rows_of_blocks(self) -> tuple[int, ...]:
+        """How many rows go through each block."""
+        num_blocks = len(self.outline.blocks)
+        if not self.is_merged:
+            return (self.traces[0].num_rows,) * num_blocks
+        steps = [0] * (num_blocks + 2)
+        for lane in self.tree.lanes:
+            first_block, after_last = lane.first // 2 + lane.first % 2, lane.last // 2 + 1
+            blocks = range(max(first_block, 1), min(after_last, num_blocks + 1))
+            if blocks:
+                steps[blocks.start] += len(lane.rows)
+                steps[blocks.stop] -= len(lane.rows)
+        rows, counts = 0, []
+        for step in steps[1 : num_blocks + 1]:
+            rows += step
+            counts.append(rows)
+        return tuple(counts)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows at the widest place."""
+        return max(self.rows_of_blocks, default=self.traces[0].num_rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens at the widest place."""
+        return self.num_rows * self.length
+
+    @property
+    def layers_run(self) -> int:
+        """Decoder layers that run, counted once a row."""
+        return sum(self.rows_of_blocks)
+
+    @property
+    def layers_saved(self) -> int:
+        """Decoder layers that one pass a trace would run beside."""
+        return sum(trace.num_rows for trace in self.traces) * len(self.outline.blocks) - (
+            self.layers_run
+        )
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Estimate of the memory that it takes beside the weights."""
+        head_bytes = self.outline.output_bytes(self.outline.head_path, is_input=False) if (
+            self.outline.head_path
+        ) else 0  # fmt: skip
+        head = sum(
+            (trace.head[1] - trace.head[0]) * trace.num_rows for trace in self.traces if trace.head
+        )
+        kept = sum(trace.kept_bytes for trace in self.traces)
+        return self.num_tokens * self.outline.block_bytes + head * head_bytes + kept
+
+    def fits(self, limits: Limits) -> bool:
+        """Whether it is within the limits."""
+        return self.num_tokens <= limits.max_tokens and self.num_bytes <= limits.max_bytes
+
+
+def plan_passes(
+    traces: Sequence[TraceFacts], outline: Outline, limits: Limits
+) -> Iterator[Pass]:
+    """Yields passes that run all traces, in the order of their first traces.
+
+    Args:
+        traces: traces of one model that may all run now.
+        outline: the model's.
+        limits: how large a pass may be.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for place, trace in enumerate(traces):
+        groups.setdefault(("alone", place) if trace.key is None else trace.key, []).append(place)
+    for places in groups.values():
+        yield from _split(places, traces, outline, limits)
+
+
+def _split(
+    places: list[int], traces: Sequence[TraceFacts], outline: Outline, limits: Limits
+) -> Iterator[Pass]:
+    candidate = Pass(tuple(places), tuple(traces[place] for place in places), outline)
+    if len(places) == 1 or candidate.fits(limits):
+        yield candidate
+        return
+    half = len(places) // 2
+    yield from _split(places[:half], traces, outline, limits)
+    yield from _split(places[half:], traces, outline, limits)

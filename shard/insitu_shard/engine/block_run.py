@@ -1,0 +1,219 @@
+"""Runs the nodes of one block, each as soon as its values exist."""
+
+from __future__ import annotations
+
+import heapq
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from insitu_shard.engine.execute import Executor
+from insitu_shard.engine.failures import cyclic_write, not_reached
+from insitu_shard.engine.graph import UNSET
+from insitu_shard.engine.invokes import InvokesValue
+from insitu_shard.engine.memory import let_go_of_memory
+from insitu_wire.errors import Error
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from collections.abc import Set as AbstractSet
+
+    from insitu_shard.engine.boundary_value import BoundaryValue, InputValue, OutputValue
+    from insitu_shard.engine.graph import Boundary, Node, NodeId
+    from insitu_shard.engine.inputs import Batch
+    from insitu_shard.engine.memory import StorageKey
+    from insitu_shard.engine.module import LoadedModule
+    from insitu_shard.engine.plan import Plan
+
+
+class BlockRun:
+    """One run of a block: a trace, or a computation between traces.
+
+    Whoever drives it calls `start`, then `at` whenever the model comes to a boundary, and `finish`.
+    An operation that raises does not end the pass: a rank that stopped alone would leave the others
+    waiting in their next collective. Its error is kept, and no node runs after it.
+
+    Attributes:
+        error: what the first failing operation raised, if one did.
+        has_failed: whether one did on any rank, as far as the ranks know of each other.
+        plan: what it runs.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: LoadedModule,
+        earlier: Mapping[NodeId, object],
+        seed: str,
+        brought: AbstractSet[StorageKey] = frozenset(),
+        handles: Mapping[str, object] = MappingProxyType({}),
+        *,
+        batch: Batch | None = None,
+        deferred: AbstractSet[NodeId] = frozenset(),
+    ) -> None:
+        """Makes a run; see `Executor` for what is not said here.
+
+        Args:
+            batch: which rows of its input are whose.
+            deferred: nodes that run in `finish` only.
+        """
+        self.plan = plan
+        self._model = model
+        self._executor = Executor(plan, model, earlier, seed, brought, handles)
+        self._num_missing = {node_id: len(waits) for node_id, waits in plan.predecessors.items()}
+        self._ready: list[NodeId] = []
+        self._batch = batch
+        self._deferred = deferred
+        self.error: Error | None = None
+        self.has_failed = False
+
+    @property
+    def has_deferred(self) -> bool:
+        """Whether `finish` has nodes to run."""
+        return bool(self._deferred)
+
+    @property
+    def is_calling_module(self) -> bool:
+        """Whether a module runs on a node's behalf, so that hooks stay silent."""
+        return self._executor.is_calling_module
+
+    @property
+    def skips(self) -> Mapping[tuple[str, int], object]:
+        """What skipped calls return, by module path and call index."""
+        return self._executor.skips
+
+    @property
+    def needs_no_more(self) -> bool:
+        """Whether no further boundary matters to it."""
+        executor = self._executor
+        return executor.stopped_at is not None or (
+            len(executor.done) + len(self._deferred) == len(self.plan.nodes)
+        )
+
+    def start(self) -> None:
+        """Runs what waits for no boundary."""
+        self._ready = [
+            node.id
+            for node in self.plan.nodes.values()
+            if not self._num_missing[node.id] and self._can_run(node, None)
+        ]
+        self._run_ready(None, None)
+
+    def at(self, boundary: Boundary, whole: InputValue | OutputValue) -> Any:
+        """Runs what waits for a boundary.
+
+        Args:
+            boundary: one that nodes wait for.
+            whole: what the model holds there, of the block's rows.
+
+        Returns:
+            What the model is to go on with; None if that is what it holds.
+        """
+        value = self._by_invoke(boundary, whole)
+        self._run_boundary(boundary, value)
+        if boundary not in self.plan.due_at_boundary:
+            return None
+        if boundary.is_input:
+            self._check_arguments(boundary, value)
+        return None if self.error else value.raw
+
+    def let_go(self, memory: AbstractSet[StorageKey]) -> None:
+        """Copies the parts that it has of memory which others are to free."""
+        if not self.plan.readers_before.keys() <= self._executor.done:
+            return  # what is written to yet has to stay views of one memory
+        for values in (self._executor.values, self._executor.saved):
+            let_go_of_memory(values, memory)
+
+    def finish(self) -> None:
+        """Runs what was deferred, and sees to it that all has run."""
+        if self._deferred and self.error is None:
+            waiting, self._deferred = self._deferred, frozenset()
+            self._ready = sorted(key for key in waiting if not self._num_missing[key])
+            self._run_ready(None, None)
+        unfinished = self.plan.nodes.keys() - self._executor.done
+        if unfinished and self.error is None and self._executor.stopped_at is None:
+            self.error = not_reached(min(unfinished), self.plan)
+
+    @property
+    def saved(self) -> dict[NodeId, object]:
+        """Values of the save nodes that ran."""
+        return {key: self._executor.saved[key] for key in self._counting(self._executor.saved)}
+
+    @property
+    def kept(self) -> dict[str, object]:
+        """Values to be kept beyond the session, by handle."""
+        return dict(self._executor.kept[key] for key in self._counting(self._executor.kept))
+
+    @property
+    def logs(self) -> list[str]:
+        """Messages of the log nodes that ran, in the order of definition."""
+        return [self._executor.logs[key] for key in self._counting(self._executor.logs)]
+
+    @property
+    def outliving(self) -> dict[NodeId, object]:
+        """Values that are needed after the block."""
+        values = {**self._executor.values, **self._executor.assigned}
+        wanted = self.plan.outliving | (values.keys() - self.plan.nodes.keys())
+        return {
+            key: values[key]
+            for key in self._counting(wanted & values.keys())
+            if values[key] is not UNSET
+        }
+
+    def _counting(self, node_ids: Any) -> list[NodeId]:
+        """Gives what counts, in order: a stop is as if nothing had been defined after it."""
+        stopped_at = self._executor.stopped_at
+        return [key for key in sorted(node_ids) if stopped_at is None or key < stopped_at]
+
+    def _by_invoke(self, boundary: Boundary, whole: InputValue | OutputValue) -> BoundaryValue:
+        """Gives a value that shows each invoke its rows, if any node asks for those."""
+        if self._batch is None or boundary not in self.plan.seen_by_invoke:
+            return whole
+        structure = self._model.structure(boundary.module_path, is_input=boundary.is_input)
+        is_written = boundary in self.plan.due_at_boundary
+        return InvokesValue(whole, structure, self._batch, is_written)
+
+    def _check_arguments(self, boundary: Boundary, value: BoundaryValue) -> None:
+        last_write = self.plan.nodes[self.plan.due_at_boundary[boundary][-1]]
+        try:
+            self._model.check_arguments(boundary.module_path, value.raw)
+        except Error as err:
+            err.location = last_write.location
+            self.error = self.error or err
+
+    def _run_boundary(self, boundary: Boundary, value: BoundaryValue) -> None:
+        for node_id in self.plan.at_boundary[boundary]:
+            if not self._num_missing[node_id]:
+                heapq.heappush(self._ready, node_id)
+        self._run_ready(boundary, value)
+        if self.needs_no_more:
+            return
+        writes = self.plan.due_at_boundary.get(boundary, ())
+        late = [node_id for node_id in writes if node_id not in self._executor.done]
+        if late and self.error is None:
+            self.error = cyclic_write(late[0], self.plan, self._executor.done)
+        if self._model.writes_in_place:
+            self._executor.part_from(value.raw)
+
+    def _run_ready(self, boundary: Boundary | None, value: BoundaryValue | None) -> None:
+        """Runs every node that can run now, in the order of definition."""
+        with torch.no_grad():
+            while self._ready and self.error is None and self._executor.stopped_at is None:
+                node = self.plan.nodes[heapq.heappop(self._ready)]
+                try:
+                    self._executor.run(node, value)
+                except Error as err:
+                    self.error = err
+                    return
+                for successor_id in self.plan.successors.get(node.id, ()):
+                    self._num_missing[successor_id] -= 1
+                    if self._can_run(self.plan.nodes[successor_id], boundary):
+                        heapq.heappush(self._ready, successor_id)
+
+    def _can_run(self, node: Node, boundary: Boundary | None) -> bool:
+        return (
+            not self._num_missing[node.id]
+            and node.boundary in (None, boundary)
+            and node.id not in self._deferred
+        )

@@ -1,0 +1,85 @@
+"""Runs a pass that the compiler has planned, and sees to it that one trace harms no other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from insitu_shard.compiler import Limits, Pass, plan_passes
+from insitu_shard.engine.interleaver import Interleaver
+from insitu_shard.engine.row_map import RowMap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from insitu_shard.engine.graph import NodeId
+    from insitu_shard.engine.trace_run import TraceRun
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A trace that may run now."""
+
+    trace: TraceRun
+    is_there: Callable[[NodeId], bool]
+    """Whether it may use a value of an earlier step now."""
+
+
+def run_next_pass(pending: Sequence[Pending], limits: Limits) -> None:
+    """Runs the pass of the first of the traces, with those that fit into it.
+
+    Args:
+        pending: traces that may run now, of one or more sessions, the most urgent first.
+        limits: how large the pass may be.
+    """
+    model = pending[0].trace.model
+    candidates = [at for at in pending if at.trace.model is model and at.trace.facts is not None]
+    facts = [at.trace.facts for at in candidates if at.trace.facts is not None]
+    if pending[0].trace.facts is None:
+        return
+    plan = next(plan_passes(facts, model.outline, limits))
+    _run(plan, [candidates[place] for place in plan.members])
+
+
+def _run(plan: Pass, members: Sequence[Pending]) -> None:
+    if not _run_once(plan, members):
+        for member, facts in zip(members, plan.traces, strict=True):
+            single = Pass((0,), (facts,), plan.outline)
+            if len(members) == 1 or not _run_once(single, [member]):
+                _run_alone(member, plan)
+    for member in members:
+        member.trace.has_run = True
+    _agree(members)
+
+
+def _run_alone(member: Pending, plan: Pass) -> None:
+    """Runs a trace as if there were no compiler; what the model raises now is the trace's error."""
+    member.trace.be_alone("its pass failed")
+    facts = member.trace.facts
+    assert facts is not None
+    _run_once(Pass((0,), (facts,), plan.outline), [member])
+
+
+def _run_once(plan: Pass, members: Sequence[Pending]) -> bool:
+    """Runs a pass; False if it has to be run in another way, for it failed as a whole."""
+    model = members[0].trace.model
+    runs = [member.trace.begin(member.is_there) for member in members]
+    for run in runs:
+        run.start()
+    if not plan.is_merged:
+        Interleaver(model, runs).run(members[0].trace.forward_inputs())
+        return True
+    rows = RowMap(model, plan, runs)
+    interleaver = Interleaver(model, runs, rows)
+    interleaver.run(model.inputs_of_rows(rows.rows))
+    return interleaver.raised is None
+
+
+def _agree(members: Sequence[Pending]) -> None:
+    """Has all ranks know which traces failed on any of them."""
+    ranks = members[0].trace.model.ranks
+    blocks = [member.trace.block for member in members]
+    failed = ranks.each([block is not None and block.error is not None for block in blocks])
+    for block, has_failed in zip(blocks, failed, strict=True):
+        if block is not None:
+            block.has_failed = has_failed

@@ -1,0 +1,289 @@
+"""Tells the compiler what it must know of a block: what its pass needs, writes and reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from insitu_shard.compiler import Fork, TraceFacts, WindowStep
+from insitu_shard.compiler.outline import has_rows, shows_rows
+from insitu_shard.engine.graph import (
+    Assign,
+    Call,
+    Keep,
+    Load,
+    ModuleCall,
+    Read,
+    Ref,
+    Save,
+    Side,
+    Skip,
+    Stop,
+    Write,
+    operands,
+    references,
+)
+from insitu_wire.operations import RANDOM, is_in_place, last_word, writes_into_container
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Mapping
+    from collections.abc import Set as AbstractSet
+
+    from insitu_shard.compiler import Outline
+    from insitu_shard.compiler.facts import Rows
+    from insitu_shard.engine.graph import Boundary, Node, NodeId
+    from insitu_shard.engine.plan import Plan
+
+# What these give is small beside what they take.
+_REDUCING = {
+    "argmax", "argmin", "max", "min", "amax", "amin", "mean", "sum", "norm", "topk", "item", "any",
+    "all", "std", "var", "logsumexp", "median", "prod", "count_nonzero", "vector_norm",
+}  # fmt: skip
+
+
+class Needs:
+    """What a block needs of the session, split by when it is needed."""
+
+    def __init__(self, plan: Plan, inputs: Iterable[NodeId] = ()) -> None:
+        """Looks through a block.
+
+        Args:
+            plan: the block's.
+            inputs: ids of values of earlier steps that its input is made of.
+        """
+        self._plan = plan
+        tied = [node.id for node in plan.nodes.values() if node.boundary is not None]
+        due = [node_id for writers in plan.due_at_boundary.values() for node_id in writers]
+        self._in_pass = closure([*tied, *due], plan.predecessors)
+        self._inputs = frozenset(inputs)
+        self._written = {node.id: _written(node, plan) for node in plan.nodes.values()}
+
+    def step(self, *, is_trace: bool) -> WindowStep:
+        """Gives the block as the compiler's window sees it."""
+        nodes = self._plan.nodes
+        writes = {
+            node_id for written in self._written.values() for node_id in written if node_id
+        } - nodes.keys()
+        return WindowStep(
+            is_trace=is_trace,
+            defines=frozenset(nodes),
+            needs=self._inputs | self._earlier(self._in_pass),
+            writes=frozenset(writes),
+            writes_tensors=any(0 in written for written in self._written.values()),
+            is_in_order=any(
+                self._written[node_id] or isinstance(nodes[node_id].operation, Load)
+                for node_id in self._in_pass
+            ),
+        )
+
+    def deferred(self, is_there: Callable[[NodeId], bool]) -> frozenset[NodeId]:
+        """Gives the nodes that wait until all earlier steps have ended.
+
+        Args:
+            is_there: whether a value of an earlier step may be used now.
+        """
+        late = [
+            node.id
+            for node in self._plan.nodes.values()
+            if node.id not in self._in_pass
+            and (
+                self._written[node.id]
+                or isinstance(node.operation, Load | Keep)
+                or not all(map(is_there, self._earlier([node.id])))
+            )
+        ]
+        return frozenset(closure(late, self._plan.successors)) if late else frozenset()
+
+    def _earlier(self, node_ids: Iterable[NodeId]) -> frozenset[NodeId]:
+        used = {node_id for user in node_ids for node_id in self._plan.uses[user]}
+        return frozenset(used - self._plan.nodes.keys())
+
+
+def closure(
+    node_ids: Iterable[NodeId], neighbours: Mapping[NodeId, Iterable[NodeId]]
+) -> set[NodeId]:
+    """Gives nodes and all that can be reached from them."""
+    waiting = list(node_ids)
+    found = set(waiting)
+    while waiting:
+        new = set(neighbours.get(waiting.pop(), ())) - found
+        found |= new
+        waiting.extend(new)
+    return found
+
+
+def _written(node: Node, plan: Plan) -> frozenset[NodeId]:
+    """Gives the values of earlier steps that a node writes into; 0 for what may be any of them."""
+    match node.operation:
+        case Assign(target=target):
+            return frozenset({target} - plan.nodes.keys())
+        case Call(name=name, args=(Ref(node_id=target), *_)) if writes_into_container(name):
+            return frozenset({target} - plan.nodes.keys())
+        case Call(name=name) if is_in_place(name) and 0 in plan.roots[node.id]:
+            return frozenset({0})
+    return frozenset()
+
+
+def place(
+    plan: Plan,
+    outline: Outline,
+    rows: Rows,
+    *,
+    key: Hashable,
+    head: tuple[int, int] | None,
+    session: Hashable,
+) -> TraceFacts:
+    """Gives the facts of a trace.
+
+    Args:
+        plan: its plan.
+        outline: the model's.
+        rows: its token ids.
+        key: what traces must have alike to share a pass with it.
+        head: the positions of the head's output that it reads, if not all.
+        session: what tells values of its session from those of others.
+    """
+    length = max(map(len, rows))
+    kept = _kept_bytes(plan, outline) * sum(map(len, rows))
+    if reason := _reason_for_alone(plan, outline):
+        return TraceFacts(rows=rows, alone_because=reason, kept_bytes=kept)
+    points = [(at.module_path, at.is_input) for at in plan.at_boundary]
+    moments = [outline.moment(path, is_input=is_input) or 0 for path, is_input in points]
+    reads_head = (outline.head_path, False) in points
+    after_head = outline.moment("", is_input=False) or 0
+    is_whole = any(path == "" and not is_input for path, is_input in points)
+    return TraceFacts(
+        rows=rows,
+        key=key,
+        forks=_forks(plan, outline, session),
+        last_moment=max(moments, default=0) if not is_whole else after_head,
+        head=(head or (0, length)) if reads_head or is_whole else None,
+        kept_bytes=kept,
+    )
+
+
+def _reason_for_alone(plan: Plan, outline: Outline) -> str:
+    if not outline.blocks:
+        return "the order of the model's layers is not known"
+    for node in plan.nodes.values():
+        match node.operation:
+            case Skip(module_path=path):
+                return f"it skips {path}"
+            case Read(hook_point=point) | Write(hook_point=point):
+                is_input = point.side is not Side.OUTPUT
+                moment = outline.moment(point.module_path, is_input=is_input)
+                if moment is None or point.call_index:
+                    return f"it is not known when {point} is reached"
+                structures = outline.structures(point.module_path, is_input=is_input)
+                if not all(map(shows_rows, structures)):
+                    return f"not all that is in {point} is known"
+    for boundary, writers in plan.due_at_boundary.items():
+        structures = outline.structures(boundary.module_path, is_input=boundary.is_input)
+        points = (getattr(plan.nodes[at].operation, "hook_point", None) for at in writers)
+        touched = structures[:1] if boundary.is_input else structures
+        if any(point is not None and point.side is Side.INPUTS for point in points) or any(
+            not has_rows(structure) for structure in touched
+        ):
+            return f"it writes to what rows share at {boundary.module_path or 'the model'}"
+        if boundary.is_input and _reads_inputs(plan, boundary):
+            return f"it writes to the arguments of {boundary.module_path or 'the model'}"
+    return ""
+
+
+def _reads_inputs(plan: Plan, boundary: Boundary) -> bool:
+    """Whether a node has all arguments in hand where some are written to."""
+    points = (
+        getattr(plan.nodes[node_id].operation, "hook_point", None)
+        for node_id in plan.at_boundary[boundary]
+    )
+    return any(point is not None and point.side is Side.INPUTS for point in points)
+
+
+def _forks(plan: Plan, outline: Outline, session: Hashable) -> tuple[Fork, ...]:
+    writers: dict[int, list[NodeId]] = {}
+    for boundary, node_ids in plan.due_at_boundary.items():
+        moment = outline.fork_moment(boundary.module_path, is_input=boundary.is_input)
+        assert moment is not None  # or else it runs alone
+        writers.setdefault(moment, []).extend(node_ids)
+    return tuple(
+        Fork(moment, _signature(plan, writers[moment], session)) for moment in sorted(writers)
+    )
+
+
+def _signature(plan: Plan, writers: Iterable[NodeId], session: Hashable) -> Hashable:
+    """Gives what is equal for traces that make the same writes out of the same values."""
+    involved = sorted(closure(writers, plan.predecessors))
+    ordinals = {node_id: ordinal for ordinal, node_id in enumerate(involved)}
+    return tuple(_canonical_node(plan.nodes[at], plan, ordinals, session) for at in involved)
+
+
+def _canonical_node(
+    node: Node, plan: Plan, ordinals: Mapping[NodeId, int], session: Hashable
+) -> Hashable:
+    operation = node.operation
+    described: list[object] = [type(operation).__name__]
+    match operation:
+        case Read(hook_point=point) | Write(hook_point=point):
+            described.append(point)
+        case Call(name=name, kwargs=kwargs):
+            described += [name, tuple(kwargs)]
+            if name in RANDOM:
+                described += [session, node.id]
+        case ModuleCall(module_path=path, kwargs=kwargs):
+            described += [path, tuple(kwargs)]
+        case Save() | Load() | Keep() | Stop():
+            described += [session, node.id]
+    number = node.condition
+    while number:
+        condition = plan.conditions[number - 1]
+        described += [condition.is_negated, _canonical(condition.value, ordinals, session)]
+        number = condition.parent
+    described.append(_canonical(operands(operation), ordinals, session))
+    return tuple(described)
+
+
+def _canonical(value: object, ordinals: Mapping[NodeId, int], session: Hashable) -> Hashable:
+    match value:
+        case Ref(node_id=node_id) if node_id in ordinals:
+            return ("node", ordinals[node_id])
+        case Ref(node_id=node_id):
+            return ("earlier", session, node_id)
+        case list() | tuple():
+            items = (_canonical(item, ordinals, session) for item in value)
+            return (type(value).__name__, *items)
+        case dict():
+            pairs = ((key, _canonical(item, ordinals, session)) for key, item in value.items())
+            return ("dict", *pairs)
+        case slice():
+            parts = (value.start, value.stop, value.step)
+            return ("slice", *(_canonical(part, ordinals, session) for part in parts))
+        case torch.Tensor():
+            return ("tensor", id(value))
+    return (type(value).__name__, repr(value))
+
+
+def _kept_bytes(plan: Plan, outline: Outline) -> int:
+    """Estimates the bytes for each token that stay until the trace ends."""
+    sizes: dict[NodeId, int] = {}
+    for node in plan.nodes.values():
+        sizes[node.id] = _bytes_per_token(node, sizes, outline)
+    kept: AbstractSet[NodeId] = plan.outliving | {
+        used
+        for node in plan.nodes.values()
+        if isinstance(node.operation, Save)
+        for used in plan.uses[node.id]
+    }
+    return sum(sizes.get(node_id, 0) for node_id in kept)
+
+
+def _bytes_per_token(node: Node, sizes: Mapping[NodeId, int], outline: Outline) -> int:
+    used = max((sizes.get(at, 0) for at in references(list(operands(node.operation)))), default=0)
+    match node.operation:
+        case Read(hook_point=point) if point.module_path in outline.modules:
+            return outline.output_bytes(point.module_path, is_input=point.side is not Side.OUTPUT)
+        case Call(name=name) if last_word(name) in _REDUCING:
+            return 0
+        case Call(args=(_, tuple() as key)) if any(isinstance(part, int) for part in key):
+            return 0
+    return used

@@ -1,0 +1,238 @@
+"""Keeps track, while a pass runs, of which of its rows are whose, and moves them as lanes fork."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from insitu_shard.engine.head_rows import HeadRows
+from insitu_shard.engine.inputs import InvokeRows
+from insitu_shard.engine.parts import NotPlacedError, Parts, RowView
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from collections.abc import Set as AbstractSet
+
+    from insitu_shard.compiler import Pass
+    from insitu_shard.engine.block_run import BlockRun
+    from insitu_shard.engine.boundary_value import InputValue, OutputValue
+    from insitu_shard.engine.graph import Boundary
+    from insitu_shard.engine.module import LoadedModule
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class RowMap:
+    """The rows of one pass.
+
+    Attributes:
+        places: where rows move or are chosen: (module path, whether it is its input).
+    """
+
+    def __init__(self, model: LoadedModule, plan: Pass, runs: Sequence[BlockRun]) -> None:
+        """Begins a pass.
+
+        Args:
+            model: what it runs on.
+            plan: the pass.
+            runs: its traces.
+        """
+        self._plan = plan
+        self._tree = plan.tree
+        self._runs = runs
+        self._outline = outline = plan.outline
+        self._structure = model.structure
+        self._lanes = self._tree.alive(0)
+        self._first_rows: dict[int, int] = {}
+        self._num_rows = 0
+        self._root_index: torch.Tensor | None = None
+        self._place_rows()
+        self._num_root_rows = self._num_rows
+        self._root_rows = dict(self._first_rows)
+        self._changes = self._tree.changes()
+        self._head = HeadRows(plan, self._reads_after_head())
+        self.places = {
+            (block, False)
+            for number, block in enumerate(outline.blocks)
+            if 2 * number + 3 in self._changes
+        }
+        if 1 in self._changes:
+            self.places.add((outline.blocks[0], True))
+        if self._num_root_rows > 1:
+            self.places |= {(block, True) for block in outline.blocks}
+        if self._head.is_trimmed:
+            self.places.add((outline.head_path, True))
+
+    @property
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """Token ids of the rows that the pass begins with."""
+        return tuple(row for lane in self._lanes for row in self._tree.lanes[lane].rows)
+
+    def enter(self, boundary: Boundary, arguments: Arguments) -> Arguments | None:
+        """Fits the arguments of a block to the rows that run through it; None if they fit."""
+        if boundary.module_path not in self._outline.blocks:
+            return None
+        if boundary.call_index:
+            raise NotPlacedError(boundary.module_path)
+        hidden, rest = _split(arguments)
+        index = None
+        if boundary.module_path == self._outline.blocks[0] and 1 in self._changes:
+            index = self._move(2)
+        if index is not None:
+            hidden = hidden.index_select(0, index.to(hidden.device))
+        elif not self._has_moved:
+            return None
+        return _join(arguments, hidden, self._fitted(rest))
+
+    def fork(self, boundary: Boundary, result: Any) -> Any:
+        """Gives lanes that begin at the end of a block their rows; None if none does."""
+        return self._moved(boundary, result, 0)
+
+    def drop(self, boundary: Boundary, result: Any) -> Any:
+        """Drops the rows that are not needed after a block; None if all are."""
+        return self._moved(boundary, result, 1)
+
+    def trim(self, boundary: Boundary, arguments: Arguments) -> Arguments | None:
+        """Gives the head the positions that are read only; None if it is to run on all."""
+        is_head = boundary.module_path == self._outline.head_path and boundary.is_input
+        if not is_head or not self._head.is_trimmed or boundary.call_index:
+            return None
+        hidden, rest = _split(arguments)
+        return _join(arguments, self._head.chosen(hidden, self._lanes, self._first_rows), rest)
+
+    def parts(
+        self,
+        boundary: Boundary,
+        whole: InputValue | OutputValue,
+        places: Sequence[int],
+        due: AbstractSet[Boundary],
+    ) -> Parts:
+        """Gives each trace its own part of what the model holds at a boundary.
+
+        Args:
+            boundary: the boundary.
+            whole: what the model holds there.
+            places: the traces that wait for it.
+            due: boundaries at which traces write.
+        """
+        moment = self._outline.moment(boundary.module_path, is_input=boundary.is_input)
+        assert moment is not None  # or else the trace runs alone
+        lanes = {place: self._tree.lane_at(place, moment) for place in places}
+        is_head = (boundary.module_path, boundary.is_input) == (self._outline.head_path, False)
+        view = RowView(
+            self._structure(boundary.module_path, is_input=boundary.is_input),
+            num_rows=self._num_rows,
+            length=self._plan.length,
+        )
+        return Parts(
+            whole,
+            view,
+            at={place: self._rows_of(place, lane) for place, lane in lanes.items()},
+            lanes=lanes,
+            writers={
+                place
+                for place in places
+                if boundary in due and boundary in self._runs[place].plan.due_at_boundary
+            },
+            head=self._head.parts(places, lanes, self._first_rows) if is_head else None,
+            all_inputs={
+                place for place in places if boundary in self._runs[place].plan.inputs_seen
+            },
+        )
+
+    def _rows_of(self, place: int, lane: int) -> InvokeRows:
+        trace = self._plan.traces[place]
+        padding = self._plan.length - trace.length
+        return InvokeRows(self._first_rows[lane], trace.num_rows, padding, trace.length)
+
+    @property
+    def _has_moved(self) -> bool:
+        return self._first_rows != self._root_rows
+
+    def _moved(self, boundary: Boundary, result: Any, later: int) -> Any:
+        if boundary.is_input or boundary.module_path not in self._outline.blocks:
+            return None
+        moment = 2 * self._outline.blocks.index(boundary.module_path) + 3
+        if moment not in self._changes:
+            return None
+        if boundary.call_index:
+            raise NotPlacedError(boundary.module_path)
+        index = self._move(moment + later)
+        if index is None:
+            return None
+        hidden = result[0] if isinstance(result, tuple) else result
+        hidden = hidden.index_select(0, index.to(hidden.device))
+        if not isinstance(result, tuple):
+            return hidden
+        if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(result[1:])):
+            raise NotPlacedError(boundary.module_path)
+        return (hidden, *result[1:])
+
+    def _move(self, moment: int) -> torch.Tensor | None:
+        """Goes over to the lanes of a moment; gives the rows that they come from, if they move."""
+        lanes = self._tree.alive(moment)
+        if lanes == self._lanes:
+            return None
+        index: list[int] = []
+        for lane in lanes:
+            known = lane if lane in self._first_rows else self._tree.lanes[lane].parent
+            assert known is not None
+            first = self._first_rows[known]
+            index.extend(range(first, first + len(self._tree.lanes[lane].rows)))
+        self._lanes = lanes
+        self._place_rows()
+        return torch.tensor(index)
+
+    def _place_rows(self) -> None:
+        self._first_rows, self._num_rows = {}, 0
+        self._root_index = None
+        for lane in self._lanes:
+            self._first_rows[lane] = self._num_rows
+            self._num_rows += len(self._tree.lanes[lane].rows)
+
+    def _fitted(self, rest: Any) -> Any:
+        """Gives what the pass made for the rows that it began with, for the rows that run now."""
+        if self._num_root_rows == 1:
+            return rest  # made for one row, it fits any number
+        if self._root_index is None:
+            rows = [row for lane in self._lanes for row in self._rows_of_root(lane)]
+            self._root_index = torch.tensor(rows)
+        index = self._root_index
+
+        def fitted(leaf: torch.Tensor) -> torch.Tensor:
+            has_rows = leaf.ndim > 1 and leaf.shape[0] == self._num_root_rows
+            return leaf.index_select(0, index.to(leaf.device)) if has_rows else leaf
+
+        return pytree.tree_map_only(torch.Tensor, fitted, rest)
+
+    def _rows_of_root(self, lane: int) -> range:
+        while (parent := self._tree.lanes[lane].parent) is not None:
+            lane = parent
+        first = self._root_rows[lane]
+        return range(first, first + len(self._tree.lanes[lane].rows))
+
+    def _reads_after_head(self) -> bool:
+        """Whether a trace sees the logits elsewhere than where the head gives them."""
+        return any(
+            self._outline.is_after_head(at.module_path, is_input=at.is_input)
+            for run in self._runs
+            for at in run.plan.at_boundary
+        )
+
+
+def _split(arguments: Arguments) -> tuple[torch.Tensor, Any]:
+    """Gives the hidden state, the first argument, and all others."""
+    args, kwargs = arguments
+    if args:
+        return args[0], (args[1:], kwargs)
+    name = next(iter(kwargs))
+    return kwargs[name], ((), {key: value for key, value in kwargs.items() if key != name})
+
+
+def _join(arguments: Arguments, hidden: torch.Tensor, rest: Any) -> Arguments:
+    args, kwargs = rest
+    if arguments[0]:
+        return (hidden, *args), kwargs
+    return (), {next(iter(arguments[1])): hidden, **kwargs}

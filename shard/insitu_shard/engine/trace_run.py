@@ -1,0 +1,168 @@
+"""A trace of a session on its way: planned, run in a pass of the model, and ended in its turn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from insitu_shard.compiler import TraceFacts, WindowStep
+from insitu_shard.engine.block_run import BlockRun
+from insitu_shard.engine.graph import references
+from insitu_shard.engine.head import trimmed
+from insitu_shard.engine.placement import Needs, place
+from insitu_shard.engine.plan import plan_nodes
+from insitu_wire.errors import Error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from insitu_shard.engine.graph import Invoke, NodeId, Step, Trace
+    from insitu_shard.engine.inputs import Batch, ForwardInputs
+    from insitu_shard.engine.plan import Plan
+    from insitu_shard.engine.session_state import SessionState
+
+
+class TraceRun:
+    """One run of one trace.
+
+    Attributes:
+        model: what it runs on.
+        block: its nodes' run, once its pass has begun.
+        has_run: whether it has been in a pass, or needs none.
+        error: what is wrong with it, if that is known already.
+    """
+
+    def __init__(self, step: Step, trace: Trace, state: SessionState) -> None:
+        """Plans a trace.
+
+        Args:
+            step: the step that holds it.
+            trace: the trace.
+            state: its session's.
+        """
+        self.model = state.models[trace.model]
+        self.trace_number = step.trace_number
+        self.block: BlockRun | None = None
+        self.plan: Plan | None = None
+        self.has_run = False
+        self.error: Error | None = None
+        self._trace = trace
+        self._state = state
+        self._seed = state.block_seed(trace.nodes, trace.seed)
+        self._used_later = state.liveness.used_after(step)
+        self._alone_because = "the session is exact" if state.options.is_exact else ""
+        self._inputs_used = {
+            node_id
+            for invoke in trace.invokes
+            for node_id in references((invoke.token_ids, invoke.args, invoke.kwargs))
+        }
+        self._head: tuple[int, int] | None = None
+        self._needs: Needs | None = None
+        try:
+            self._make_plan()
+        except Error as err:
+            self._fail(err)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it is known that it fails."""
+        return self.error is not None or (self.block is not None and self.block.has_failed)
+
+    @property
+    def window_step(self) -> WindowStep:
+        """The trace as the compiler's window sees it."""
+        return self._needs.step(is_trace=True) if self._needs else WindowStep(is_trace=True)
+
+    @cached_property
+    def facts(self) -> TraceFacts | None:
+        """The trace as the planner of passes sees it; None if it needs no pass."""
+        try:
+            batch = self._batch
+        except Error as err:
+            self._fail(err)
+            return None
+        if self._invokes is None or self.plan is None:
+            self.has_run = True
+            return None
+        if batch is None:
+            return TraceFacts(rows=((0,),), alone_because="it is a module's")
+        if self._alone_because:
+            return TraceFacts(rows=batch.rows, alone_because=self._alone_because)
+        lengths = {len(row) for row in batch.rows}
+        may_pad = self._state.options.may_pad
+        key = ("padded",) if may_pad else (batch.length, len(lengths) > 1)
+        return place(
+            self.plan,
+            self.model.outline,
+            batch.rows,
+            key=key,
+            head=self._head,
+            session=id(self._state),
+        )
+
+    def begin(self, is_there: Callable[[NodeId], bool]) -> BlockRun:
+        """Makes a new run of its nodes.
+
+        Args:
+            is_there: whether a value of an earlier step may be used now.
+        """
+        assert self.plan is not None
+        assert self._needs is not None
+        self.block = BlockRun(
+            self.plan,
+            self.model,
+            self._state.earlier,
+            self._seed,
+            self._state.brought,
+            self._state.handles,
+            batch=self._batch,
+            deferred=self._needs.deferred(is_there),
+        )
+        return self.block
+
+    def forward_inputs(self) -> ForwardInputs:
+        """Gives what its own forward pass is called with."""
+        assert self._invokes is not None
+        return self.model.forward_inputs(self._invokes)
+
+    def be_alone(self, reason: str) -> None:
+        """Plans it for a pass of its own."""
+        self._alone_because = reason
+        self._make_plan()
+        self.__dict__.pop("facts", None)
+
+    def _fail(self, err: Error) -> None:
+        err.trace_number = self.trace_number
+        self.error = err
+        self.has_run = True
+
+    def _make_plan(self) -> None:
+        nodes, conditions = self._trace.nodes, self._trace.conditions
+        self._head = None
+        if not self._alone_because and not self._inputs_used and self.model.outline.blocks:
+            assert self._batch is not None
+            head_path = self.model.outline.head_path
+            nodes, self._head = trimmed(nodes, conditions, head_path, self._batch.length)
+        plan = plan_nodes(nodes, conditions, used_later=self._used_later)
+        self.plan = plan
+        self._needs = Needs(plan, self._inputs_used)
+        if self._head is not None and (self.facts is None or self.facts.key is None):
+            # Alone, the model gives all positions.
+            self.be_alone(self.facts.alone_because if self.facts else "it has no input")
+
+    @cached_property
+    def _batch(self) -> Batch | None:
+        return self.model.batch(self._invokes) if self._invokes is not None else None
+
+    @cached_property
+    def _invokes(self) -> list[Invoke] | None:
+        """What it runs over; None if what that is made of was not set."""
+        invokes = []
+        for invoke in self._trace.invokes:
+            values = self._state.resolve((invoke.token_ids, invoke.args, invoke.kwargs))
+            if not isinstance(values, tuple):
+                return None
+            token_ids, args, kwargs = values
+            invokes.append(replace(invoke, token_ids=token_ids, args=args, kwargs=kwargs))
+        return invokes

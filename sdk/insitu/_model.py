@@ -12,7 +12,7 @@ import torch
 from insitu._base_model import BaseModel
 from insitu._config import CONFIG
 from insitu._proxy import as_meta, reference
-from insitu._session import Session, active_session
+from insitu._session import Session, Together, active_session
 from insitu._shapes import Unknown, applied
 from insitu._source import user_location
 from insitu._submission import submit
@@ -58,24 +58,42 @@ class LanguageModel(BaseModel):
 
     _dtype: torch.dtype | None
 
-    def session(self, *, remote: bool = False, blocking: bool = True, run: bool = True) -> Session:
+    def session(
+        self,
+        *,
+        remote: bool = False,
+        blocking: bool = True,
+        run: bool = True,
+        exact: bool = False,
+        padding: bool = False,
+    ) -> Session:
         """Opens a session: one request that holds traces.
+
+        Traces that do not need each other share forward passes, with the results of running one by
+        one: to the bit in float32 on a CPU for prompts of 12 tokens or more, else to rounding
+        (1e-4 in float32).
 
         Args:
             remote: whether it runs on the server instead of in this process.
             blocking: whether the end of the block waits for it; if not, the session's `submission`
                 gives what became of it. Needs `remote=True`.
             run: whether it runs at all; if not, it is recorded, for its `save`.
+            exact: whether each trace has a forward pass of its own, as plain transformers runs it.
+            padding: whether traces of different lengths may share a pass too, padded on the left:
+                faster for many short prompts, and values differ by rounding (1e-3 in float32).
         """
+        together = Together(exact=exact, padding=padding)
         if blocking:
-            return Session(self, self._remote if remote else self._local, run=run)
+            backend = self._remote if remote else self._local
+            return Session(self, backend, run=run, together=together)
         if not remote:
             raise error(
                 Reason.INVALID_CONFIGURATION,
                 "blocking=False needs remote=True: a session in this process ends with its block",
                 location=user_location(),
             )
-        return Session(self, self._remote, run=run, submit=partial(submit, self._remote))
+        hand_in = partial(submit, self._remote)
+        return Session(self, self._remote, run=run, submit=hand_in, together=together)
 
     def trace(
         self,

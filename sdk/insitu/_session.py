@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from insitu._control import Branch, Loop
 from insitu._factories import FactoryMode
@@ -52,6 +52,15 @@ def detached() -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
+class Together(NamedTuple):
+    """How the traces of a session may run together."""
+
+    exact: bool = False
+    """Each has a forward pass of its own."""
+    padding: bool = False
+    """Traces of different lengths may share one."""
+
+
 class Session:
     """One request: traces that run strictly in order, where the model is.
 
@@ -66,6 +75,7 @@ class Session:
         *,
         run: bool = True,
         submit: Submit | None = None,
+        together: Together = Together(),
     ) -> None:
         """Makes a session that can be opened once.
 
@@ -74,6 +84,7 @@ class Session:
             backend: where it runs.
             run: whether it runs at all; if not, it is only recorded.
             submit: hands it in at the end of its block, instead of running it there.
+            together: how its traces may run together.
         """
         self.model = model
         self.backend = backend
@@ -84,6 +95,7 @@ class Session:
         self._is_recorded = False
         self._submission: Submission | None = None
         self._recorder = SessionRecorder(reference)
+        self._recorder.session.exact, self._recorder.session.padding = together
         self._tracer: Tracer | None = None
         self._token: Token[Session | None] | None = None
         self._open = ExitStack()

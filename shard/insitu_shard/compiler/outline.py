@@ -137,7 +137,7 @@ def _parts(called: Sequence[str], blocks: Sequence[str]) -> dict[str, tuple[int,
     for path in called:
         if path in blocks:
             part = blocks.index(path) + 1
-        if any(_is_below(block, path) for block in blocks):
+        if any(block != path and _is_below(block, path) for block in blocks):
             parts[path] = (0, after)
         elif part and _is_below(path, blocks[part - 1]):
             parts[path] = (part, part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
     from insitu_shard.engine.graph import NodeId
     from insitu_shard.engine.trace_run import TraceRun
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,8 @@ def _run_once(plan: Pass, members: Sequence[Pending]) -> bool:
     rows = RowMap(model, plan, runs)
     interleaver = Interleaver(model, runs, rows)
     interleaver.run(model.inputs_of_rows(rows.rows))
+    if interleaver.raised is not None:
+        _log.warning("a pass over %d traces failed: %r", len(members), interleaver.raised)
     return interleaver.raised is None
 
 

@@ -61,6 +61,9 @@ class Together(NamedTuple):
     """Traces of different lengths may share one."""
 
 
+_BY_LENGTH = Together()
+
+
 class Session:
     """One request: traces that run strictly in order, where the model is.
 
@@ -75,7 +78,7 @@ class Session:
         *,
         run: bool = True,
         submit: Submit | None = None,
-        together: Together = Together(),
+        together: Together = _BY_LENGTH,
     ) -> None:
         """Makes a session that can be opened once.
 

@@ -45,7 +45,7 @@ class Pass:
         """Whether its rows are planned: a trace that runs alone may do anything."""
         return self.traces[0].key is not None
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Positions of each row."""
         return max(trace.length for trace in self.traces)
@@ -108,9 +108,7 @@ class Pass:
         return self.num_tokens <= limits.max_tokens and self.num_bytes <= limits.max_bytes
 
 
-def plan_passes(
-    traces: Sequence[TraceFacts], outline: Outline, limits: Limits
-) -> Iterator[Pass]:
+def plan_passes(traces: Sequence[TraceFacts], outline: Outline, limits: Limits) -> Iterator[Pass]:
     """Yields passes that run all traces, in the order of their first traces.
 
     Args:

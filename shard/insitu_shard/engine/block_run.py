@@ -52,9 +52,15 @@ class BlockRun:
         batch: Batch | None = None,
         deferred: AbstractSet[NodeId] = frozenset(),
     ) -> None:
-        """Makes a run; see `Executor` for what is not said here.
+        """Makes a run.
 
         Args:
+            plan: the block.
+            model: what it runs on.
+            earlier: values of earlier steps.
+            seed: what makes its random numbers its own.
+            brought: memory of the user's own tensors.
+            handles: the user's values that earlier sessions kept.
             batch: which rows of its input are whose.
             deferred: nodes that run in `finish` only.
         """

@@ -21,20 +21,35 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+# Running a model without weights takes seconds, and both the client's side and the engine's ask.
+_MAX_DESCRIBED = 8
+_DESCRIBED: dict[tuple[str, torch.dtype], model_pb2.ModelDescription] = {}
+
 
 def describe(
     config: PretrainedConfig, *, name: str, dtype: torch.dtype, tokenizer_hash: str = ""
 ) -> model_pb2.ModelDescription:
     """Describes the module tree, with shapes for any input size where they can be known."""
+    config_json = json.dumps(config.to_dict(), default=str)
+    key = (config_json, dtype)
+    if key not in _DESCRIBED:
+        while len(_DESCRIBED) >= _MAX_DESCRIBED:
+            del _DESCRIBED[next(iter(_DESCRIBED))]
+        _DESCRIBED[key] = _describe(config, dtype)
+    description = model_pb2.ModelDescription()
+    description.CopyFrom(_DESCRIBED[key])
+    description.name, description.config_json = name, config_json
+    description.tokenizer_hash = tokenizer_hash
+    return description
+
+
+def _describe(config: PretrainedConfig, dtype: torch.dtype) -> model_pb2.ModelDescription:
     module, measurements = measure_fake(config, dtype=dtype)
     description = model_pb2.ModelDescription(
-        name=name,
-        config_json=json.dumps(config.to_dict(), default=str),
         class_name=type(module).__name__,
         dtype=dtype_to_pb(dtype),
         num_parameters=sum(parameter.numel() for parameter in module.parameters()),
         transformers_version=transformers_version,
-        tokenizer_hash=tokenizer_hash,
     )
     add_modules(description, module, measurements)
     return description

@@ -172,7 +172,7 @@ class Interleaver:
         return copied_if_in(self._model.storages, value) if boundary in self._due else value
 
     def _run_blocks(self, boundary: Boundary, whole: InputValue | OutputValue) -> Any:
-        """Runs all blocks at a boundary; gives what the model is to go on with if they change it."""
+        """Runs all blocks at a boundary; gives what the model goes on with if they change it."""
         places = [place for place in self._at[boundary] if self._runs[place].error is None]
         if self._rows is None:
             written = self._at_boundary(places[0], boundary, whole) if places else None

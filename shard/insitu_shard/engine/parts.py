@@ -71,7 +71,9 @@ class RowView:
                     for key, item in value.items():
                         self._check(item, known[key])
                     return
-        if any(not isinstance(leaf, str | int | float | None) for leaf in pytree.tree_leaves(value)):
+        if any(
+            not isinstance(leaf, str | int | float | None) for leaf in pytree.tree_leaves(value)
+        ):
             raise NotPlacedError(type(value).__name__)
 
 

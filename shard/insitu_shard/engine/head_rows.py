@@ -35,10 +35,10 @@ class HeadPart:
         """Gives the trace's logits, [rows, positions, vocabulary]."""
         if not self.stride:
             rows = logits.narrow(0, self.row, self.num_rows)
-            return rows.narrow(1, self.first, self.length)
+            return torch.narrow(rows, 1, self.first, self.length)
         chosen = logits[0].narrow(0, self.row, self.num_rows * self.stride)
         rows = chosen.unflatten(0, (self.num_rows, self.stride))
-        return rows.narrow(1, self.first, self.length)
+        return torch.narrow(rows, 1, self.first, self.length)
 
 
 class HeadRows:

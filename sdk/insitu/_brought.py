@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import Protocol
 
+    from insitu_proto.v1 import session_pb2
     from insitu_proto.v1.tensor_pb2 import Tensor
 
     class TensorList(Protocol):
@@ -118,3 +119,19 @@ def _looks(tensor: torch.Tensor) -> object:
 
 def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
+
+
+def session_tensors(
+    session: session_pb2.Session, tensors: Mapping[int, torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """Yields a session's list of tensors; large ones are the user's own, not copies.
+
+    Args:
+        session: the session.
+        tensors: the large ones, by their place in the list.
+    """
+    for index, spec in enumerate(session.tensors):
+        is_small = index not in tensors
+        yield (
+            torch_codec.tensor_from_data(spec, bytearray(spec.data)) if is_small else tensors[index]
+        )

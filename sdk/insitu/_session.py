@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from insitu._trace import Tracer
     from insitu.backends import Backend
     from insitu_proto.v1 import session_pb2
+    from insitu_shard.compiler import Explanation
 
     Receive = Callable[[Iterable[tuple[int, object]]], None]
     Submit = Callable[[session_pb2.Session, Mapping[int, torch.Tensor], Receive], Submission]
@@ -156,6 +157,18 @@ class Session:
         """
         items = self.model._loop_items(items)
         return Loop(self._recorder, items, user_location(), return_context=return_context)
+
+    def explain(self) -> Explanation:
+        """Tells which traces share which forward passes; for use in the block or after it.
+
+        It prints as text, and as a table in a notebook: passes, the rows, layers and tokens of
+        each, the layers that are saved, and the memory that is estimated.
+        """
+        # Only who asks needs the engine.
+        from insitu._explain import explain
+
+        descriptions = {name: model._description for name, model in self._models.items()}
+        return explain(self._recorder.session, descriptions, self._recorder.brought.large())
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes what was recorded to a file, which `insitu run` runs; for use after the block.

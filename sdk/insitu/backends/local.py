@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from insitu._brought import session_tensors
 from insitu._logging import log_event
 from insitu_proto.v1 import shard_service_pb2
 from insitu_shard import engine
-from insitu_wire.torch_codec import tensor_from_data
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -75,7 +75,7 @@ class LocalBackend:
                 running.enter_context(backend._running)
             models = {backend._name: backend._model for backend in backends}
             brought = [
-                tensor.to(self._model.device) for tensor in _session_tensors(session, tensors)
+                tensor.to(self._model.device) for tensor in session_tensors(session, tensors)
             ]
             run = engine.SegmentRun(models, segment, values={}, tensors=brought, handles=_KEPT)
             for event in run.run():
@@ -100,12 +100,3 @@ class LocalBackend:
     @cached_property
     def _model(self) -> engine.LoadedModule:
         return engine.load_model(self._name, self._folder, dtype=self._dtype)
-
-
-def _session_tensors(
-    session: session_pb2.Session, tensors: Mapping[int, torch.Tensor]
-) -> Iterator[torch.Tensor]:
-    """Yields a session's list of tensors; large ones are the user's own, not copies."""
-    for index, spec in enumerate(session.tensors):
-        small = index not in tensors
-        yield tensor_from_data(spec, bytearray(spec.data)) if small else tensors[index]

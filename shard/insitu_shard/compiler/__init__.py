@@ -2,9 +2,10 @@
 
 `outline.py` knows where in a forward pass a module is, `facts.py` what a trace needs of a pass,
 `lanes.py` which rows traces share, `passes.py` which traces share a pass, and `window.py` which
-traces may run at all.
+traces may run at all. `explanation.py` tells people of it.
 """
 
+from insitu_shard.compiler.explanation import ExplainedPass, Explanation
 from insitu_shard.compiler.facts import Fork, TraceFacts
 from insitu_shard.compiler.lanes import Lane, LaneTree
 from insitu_shard.compiler.outline import Outline
@@ -12,6 +13,8 @@ from insitu_shard.compiler.passes import Limits, Pass, plan_passes
 from insitu_shard.compiler.window import Window, WindowStep
 
 __all__ = [
+    "ExplainedPass",
+    "Explanation",
     "Fork",
     "Lane",
     "LaneTree",

@@ -13,6 +13,7 @@ from insitu_shard.engine.events import (
     StepFollows,
     TraceStarted,
 )
+from insitu_shard.engine.explain import explain
 from insitu_shard.engine.handles import HandleStore, KeptValues
 from insitu_shard.engine.model import (
     LoadedModel,
@@ -39,6 +40,7 @@ __all__ = [
     "check_ranks",
     "describe",
     "describe_module",
+    "explain",
     "load_config",
     "load_model",
     "resolve_model_folder",

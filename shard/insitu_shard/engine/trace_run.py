@@ -101,6 +101,16 @@ class TraceRun:
             session=id(self._state),
         )
 
+    def early_values(self, is_there: Callable[[NodeId], bool]) -> frozenset[NodeId]:
+        """Gives the ids of what later steps may use before the trace has ended.
+
+        Args:
+            is_there: whether a value of an earlier step may be used now.
+        """
+        if self.plan is None or self._needs is None:
+            return frozenset()
+        return self.plan.outliving - self._needs.deferred(is_there)
+
     def begin(self, is_there: Callable[[NodeId], bool]) -> BlockRun:
         """Makes a new run of its nodes.
 

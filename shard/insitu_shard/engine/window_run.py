@@ -41,13 +41,24 @@ def windows(steps: Sequence[Step]) -> Iterator[list[Step]]:
         yield window
 
 
+def prepared(step: Step, state: SessionState) -> TraceRun | Between:
+    """Plans a step: a trace, or what is between traces."""
+    match step.kind:
+        case Trace() as trace:
+            return TraceRun(step, trace, state)
+        case Compute(nodes=nodes):
+            used_later = state.liveness.used_after(step)
+            return Between(plan_nodes(nodes, used_later=used_later))
+    return Between(None)
+
+
 class WindowRun:
     """One run of traces, computations and logs that follow each other."""
 
     def __init__(self, steps: Sequence[Step], state: SessionState) -> None:
         self._steps = steps
         self._state = state
-        self._blocks = [self._prepared(step) for step in steps]
+        self._blocks = [prepared(step, state) for step in steps]
         self._window = Window([block.window_step for block in self._blocks])
         self._num_announced = 0
 
@@ -73,15 +84,6 @@ class WindowRun:
             self._window.ended()
             self._state.free(self._state.liveness.used_after(step))
 
-    def _prepared(self, step: Step) -> TraceRun | _Between:
-        match step.kind:
-            case Trace() as trace:
-                return TraceRun(step, trace, self._state)
-            case Compute(nodes=nodes):
-                used_later = self._state.liveness.used_after(step)
-                return _Between(plan_nodes(nodes, used_later=used_later))
-        return _Between(None)
-
     def _run_pass(self, head: int) -> Iterator[StepFollows]:
         """Has the head's pass run, and with it others that may run now."""
         pending = self._pending(head)
@@ -106,20 +108,20 @@ class WindowRun:
                 break  # what follows is not to run
         return pending
 
-    def _end(self, step: Step, block: TraceRun | _Between) -> Iterator[SegmentEvent | StepFollows]:
+    def _end(self, step: Step, block: TraceRun | Between) -> Iterator[SegmentEvent | StepFollows]:
         match step.kind:
             case Log(values=logged):
                 if isinstance(values := self._state.resolve(logged), tuple):
                     yield Logged(format_values(values))
             case Compute() as compute:
                 yield StepFollows()
-                assert isinstance(block, _Between)
+                assert isinstance(block, Between)
                 yield from self._compute(compute, block)
             case _:
                 assert isinstance(block, TraceRun)
                 yield from self._end_trace(block)
 
-    def _compute(self, compute: Compute, block: _Between) -> Iterator[SegmentEvent]:
+    def _compute(self, compute: Compute, block: Between) -> Iterator[SegmentEvent]:
         assert block.plan is not None
         state = self._state
         run = BlockRun(
@@ -173,10 +175,15 @@ class WindowRun:
             yield Saved(node_id, name, value)
 
 
-class _Between:
-    """A step between traces."""
+class Between:
+    """A computation or a log between traces."""
 
     def __init__(self, plan: Plan | None) -> None:
+        """Makes it.
+
+        Args:
+            plan: the plan of a computation.
+        """
         self.plan = plan
         self.window_step = (
             WindowStep(is_trace=False) if plan is None else Needs(plan).step(is_trace=False)

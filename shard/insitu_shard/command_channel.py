@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from datetime import timedelta
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 _IDLE_TIMEOUT = timedelta(days=365)
 
 _BROADCAST_BYTES = 64 * 1024 * 1024
+
+# A command and the length of its payload. The first bytes of that come along: each broadcast is a
+# wait of all ranks, and most payloads are short.
+_HEAD = struct.Struct("<qq")
+_HEAD_PAYLOAD_BYTES = 2048
 
 
 class Command(IntEnum):
@@ -48,11 +54,12 @@ class CommandChannel:
         """Sends a command to every follower. Leader only."""
         if self._group is None:
             return
-        header = torch.tensor([command, len(payload)])
-        dist.broadcast(header, src=0, group=self._group)
-        if payload:
-            body = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-            dist.broadcast(body, src=0, group=self._group)
+        head = bytearray(_HEAD.size + _HEAD_PAYLOAD_BYTES)
+        _HEAD.pack_into(head, 0, command, len(payload))
+        first, rest = payload[:_HEAD_PAYLOAD_BYTES], payload[_HEAD_PAYLOAD_BYTES:]
+        head[_HEAD.size : _HEAD.size + len(first)] = first
+        self._broadcast(head)
+        self._broadcast(bytearray(rest))
 
     def send_data(self, data: bytearray) -> None:
         """Sends the bytes that a command has announced to every follower. Leader only."""
@@ -72,13 +79,10 @@ class CommandChannel:
 
     def receive(self) -> tuple[Command, bytes]:
         """Waits for the leader's next command. Followers only."""
-        header = torch.zeros(2, dtype=torch.int64)
-        dist.broadcast(header, src=0, group=self._group)
-        command, size = Command(int(header[0])), int(header[1])
-        body = torch.zeros(size, dtype=torch.uint8)
-        if size:
-            dist.broadcast(body, src=0, group=self._group)
-        return command, body.numpy().tobytes()
+        head = self.receive_data(_HEAD.size + _HEAD_PAYLOAD_BYTES)
+        command, size = _HEAD.unpack_from(head)
+        first = head[_HEAD.size : _HEAD.size + size]
+        return Command(command), bytes(first + self.receive_data(size - len(first)))
 
 
 def join_group(config: ShardConfig, rank: int) -> Ranks:

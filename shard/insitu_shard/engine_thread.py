@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -36,9 +37,10 @@ class _Segment:
 
 
 class EngineThread:
-    """Does what is asked for in the order of arrival; each round asks for the next.
+    """Does what is asked for in the order of arrival, and rounds as long as nothing else waits.
 
-    So whatever arrives waits for the round that runs, and never for a whole segment.
+    After a round all that has arrived meanwhile comes before the next: nothing waits for a whole
+    segment to end.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class EngineThread:
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._keys = map(str, itertools.count(1))
+        # One entry for each work that has been asked for and has not begun.
+        self._waiting: deque[None] = deque()
         # From here on: the engine's thread only.
         self._segments: dict[str, _Segment] = {}
         self._is_round_due = False
@@ -104,12 +108,14 @@ class EngineThread:
         self._submit(self._stop).result()
 
     def _submit(self, work: Callable[[], T]) -> Future[T]:
-        working = self._thread.submit(self._unless_ended, work)
+        self._waiting.append(None)
+        working = self._thread.submit(self._begin_work, work)
         working.add_done_callback(self._check)
         return working
 
-    def _unless_ended(self, work: Callable[[], T]) -> T:
-        """Does work; but the ranks of a group that has ended wait for nothing any more."""
+    def _begin_work(self, work: Callable[[], T]) -> T:
+        self._waiting.popleft()
+        # The ranks of a group that has ended wait for nothing any more.
         if self._has_ended:
             raise error(Reason.REPLICA_LOST, "the shard group has ended; submit the session again")
         return work()
@@ -151,9 +157,11 @@ class EngineThread:
 
     def _round(self) -> None:
         self._is_round_due = False
-        if self._segments:
+        while self._segments:
             for key, event in self._leader.round():
                 self._tell(key, event)
+            if self._waiting:
+                break
         self._plan_round()
 
     def _tell(self, key: str, event: SegmentEvent | Error) -> None:

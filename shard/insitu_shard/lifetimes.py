@@ -36,7 +36,9 @@ class Lifetimes:
         """
         self._in_use[key] = frozenset(_names(request))
         for name in self._in_use[key]:
-            self._used_at[name] = now
+            # One that is to go is used once more, and goes then.
+            if self._used_at.get(name) != -math.inf:
+                self._used_at[name] = now
 
     def end(self, key: str) -> None:
         """Takes note that a segment has ended."""

@@ -36,6 +36,8 @@ def test_a_value_that_is_to_go_goes_after_all_segments_that_use_it() -> None:
     lifetimes.begin("1", _loading("x"), now=0)
     lifetimes.begin("2", _loading("x"), now=0)
     assert not lifetimes.forget("ann", "x")
+    lifetimes.begin("3", _loading("x"), now=0)
+    lifetimes.end("3")
     lifetimes.end("1")
     assert lifetimes.expired(now=1) == []
     lifetimes.end("2")

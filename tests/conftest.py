@@ -4,12 +4,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 # Before anything imports transformers: no test reaches a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny models gain nothing from threads, and on a busy machine these wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The variable is for processes that tests start: here a plugin of pytest had imported torch before.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

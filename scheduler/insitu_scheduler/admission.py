@@ -114,8 +114,14 @@ class Admission:
             if known.session_id != accepted.session_id:
                 return _same_session(known, accepted.payload_digest, accepted.request_id)
             undo.pop_all()
-        group = self._dispatcher.kept.group_of(accepted.user, session)
-        live = LiveSession(log, session, accepted.model, needed_lease_id=group)
+        kept = self._dispatcher.kept
+        live = LiveSession(
+            log,
+            session,
+            accepted.model,
+            needed_lease_id=kept.group_of(accepted.user, session),
+            keepers=kept.keepers(accepted.user, session),
+        )
         self._dispatcher.enqueue(live, position=position, is_detached=is_detached)
         self._metrics.accepted(accepted.model or "")
         return accepted.session_id

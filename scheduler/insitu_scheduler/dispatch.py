@@ -1,4 +1,4 @@
-"""Owns the queue and the groups, and brings sessions and free groups together.
+"""Owns the queue and the groups, and brings sessions and groups with room together.
 
 All state is touched from the event loop only, between two awaits: no locks.
 """
@@ -122,6 +122,7 @@ class Dispatcher:
                 enqueued_at=time.monotonic(),
                 others=frozenset(models_of(live.session)) - {live.model},
                 lease_id=live.needed_lease_id,
+                after=live.keepers,
             )
         )
         self._positions.pushed(session_id, position)
@@ -146,7 +147,7 @@ class Dispatcher:
         self._match()
 
     def lose(self, group: Group) -> None:
-        """Gives up a group whose lease is gone, and with it the session that it runs."""
+        """Gives up a group whose lease is gone, and with it the sessions that it runs."""
         self.kept.lose(group.lease_id)
         self._fail_those_that_need(group)
         client = self._clients.pop(group.lease_id, None)
@@ -156,8 +157,9 @@ class Dispatcher:
         for live in self._live.values():
             if group.lease_id in live.lease_ids:
                 live.stop(events.failed(replica_lost()))
-                return  # its run closes the connection, after it has released its values
-        self._spawn(client.close())
+        # The last of its sessions closes the connection, after all have released their values.
+        if not group.num_sessions:
+            self._spawn(client.close())
 
     async def release_kept(self, user: str, handle_id: str) -> bool:
         """Lets go of a value that a user keeps; tells whether there was one."""
@@ -201,23 +203,30 @@ class Dispatcher:
         await self._settle(None)
 
     def _match(self) -> None:
-        """Gives every free group the next session that it can run."""
-        if self._is_stopping:
-            return
-        for group in list(self._registry.ready()):
-            free = {other.model: other for other in self._registry.ready()}
-            if not any(other is group for other in self._registry.ready()):
-                continue  # a session over several models has taken it
-            if waiting := self._queue.pop(group.model, free.keys(), group.lease_id):
+        """Fills the free places of all groups with the next sessions that these can run."""
+        while not self._is_stopping and self._place_one():
+            pass
+
+    def _place_one(self) -> bool:
+        """Starts one session, where there are the most free places; False if none can start."""
+        ready = self._registry.ready()
+        free = {group.model: group for group in reversed(ready)}
+        for group in ready:
+            waiting = self._queue.pop(
+                group.model, free.keys(), group.lease_id, live=self._live.keys()
+            )
+            if waiting is not None:
                 needed = ({waiting.model} | waiting.others) - {group.model, None}
                 groups = [group, *(free[model] for model in needed if model)]
                 for taken in groups:
-                    self._registry.take(taken.lease_id)
+                    self._registry.take(taken)
                     self.groups_changed(taken.model)
                 self._metrics.dispatched(group.model, time.monotonic() - waiting.enqueued_at)
                 self._positions.left(waiting.session_id)
                 self._queue_changed(waiting.model)
                 self._start(self._live[waiting.session_id], groups)
+                return True
+        return False
 
     def _start(self, live: LiveSession, groups: list[Group]) -> None:
         segments = cut(live.session)
@@ -231,21 +240,21 @@ class Dispatcher:
             writer=self._results.writer(live.log.session_id),
             uploads=self._uploads,
         )
-        clients = {group.model: self._clients[group.lease_id] for group in groups}
-        self.kept.add(live.log.user, live.session, {at.model: at.lease_id for at in groups})
+        held = [(group, self._clients[group.lease_id]) for group in groups]
+        leases = {group.model: group.lease_id for group in groups}
+        self.kept.add(live.log.user, live.session, leases, keeper=live.log.session_id)
         live.lease_ids = frozenset(group.lease_id for group in groups)
-        live.work = asyncio.create_task(run.run(clients))
-        self._spawn(self._see_through(live, live.work, groups))
+        live.work = asyncio.create_task(run.run({group.model: client for group, client in held}))
+        self._spawn(self._see_through(live, live.work, held))
 
     async def _see_through(
-        self, live: LiveSession, work: asyncio.Task[None], groups: list[Group]
+        self, live: LiveSession, work: asyncio.Task[None], held: list[tuple[Group, ShardClient]]
     ) -> None:
         """Waits for a session's work, ends it, and has its groups take the next."""
-        held = [(group, self._clients[group.lease_id]) for group in groups]
         started = time.monotonic()
         event = await ending(live, work)
         seconds = time.monotonic() - started
-        self._metrics.executed(groups[0].model, _outcome(event), seconds)
+        self._metrics.executed(held[0][0].model, _outcome(event), seconds)
         freeing = [
             asyncio.create_task(self._release(live.log.session_id, group, client))
             for group, client in held
@@ -264,12 +273,12 @@ class Dispatcher:
             await self._free(group, client)
 
     async def _free(self, group: Group, client: ShardClient) -> None:
-        if group.lease_id not in self._registry:
+        self._registry.free(group)
+        if group.lease_id in self._registry:
+            self.groups_changed(group.model)
+            self._match()
+        elif not group.num_sessions:
             await client.close()
-            return
-        self._registry.free(group.lease_id)
-        self.groups_changed(group.model)
-        self._match()
 
     async def _end(self, live: LiveSession, event: Event) -> None:
         self._live.pop(live.log.session_id, None)

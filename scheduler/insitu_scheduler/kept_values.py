@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from insitu_proto.v1.intervention_pb2 import Node
     from insitu_proto.v1.session_pb2 import Session
+    from insitu_scheduler.queue import SessionId
     from insitu_scheduler.registry import LeaseId
     from insitu_wire.errors import Error
 
@@ -23,6 +24,8 @@ class KeptValue:
 
     model: str
     lease_id: LeaseId
+    keeper: SessionId
+    """The session that keeps it, or will have when it has ended."""
 
 
 class KeptValues:
@@ -31,18 +34,21 @@ class KeptValues:
     def __init__(self) -> None:
         self._values: dict[tuple[str, str], KeptValue] = {}
 
-    def add(self, user: str, session: Session, leases: dict[str, LeaseId]) -> None:
+    def add(
+        self, user: str, session: Session, leases: dict[str, LeaseId], *, keeper: SessionId
+    ) -> None:
         """Takes note of what a session is to keep.
 
         Args:
             user: whose it is.
             session: the session, as it starts.
             leases: the groups that run it, by model.
+            keeper: the session's id.
         """
         for model, node in _nodes(session):
             if node.HasField("keep"):
                 owner = model if model in leases else next(iter(leases))
-                place = KeptValue(owner, leases[owner])
+                place = KeptValue(owner, leases[owner], keeper)
                 self._values[user, node.keep.handle_id] = place
 
     def group_of(self, user: str, session: Session) -> LeaseId | None:
@@ -69,6 +75,11 @@ class KeptValues:
                 "over one group, or make them again",
             )
         return next(iter(groups), None)
+
+    def keepers(self, user: str, session: Session) -> frozenset[SessionId]:
+        """Gives the sessions that keep what a session loads; some may still run."""
+        loaded = {(user, node.load.handle_id) for _, node in _nodes(session)}
+        return frozenset(self._values[name].keeper for name in loaded & self._values.keys())
 
     def find(self, user: str, handle_id: str) -> KeptValue | None:
         """Gives where a value is kept."""

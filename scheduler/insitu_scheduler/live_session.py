@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from insitu_proto.v1.event_pb2 import Event
     from insitu_proto.v1.session_pb2 import Session
     from insitu_scheduler.events import EventLog
+    from insitu_scheduler.queue import SessionId
     from insitu_scheduler.registry import LeaseId
 
 _log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ class LiveSession:
     model: str | None
     needed_lease_id: LeaseId | None = None
     """The one group that can run it, for it keeps what the session loads; None if any can."""
+    keepers: frozenset[SessionId] = frozenset()
+    """The sessions that keep what it loads: it runs after them."""
     work: asyncio.Task[None] | None = None
     """What runs it; None while it waits."""
     lease_ids: frozenset[LeaseId] = frozenset()

@@ -91,7 +91,7 @@ class SchedulerMetrics:
         self._upload_bytes.set_function(num_bytes)
 
     def groups_changed(self, model: str, num_ready: int) -> None:
-        """Records how many groups of a model are free."""
+        """Records how many groups of a model have room."""
         self._ready_groups.labels(model).set(num_ready)
 
     def _age(self, model: str) -> float:

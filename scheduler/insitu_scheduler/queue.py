@@ -30,6 +30,8 @@ class WaitingSession:
     """Further models, of which it needs a group each at the same time."""
     lease_id: str | None = None
     """The one group that can take it, for what it keeps; None if any of the model's can."""
+    after: frozenset[SessionId] = frozenset()
+    """Sessions that must have ended before it runs."""
 
 
 class SessionQueue(Protocol):
@@ -40,7 +42,12 @@ class SessionQueue(Protocol):
         ...
 
     def pop(
-        self, model: str, free: AbstractSet[str], lease_id: str | None = None
+        self,
+        model: str,
+        free: AbstractSet[str],
+        lease_id: str | None = None,
+        *,
+        live: AbstractSet[SessionId] = frozenset(),
     ) -> WaitingSession | None:
         """Takes out the next session that a group of a model can run, if there is one.
 
@@ -48,6 +55,7 @@ class SessionQueue(Protocol):
             model: the group's.
             free: models of which a group is free, the group's own among them.
             lease_id: the group's.
+            live: sessions that have not ended.
         """
         ...
 
@@ -94,7 +102,12 @@ class FifoQueue:
             self._wide[waiting.session_id] = self._num_pushed
 
     def pop(
-        self, model: str, free: AbstractSet[str], lease_id: str | None = None
+        self,
+        model: str,
+        free: AbstractSet[str],
+        lease_id: str | None = None,
+        *,
+        live: AbstractSet[SessionId] = frozenset(),
     ) -> WaitingSession | None:
         """Takes out the earliest session that a group of a model can run.
 
@@ -102,8 +115,8 @@ class FifoQueue:
         never find all of them free. All lines have one order, so that no two such sessions keep
         each other's groups.
         """
-        heads = [self._first(key, lease_id) for key in (model, None)]
-        heads.append(self._first_wide(model))
+        heads = [self._first(key, lease_id, live) for key in (model, None)]
+        heads.append(self._first_wide(model, live))
         found = [head for head in heads if head is not None]
         if not found:
             return None
@@ -113,20 +126,24 @@ class FifoQueue:
             return None
         return self.remove(session_id)
 
-    def _first(self, model: str | None, lease_id: str | None) -> tuple[SessionId, int] | None:
-        """Gives the first of a line that needs no other group than the given one."""
+    def _first(
+        self, model: str | None, lease_id: str | None, live: AbstractSet[SessionId]
+    ) -> tuple[SessionId, int] | None:
+        """Gives the first of a line that needs no other group than the given one, and may run."""
         fitting = (
             (session_id, number)
             for session_id, number in self._lines[model].items()
             if self._waiting[session_id][1].lease_id in (None, lease_id)
+            and self._waiting[session_id][1].after.isdisjoint(live)
         )
         return next(fitting, None)
 
-    def _first_wide(self, model: str) -> tuple[SessionId, int] | None:
+    def _first_wide(self, model: str, live: AbstractSet[SessionId]) -> tuple[SessionId, int] | None:
         needing = (
             (session_id, number)
             for session_id, number in self._wide.items()
             if model in self._waiting[session_id][1].others
+            and self._waiting[session_id][1].after.isdisjoint(live)
         )
         return next(needing, None)
 

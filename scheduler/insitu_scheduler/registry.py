@@ -1,4 +1,4 @@
-"""Which shard groups there are, and which of them are free. Pure: clock and ids are arguments."""
+"""Which shard groups there are, and which have room. Pure: clock and ids are arguments."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ class Group:
     model: str
     address: str
     num_ranks: int
+    max_sessions: int
+    """How many sessions it takes at once."""
     expires_at: float
-    is_busy: bool = False
+    num_sessions: int = 0
+    """How many it has, until each has been released."""
     is_draining: bool = False
 
     @property
@@ -38,11 +41,12 @@ class Group:
         """What the group can do now."""
         if self.is_draining:
             return GroupState.DRAINING
-        return GroupState.BUSY if self.is_busy else GroupState.READY
+        is_full = self.num_sessions >= self.max_sessions
+        return GroupState.BUSY if is_full else GroupState.READY
 
 
 class Registry:
-    """The leases, in the order in which their groups became free."""
+    """The leases, in the order in which their groups were last given a place back."""
 
     def __init__(self, *, ttl_seconds: float) -> None:
         self.ttl_seconds = ttl_seconds
@@ -56,11 +60,12 @@ class Registry:
         model: str,
         address: str,
         num_ranks: int,
+        max_sessions: int,
         now: float,
     ) -> Group:
         """Grants a lease to a group."""
         expires_at = now + self.ttl_seconds
-        group = Group(lease_id, group_id, model, address, num_ranks, expires_at)
+        group = Group(lease_id, group_id, model, address, num_ranks, max_sessions, expires_at)
         self._groups[lease_id] = group
         return group
 
@@ -88,19 +93,20 @@ class Registry:
         """Gives the lease that a group of this id holds already."""
         return next((group for group in self if group.group_id == group_id), None)
 
-    def take(self, lease_id: LeaseId) -> None:
-        """Marks a group as busy with a session."""
-        self._groups[lease_id].is_busy = True
+    def take(self, group: Group) -> None:
+        """Takes a place of a group for a session."""
+        group.num_sessions += 1
 
-    def free(self, lease_id: LeaseId) -> None:
-        """Marks a group as free again; one whose lease is gone stays gone."""
-        if group := self._groups.pop(lease_id, None):
-            group.is_busy = False
-            self._groups[lease_id] = group
+    def free(self, group: Group) -> None:
+        """Gives a place back; a group whose lease is gone stays gone."""
+        group.num_sessions -= 1
+        if self._groups.pop(group.lease_id, None):
+            self._groups[group.lease_id] = group
 
     def ready(self) -> list[Group]:
-        """Gives the groups that can take a session, the longest free first."""
-        return [group for group in self if group.state is GroupState.READY]
+        """Gives the groups that have room, those with the fewest sessions first."""
+        ready = [group for group in self if group.state is GroupState.READY]
+        return sorted(ready, key=lambda group: group.num_sessions)
 
     def replicas(self) -> dict[str, int]:
         """Counts the groups of each model that is served."""

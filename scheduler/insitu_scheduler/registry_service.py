@@ -88,6 +88,8 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
             model=message.model,
             address=message.address,
             num_ranks=message.num_ranks,
+            # Groups from before sessions ran beside each other do not tell.
+            max_sessions=message.max_sessions or 1,
             now=time.monotonic(),
         )
         self._dispatcher.join(group, client)

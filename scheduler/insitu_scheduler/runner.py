@@ -1,4 +1,4 @@
-"""Runs one session on one shard group, and passes on what happens."""
+"""Runs one session on its shard groups, and passes on what happens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from insitu_proto.v1.shard_service_pb2 import Import, RunSegmentRequest, Segment
 from insitu_scheduler import events
 from insitu_scheduler.shards import replica_lost
 from insitu_scheduler.uploads import bring_uploads
-from insitu_wire.errors import from_failure
+from insitu_wire.errors import Error, Reason, from_failure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from insitu_scheduler.uploads import UploadStore
 
 _ANNOUNCE_SECONDS = 1.0
+_MAX_TRIES = 5
 
 
 @dataclass(slots=True)
@@ -83,7 +84,6 @@ class SessionRun:
             padding=self.session.padding,
             tensors=self.session.tensors,
         )
-        await bring_uploads(shard, self.log.session_id, message.tensors, self.uploads)
         request = RunSegmentRequest(
             session_id=self.log.session_id,
             segment=message,
@@ -91,6 +91,19 @@ class SessionRun:
             kept_node_ids=kept,
             user=self.log.user,
         )
+        num_tries = 0
+        while True:
+            num_tries += 1
+            await bring_uploads(shard, self.log.session_id, message.tensors, self.uploads)
+            try:
+                return await self._stream(shard, request)
+            except Error as err:
+                # Nothing has run: sessions beside this one needed all the room for their uploads.
+                if err.reason is not Reason.TENSOR_NOT_UPLOADED or num_tries == _MAX_TRIES:
+                    raise
+
+    async def _stream(self, shard: ShardClient, request: RunSegmentRequest) -> bool:
+        """Sends a segment and passes on what happens; gives whether it exited."""
         async with aclosing(shard.run_segment(request)) as responses:
             async for response in responses:
                 self._announce(response)

@@ -244,6 +244,7 @@ def _group_state(group: Group) -> pb.GroupState:
             model=group.model,
             address=group.address,
             num_ranks=group.num_ranks,
+            max_sessions=group.max_sessions,
         ),
         state=ShardGroupState.Value(f"SHARD_GROUP_STATE_{group.state.value}"),
     )

@@ -43,6 +43,12 @@ def run(
         int,
         typer.Option(envvar="INSITU_METRICS_PORT", help="Port of /metrics; 0 a free one, -1 none."),
     ] = -1,
+    max_sessions: Annotated[
+        int,
+        typer.Option(
+            envvar="INSITU_MAX_SESSIONS", help="How many sessions the group runs at once."
+        ),
+    ] = 16,
     dtype: Annotated[
         str,
         typer.Option(envvar="INSITU_DTYPE", help="Element type of weights; default: as stored."),
@@ -82,6 +88,7 @@ def run(
             advertise_address=advertise_address,
             metrics_port=metrics_port if metrics_port >= 0 else None,
             num_ranks=tp,
+            max_sessions=max_sessions,
             dtype=dtype,
             upload_cache_bytes=upload_cache_bytes,
             kept_bytes=kept_bytes,

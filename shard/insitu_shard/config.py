@@ -27,6 +27,8 @@ class ShardConfig:
     """Port of the leader's /metrics; 0 takes a free one, None serves none."""
     num_ranks: int = 1
     """Ranks that the model is split over."""
+    max_sessions: int = 16
+    """How many sessions the scheduler may have it run at once."""
     dtype: str = ""
     """Element type of the weights, such as "bfloat16"; by default as stored."""
     upload_cache_bytes: int = 8 * 1024**3
@@ -46,6 +48,13 @@ class ShardConfig:
                 Reason.INVALID_CONFIGURATION,
                 f"--upload-cache-bytes is {self.upload_cache_bytes}; it must be 0 or more",
                 uploadCacheBytes=self.upload_cache_bytes,
+            )
+        if self.max_sessions < 1:
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                f"--max-sessions is {self.max_sessions}; it is how many sessions run at once, 1 or "
+                "more",
+                maxSessions=self.max_sessions,
             )
         if self.num_ranks < 1:
             raise error(

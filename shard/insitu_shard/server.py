@@ -17,8 +17,10 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from insitu_proto.v1 import placement_pb2, shard_service_pb2, shard_service_pb2_grpc
+from insitu_shard.command_channel import CommandChannel, join_group
 from insitu_shard.engine import load_model, resolve_model_folder
-from insitu_shard.group import CommandChannel, Leader, follow, join_group
+from insitu_shard.engine_thread import EngineThread
+from insitu_shard.group import Leader, follow
 from insitu_shard.metrics import ShardMetrics
 from insitu_shard.registration import Registration
 from insitu_shard.service import ShardServicer
@@ -69,10 +71,10 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     # One thread does all that torch does in this process. Each thread that calls torch gets worker
     # threads of its own, and those of two get in each other's way: a forward pass took 1.25 times
     # as long on two cores.
-    engine = ThreadPoolExecutor(1, thread_name_prefix="engine")
+    thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
     loop = asyncio.get_running_loop()
-    model = await loop.run_in_executor(engine, _load, config, ranks)
-    description = await loop.run_in_executor(engine, model.describe)
+    model = await loop.run_in_executor(thread, _load, config, ranks)
+    description = await loop.run_in_executor(thread, model.describe)
     leader = Leader(
         model,
         channel,
@@ -89,7 +91,8 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
         is_lost = True
         stopping.set()
 
-    servicer = ShardServicer(leader, description, metrics, thread=engine, on_lost=lost)
+    engine = EngineThread(leader, metrics, thread=thread, on_lost=lost)
+    servicer = ShardServicer(leader, description, engine)
     server, health, address = await _start(config, servicer)
     if config.metrics_port is not None:
         httpd, _ = start_http_server(
@@ -109,7 +112,7 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     tidying.cancel()
     if is_lost:
         raise error(Reason.REPLICA_LOST, f"the shard group of {model.name} lost a rank")
-    await asyncio.to_thread(servicer.stop)
+    await asyncio.to_thread(engine.stop)
 
 
 async def _start(
@@ -148,4 +151,5 @@ def _shard_group(config: ShardConfig, address: str) -> placement_pb2.ShardGroup:
         model=config.model,
         address=config.advertise_address or address,
         num_ranks=config.num_ranks,
+        max_sessions=config.max_sessions,
     )

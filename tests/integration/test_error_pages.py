@@ -25,6 +25,7 @@ def up(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     keys.write_text("ada:a-secret-of-ada\nbob:a-secret-of-bob\n")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("INSITU_MAX_QUEUED_SESSIONS", "1")
+        environment.setenv("INSITU_MAX_SESSIONS", "1")
         environment.setenv("INSITU_UPLOAD_STORE_BYTES", "4000000")
         flags = ["--api-keys-file", str(keys)]
         with Up(folder / "data", [f"{MODEL}={demo_folder}"], flags) as server:

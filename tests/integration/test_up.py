@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -162,12 +164,14 @@ def test_a_client_that_is_gone_in_the_middle_cancels_its_session_and_holds_up_no
         tokens = model.lm_head.output.argmax(-1).save()
     assert tokens.shape == (1, 4)
     assert time.monotonic() - killed_at < 60
-    import sqlite3
+    while "CANCELLED" not in _journaled_states(up):
+        assert time.monotonic() - killed_at < 60
+        time.sleep(0.1)
 
-    with sqlite3.connect(up.data_dir / "journal.sqlite") as connection:
-        states = [state for (state,) in connection.execute("SELECT state FROM sessions")]
-    connection.close()
-    assert "CANCELLED" in states
+
+def _journaled_states(up: Up) -> list[str]:
+    with closing(sqlite3.connect(up.data_dir / "journal.sqlite")) as connection:
+        return [state for (state,) in connection.execute("SELECT state FROM sessions")]
 
 
 def test_ctrl_c_in_a_blocking_session_cancels_it_and_the_group_goes_on_serving(

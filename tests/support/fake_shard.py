@@ -128,6 +128,7 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
     model: str = MODEL
     script: Script = as_described
     group_id: str = "group-1"
+    max_sessions: int = 1
     requests: list[RunSegmentRequest] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
     uploads: dict[str, bytes] = field(default_factory=dict)
@@ -169,7 +170,11 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
 
     async def _register(self) -> None:
         group = ShardGroup(
-            group_id=self.group_id, model=self.model, address=self.address, num_ranks=1
+            group_id=self.group_id,
+            model=self.model,
+            address=self.address,
+            num_ranks=1,
+            max_sessions=self.max_sessions,
         )
         async with grpc.aio.insecure_channel(self.scheduler) as channel:
             stub = registry_service_pb2_grpc.RegistryServiceStub(channel)

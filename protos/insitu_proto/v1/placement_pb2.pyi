@@ -27,9 +27,9 @@ class _ShardGroupStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Shard
     SHARD_GROUP_STATE_UNSPECIFIED: _ShardGroupState.ValueType  # 0
     """Unset: never sent."""
     SHARD_GROUP_STATE_READY: _ShardGroupState.ValueType  # 1
-    """Holds a lease and waits for a segment."""
+    """Holds a lease and has room for a session."""
     SHARD_GROUP_STATE_BUSY: _ShardGroupState.ValueType  # 2
-    """Runs a segment."""
+    """Runs as many sessions as it takes at once."""
     SHARD_GROUP_STATE_DRAINING: _ShardGroupState.ValueType  # 3
     """Finishes what it runs and takes nothing new."""
 
@@ -39,9 +39,9 @@ class ShardGroupState(_ShardGroupState, metaclass=_ShardGroupStateEnumTypeWrappe
 SHARD_GROUP_STATE_UNSPECIFIED: ShardGroupState.ValueType  # 0
 """Unset: never sent."""
 SHARD_GROUP_STATE_READY: ShardGroupState.ValueType  # 1
-"""Holds a lease and waits for a segment."""
+"""Holds a lease and has room for a session."""
 SHARD_GROUP_STATE_BUSY: ShardGroupState.ValueType  # 2
-"""Runs a segment."""
+"""Runs as many sessions as it takes at once."""
 SHARD_GROUP_STATE_DRAINING: ShardGroupState.ValueType  # 3
 """Finishes what it runs and takes nothing new."""
 Global___ShardGroupState: _TypeAlias = ShardGroupState  # noqa: Y015
@@ -56,6 +56,7 @@ class ShardGroup(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     NUM_RANKS_FIELD_NUMBER: _builtins.int
+    MAX_SESSIONS_FIELD_NUMBER: _builtins.int
     group_id: _builtins.str
     """Unique name of the group, new each time that it starts."""
     model: _builtins.str
@@ -64,6 +65,8 @@ class ShardGroup(_message.Message):
     """host:port of its leader's ShardService."""
     num_ranks: _builtins.int
     """Number of ranks, each holding a slice of the weights."""
+    max_sessions: _builtins.int
+    """Number of sessions that it takes at once. 0, from groups that do not tell: one."""
     def __init__(
         self,
         *,
@@ -71,10 +74,11 @@ class ShardGroup(_message.Message):
         model: _builtins.str = ...,
         address: _builtins.str = ...,
         num_ranks: _builtins.int = ...,
+        max_sessions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "group_id", b"group_id", "model", b"model", "num_ranks", b"num_ranks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "group_id", b"group_id", "max_sessions", b"max_sessions", "model", b"model", "num_ranks", b"num_ranks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -113,7 +113,7 @@ class ShardServiceServicer:
 
     def RunSegment(self, request, context):
         """Runs a segment and streams what happens. Cancelling the call stops the segment before its next
-        trace. Segments run one at a time, in the order of arrival.
+        trace. Segments of several sessions run beside each other, trace by trace.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

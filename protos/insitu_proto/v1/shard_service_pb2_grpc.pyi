@@ -47,7 +47,7 @@ class ShardServiceStub:
     """
     RunSegment: _grpc.UnaryStreamMultiCallable[_shard_service_pb2.RunSegmentRequest, _shard_service_pb2.RunSegmentResponse]
     """Runs a segment and streams what happens. Cancelling the call stops the segment before its next
-    trace. Segments run one at a time, in the order of arrival.
+    trace. Segments of several sessions run beside each other, trace by trace.
     """
     FetchValues: _grpc.UnaryStreamMultiCallable[_shard_service_pb2.FetchValuesRequest, _shard_service_pb2.FetchValuesResponse]
     """Streams values of a session that the group keeps, each followed by its elements in chunks, to the
@@ -77,7 +77,7 @@ class ShardServiceAsyncStub(ShardServiceStub):
     """
     RunSegment: _aio.UnaryStreamMultiCallable[_shard_service_pb2.RunSegmentRequest, _shard_service_pb2.RunSegmentResponse]  # type: ignore[assignment]
     """Runs a segment and streams what happens. Cancelling the call stops the segment before its next
-    trace. Segments run one at a time, in the order of arrival.
+    trace. Segments of several sessions run beside each other, trace by trace.
     """
     FetchValues: _aio.UnaryStreamMultiCallable[_shard_service_pb2.FetchValuesRequest, _shard_service_pb2.FetchValuesResponse]  # type: ignore[assignment]
     """Streams values of a session that the group keeps, each followed by its elements in chunks, to the
@@ -134,7 +134,7 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_shard_service_pb2.RunSegmentResponse], _abc.AsyncIterator[_shard_service_pb2.RunSegmentResponse]]:
         """Runs a segment and streams what happens. Cancelling the call stops the segment before its next
-        trace. Segments run one at a time, in the order of arrival.
+        trace. Segments of several sessions run beside each other, trace by trace.
         """
 
     @_abc_1.abstractmethod

@@ -23,6 +23,7 @@ from insitu_shard.engine.model import (
     resolve_model_folder,
 )
 from insitu_shard.engine.module import LoadedModule
+from insitu_shard.engine.pool import SegmentPool
 from insitu_shard.engine.segment import SegmentRun
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Logged",
     "Saved",
     "SegmentEvent",
+    "SegmentPool",
     "SegmentRun",
     "StepFollows",
     "TraceStarted",

@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 
+from insitu_proto.v1 import error_reason_pb2
 from insitu_proto.v1 import scheduler_service_pb2 as pb
 from insitu_proto.v1.error_reason_pb2 import ErrorReason
 from insitu_proto.v1.intervention_pb2 import Call, Node
 from insitu_proto.v1.session_pb2 import Session
+from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest, RunSegmentResponse
 from insitu_proto.v1.tensor_pb2 import Dtype, Tensor
 from insitu_proto.v1.value_pb2 import Value
 from insitu_scheduler.server import Server
 from insitu_wire.content_hash import content_hash
 from insitu_wire.errors import Error, Reason, from_rpc_error
-from support.fake_shard import FakeShard, read, reference, save, trace
+from support.fake_shard import FakeShard, finished, read, reference, save, trace
 
 from .conftest import Client, names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from insitu_scheduler.config import SchedulerConfig
 
@@ -88,6 +90,26 @@ async def test_a_group_is_sent_only_what_it_lacks(client: Client, shard: FakeSha
     shard.uploads[tensor().content_hash] = b"from before"
     await client.watch(await client.submit(using(tensor())))
     assert shard.uploads == {tensor().content_hash: b"from before"}
+
+
+async def test_a_tensor_that_made_room_for_other_sessions_is_sent_again(
+    client: Client, shard: FakeShard
+) -> None:
+    await upload(client, tensor())
+
+    async def lose_it_once(request: RunSegmentRequest) -> AsyncIterator[RunSegmentResponse]:
+        if len(shard.requests) == 1:
+            shard.uploads.clear()
+            reason = error_reason_pb2.ERROR_REASON_TENSOR_NOT_UPLOADED
+            yield RunSegmentResponse(failure=error_reason_pb2.Failure(reason=reason))
+            return
+        yield finished()
+
+    shard.script = lose_it_once
+    events = await client.watch(await client.submit(using(tensor())))
+    assert names(events)[-1] == "COMPLETED"
+    assert len(shard.requests) == 2
+    assert shard.uploads == {tensor().content_hash: DATA}
 
 
 async def test_what_is_wrong_with_a_session_is_told_before_its_tensors_are_asked_for(

@@ -27,14 +27,22 @@ def _loading(*handles: str, model: str = "a") -> Session:
 
 def test_a_session_goes_to_the_group_that_keeps_what_it_loads() -> None:
     kept = KeptValues()
-    kept.add("ann", _keeping("x"), {"a": ONE})
+    kept.add("ann", _keeping("x"), {"a": ONE}, keeper=SessionId("s"))
     assert kept.group_of("ann", _loading("x")) == ONE
     assert kept.group_of("ann", _loading()) is None
 
 
+def test_a_session_runs_after_those_that_keep_what_it_loads() -> None:
+    kept = KeptValues()
+    kept.add("ann", _keeping("x"), {"a": ONE}, keeper=SessionId("s"))
+    kept.add("ann", _keeping("y"), {"a": ONE}, keeper=SessionId("t"))
+    assert kept.keepers("ann", _loading("x", "y", "z")) == {"s", "t"}
+    assert kept.keepers("bob", _loading("x")) == frozenset()
+
+
 def test_nobody_finds_what_is_anothers_or_gone() -> None:
     kept = KeptValues()
-    kept.add("ann", _keeping("x"), {"a": ONE})
+    kept.add("ann", _keeping("x"), {"a": ONE}, keeper=SessionId("s"))
     with pytest.raises(NotFoundError):
         kept.group_of("bob", _loading("x"))
     kept.lose(ONE)
@@ -44,8 +52,8 @@ def test_nobody_finds_what_is_anothers_or_gone() -> None:
 
 def test_values_of_two_groups_or_of_another_models_are_refused() -> None:
     kept = KeptValues()
-    kept.add("ann", _keeping("x"), {"a": ONE})
-    kept.add("ann", _keeping("y"), {"a": TWO})
+    kept.add("ann", _keeping("x"), {"a": ONE}, keeper=SessionId("s"))
+    kept.add("ann", _keeping("y"), {"a": TWO}, keeper=SessionId("t"))
     with pytest.raises(VersionError, match="several shard groups"):
         kept.group_of("ann", _loading("x", "y"))
     with pytest.raises(VersionError, match="is loaded in a trace of b"):

@@ -79,6 +79,22 @@ def test_a_session_over_several_models_waits_for_all_and_is_not_overtaken() -> N
     assert queue.pop("b", {"a", "b"}) == waiting("4", "b")
 
 
+@pytest.mark.parametrize("other", ["", "b"])
+def test_a_session_that_runs_after_another_is_overtaken_until_that_has_ended(other: str) -> None:
+    queue = FifoQueue()
+    keeper, free = SessionId("0"), {"a", "b"}
+    later = WaitingSession(
+        SessionId("1"), "ann", "a", estimated_cost=1.0, enqueued_at=0.0,
+        others=frozenset(filter(None, [other])), after=frozenset({keeper}),
+    )  # fmt: skip
+    queue.push(later)
+    queue.push(waiting("2", "a"))
+    assert queue.pop("b", free, live={keeper}) is None
+    assert queue.pop("a", free, live={keeper}) == waiting("2", "a")
+    assert queue.pop("a", free, live={keeper}) is None
+    assert queue.pop("a", free) is later
+
+
 def test_sessions_over_the_same_models_do_not_keep_each_others_groups() -> None:
     queue = FifoQueue()
     for name, (model, other) in {"1": "ab", "2": "ba"}.items():

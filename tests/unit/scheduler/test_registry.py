@@ -12,9 +12,17 @@ def registry() -> Registry:
     return Registry(ttl_seconds=10)
 
 
-def grant(registry: Registry, name: str, model: str = "a", *, now: float = 0) -> Group:
+def grant(
+    registry: Registry, name: str, model: str = "a", *, max_sessions: int = 1, now: float = 0
+) -> Group:
     return registry.grant(
-        LeaseId(name), group_id=f"group-{name}", model=model, address="x:1", num_ranks=2, now=now
+        LeaseId(name),
+        group_id=f"group-{name}",
+        model=model,
+        address="x:1",
+        num_ranks=2,
+        max_sessions=max_sessions,
+        now=now,
     )
 
 
@@ -37,19 +45,31 @@ def test_an_expired_or_revoked_lease_can_not_be_kept_alive(registry: Registry) -
     assert not registry.keep_alive(other.lease_id, now=1)
 
 
-def test_a_busy_group_is_not_ready_until_it_is_freed(registry: Registry) -> None:
-    group = grant(registry, "1")
-    registry.take(group.lease_id)
+def test_a_full_group_is_not_ready_until_a_place_is_free(registry: Registry) -> None:
+    group = grant(registry, "1", max_sessions=2)
+    registry.take(group)
+    assert (group.state, registry.ready()) == (GroupState.READY, [group])
+    registry.take(group)
     assert (group.state, registry.ready()) == (GroupState.BUSY, [])
-    registry.free(group.lease_id)
+    registry.free(group)
     assert (group.state, registry.ready()) == (GroupState.READY, [group])
 
 
 def test_the_group_that_was_free_longest_comes_first(registry: Registry) -> None:
     first, second = grant(registry, "1"), grant(registry, "2")
-    registry.take(first.lease_id)
-    registry.free(first.lease_id)
+    registry.take(first)
+    registry.free(first)
     assert registry.ready() == [second, first]
+
+
+def test_the_group_with_the_fewest_sessions_comes_first(registry: Registry) -> None:
+    first, second, third = (grant(registry, name, max_sessions=3) for name in "123")
+    for group in (first, first, second):
+        registry.take(group)
+    assert registry.ready() == [third, second, first]
+    registry.take(second)
+    registry.free(second)
+    assert registry.ready() == [third, second, first]
 
 
 def test_a_draining_group_takes_nothing_new_and_never_returns(registry: Registry) -> None:
@@ -61,10 +81,10 @@ def test_a_draining_group_takes_nothing_new_and_never_returns(registry: Registry
 
 def test_freeing_a_group_whose_lease_is_gone_does_not_bring_it_back(registry: Registry) -> None:
     group = grant(registry, "1")
-    registry.take(group.lease_id)
+    registry.take(group)
     registry.revoke(group.lease_id)
-    registry.free(group.lease_id)
-    assert registry.ready() == []
+    registry.free(group)
+    assert (group.num_sessions, registry.ready()) == (0, [])
 
 
 def test_replicas_are_counted_by_model_and_found_by_group(registry: Registry) -> None:

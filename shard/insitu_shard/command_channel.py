@@ -1,0 +1,95 @@
+"""How the leader of a shard group reaches the other ranks."""
+
+from __future__ import annotations
+
+import struct
+from datetime import timedelta
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from insitu_shard.engine.ranks import Ranks
+
+if TYPE_CHECKING:
+    from insitu_shard.config import ShardConfig
+
+# Followers wait for the next command as long as nobody uses the model. A leader that dies closes
+# its connections, which ends the wait at once.
+_IDLE_TIMEOUT = timedelta(days=365)
+
+_BROADCAST_BYTES = 64 * 1024 * 1024
+
+# A command and the length of its payload. The first bytes of that come along: each broadcast is a
+# wait of all ranks, and most payloads are short.
+_HEAD = struct.Struct("<qq")
+_HEAD_PAYLOAD_BYTES = 2048
+
+
+class Command(IntEnum):
+    """What all ranks do next."""
+
+    BEGIN_SEGMENT = 1
+    DROP_SEGMENT = 2
+    RUN_ROUND = 3
+    RELEASE_SESSION = 4
+    STOP = 5
+    STORE_UPLOAD = 6
+    DROP_UPLOADS = 7
+    STORE_VALUES = 8
+    LET_GO = 9
+
+
+class CommandChannel:
+    """Carries commands from the leader to the followers, in one order."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._group = (
+            dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT) if ranks.size > 1 else None
+        )
+
+    def send(self, command: Command, payload: bytes = b"") -> None:
+        """Sends a command to every follower. Leader only."""
+        if self._group is None:
+            return
+        head = bytearray(_HEAD.size + _HEAD_PAYLOAD_BYTES)
+        _HEAD.pack_into(head, 0, command, len(payload))
+        first, rest = payload[:_HEAD_PAYLOAD_BYTES], payload[_HEAD_PAYLOAD_BYTES:]
+        head[_HEAD.size : _HEAD.size + len(first)] = first
+        self._broadcast(head)
+        self._broadcast(bytearray(rest))
+
+    def send_data(self, data: bytearray) -> None:
+        """Sends the bytes that a command has announced to every follower. Leader only."""
+        self._broadcast(data)
+
+    def receive_data(self, size: int) -> bytearray:
+        """Waits for the bytes that a command has announced. Followers only."""
+        data = bytearray(size)
+        self._broadcast(data)
+        return data
+
+    def _broadcast(self, data: bytearray) -> None:
+        if self._group is None or not data:
+            return
+        for part in torch.frombuffer(data, dtype=torch.uint8).split(_BROADCAST_BYTES):
+            dist.broadcast(part, src=0, group=self._group)
+
+    def receive(self) -> tuple[Command, bytes]:
+        """Waits for the leader's next command. Followers only."""
+        head = self.receive_data(_HEAD.size + _HEAD_PAYLOAD_BYTES)
+        command, size = _HEAD.unpack_from(head)
+        first = head[_HEAD.size : _HEAD.size + size]
+        return Command(command), bytes(first + self.receive_data(size - len(first)))
+
+
+def join_group(config: ShardConfig, rank: int) -> Ranks:
+    """Joins the ranks that torchrun started; one rank alone joins nothing."""
+    if config.num_ranks > 1:
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            timeout=timedelta(seconds=config.collective_timeout_seconds),
+        )
+    return Ranks(rank, config.num_ranks)

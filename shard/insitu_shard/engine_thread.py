@@ -1,0 +1,179 @@
+"""The one thread that runs the engine: rounds while there are segments, other work between them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from insitu_shard.engine import Finished, TraceStarted
+from insitu_wire.errors import Error, Reason, error
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+    from concurrent.futures import Future, ThreadPoolExecutor
+    from typing import TypeVar
+
+    from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest
+    from insitu_shard.engine import SegmentEvent
+    from insitu_shard.group import Leader
+    from insitu_shard.metrics import ShardMetrics
+
+    T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    tell: Callable[[SegmentEvent | Error], None]
+    started_at: float
+
+
+class EngineThread:
+    """Does what is asked for in the order of arrival, and rounds as long as nothing else waits.
+
+    After a round all that has arrived meanwhile comes before the next: nothing waits for a whole
+    segment to end.
+    """
+
+    def __init__(
+        self,
+        leader: Leader,
+        metrics: ShardMetrics,
+        *,
+        thread: ThreadPoolExecutor,
+        on_lost: Callable[[], None],
+    ) -> None:
+        """Makes it, on the event loop that will use it.
+
+        Args:
+            leader: runs segments on all ranks.
+            metrics: where segments are counted.
+            thread: the one thread that runs the engine.
+            on_lost: called when the group can not go on.
+        """
+        self._leader = leader
+        self._metrics = metrics
+        self._thread = thread
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._keys = map(str, itertools.count(1))
+        # One entry for each work that has been asked for and has not begun.
+        self._waiting: deque[None] = deque()
+        # From here on: the engine's thread only.
+        self._segments: dict[str, _Segment] = {}
+        self._is_round_due = False
+        self._has_ended = False
+
+    async def do(self, work: Callable[[], T]) -> T:
+        """Does work between rounds, after what was asked for before.
+
+        Raises:
+            UnavailableError: REPLICA_LOST, if the group has ended.
+        """
+        # Ranks in step can not stop halfway when a caller goes away.
+        return await asyncio.shield(asyncio.wrap_future(self._submit(work)))
+
+    async def run(self, request: RunSegmentRequest) -> AsyncGenerator[SegmentEvent | Error]:
+        """Runs a segment beside others and yields what it tells, at last `Finished` or an error.
+
+        Whoever closes the generator before drops the segment.
+        """
+        key = next(self._keys)
+        told: asyncio.Queue[SegmentEvent | Error] = asyncio.Queue()
+
+        def tell(event: SegmentEvent | Error) -> None:
+            self._loop.call_soon_threadsafe(told.put_nowait, event)
+
+        self._submit(partial(self._begin, key, request, tell))
+        event: SegmentEvent | Error | None = None
+        try:
+            while not isinstance(event, Finished | Error):
+                event = await told.get()
+                yield event
+        finally:
+            if not isinstance(event, Finished | Error):
+                with suppress(Error):
+                    await self.do(partial(self._drop, key))
+
+    def stop(self) -> None:
+        """Waits for what was asked for, and ends the followers."""
+        self._submit(self._stop).result()
+
+    def _submit(self, work: Callable[[], T]) -> Future[T]:
+        self._waiting.append(None)
+        working = self._thread.submit(self._begin_work, work)
+        working.add_done_callback(self._check)
+        return working
+
+    def _begin_work(self, work: Callable[[], T]) -> T:
+        self._waiting.popleft()
+        # The ranks of a group that has ended wait for nothing any more.
+        if self._has_ended:
+            raise error(Reason.REPLICA_LOST, "the shard group has ended; submit the session again")
+        return work()
+
+    def _check(self, finished: Future[Any]) -> None:
+        """Gives up the group on what no session can cause, such as a lost rank."""
+        exception = None if finished.cancelled() else finished.exception()
+        if exception is not None and not isinstance(exception, Error):
+            _log.critical("the shard group is lost", exc_info=exception)
+            self._has_ended = True
+            self._loop.call_soon_threadsafe(self._on_lost)
+
+    def _begin(
+        self,
+        key: str,
+        request: RunSegmentRequest,
+        tell: Callable[[SegmentEvent | Error], None],
+    ) -> None:
+        self._segments[key] = _Segment(tell, started_at=time.monotonic())
+        try:
+            self._leader.begin(key, request)
+        except Error as err:
+            self._tell(key, err)
+        self._plan_round()
+
+    def _drop(self, key: str) -> None:
+        if key in self._segments:
+            self._leader.drop(key)
+            self._end(key, "cancelled")
+
+    def _stop(self) -> None:
+        self._has_ended = True
+        self._leader.stop()
+
+    def _plan_round(self) -> None:
+        if self._segments and not self._is_round_due:
+            self._is_round_due = True
+            self._submit(self._round)
+
+    def _round(self) -> None:
+        self._is_round_due = False
+        while self._segments:
+            for key, event in self._leader.round():
+                self._tell(key, event)
+            if self._waiting:
+                break
+        self._plan_round()
+
+    def _tell(self, key: str, event: SegmentEvent | Error) -> None:
+        self._segments[key].tell(event)
+        match event:
+            case TraceStarted():
+                self._metrics.trace_started()
+            case Finished():
+                self._end(key, "completed")
+            case Error():
+                self._end(key, "failed")
+
+    def _end(self, key: str, outcome: str) -> None:
+        seconds = time.monotonic() - self._segments.pop(key).started_at
+        self._metrics.segment_ended(outcome, seconds)

@@ -1,0 +1,128 @@
+"""Segments beside each other: a step of each in a round, and what happens to one is its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from insitu_proto.v1.session_pb2 import Step
+from insitu_proto.v1.shard_service_pb2 import Segment
+from insitu_shard.engine import (
+    Finished,
+    LoadedModel,
+    Logged,
+    Saved,
+    SegmentPool,
+    SegmentRun,
+    TraceStarted,
+    load_model,
+)
+from insitu_wire.errors import Error
+from support.fake_shard import log, read, save, trace
+from support.tiny_models import TinyModels
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyModels) -> LoadedModel:
+    return load_model("tiny", tiny.folder("llama"))
+
+
+@pytest.fixture
+def pool() -> SegmentPool:
+    return SegmentPool()
+
+
+def _run(model: LoadedModel, *steps: Step) -> SegmentRun:
+    return SegmentRun({"tiny": model}, Segment(steps=steps, first_trace_number=1), values={})
+
+
+def _trace(number: int = 1) -> Step:
+    """A trace that saves one value."""
+    node_id = 2 * number
+    return trace(read(node_id, "model.layers.0"), save(node_id + 1, node_id), model="tiny")
+
+
+def _failing_trace() -> Step:
+    node = read(100, "model.layers.0")
+    node.read.hook_point.call_index = 7
+    return trace(node, save(101, 100), model="tiny")
+
+
+def _told(pool: SegmentPool) -> list[tuple[str, type]]:
+    return [(key, type(event)) for key, event in pool.round()]
+
+
+def test_a_round_runs_a_step_of_each_in_the_order_in_which_they_came(
+    model: LoadedModel, pool: SegmentPool
+) -> None:
+    pool.add("b", _run(model, log("before"), _trace(1), log("after"), _trace(2)))
+    pool.add("a", _run(model, _trace()))
+    assert _told(pool) == [
+        ("b", Logged), ("b", TraceStarted), ("b", Saved), ("b", Logged),
+        ("a", TraceStarted), ("a", Saved), ("a", Finished),
+    ]  # fmt: skip
+    assert (pool.keys, len(pool)) == (("b",), 1)
+    pool.add("c", _run(model, _trace()))
+    assert [key for key, kind in _told(pool) if kind is Finished] == ["b", "c"]
+    assert (pool.keys, list(pool.round())) == ((), [])
+
+
+def test_a_segment_of_no_trace_ends_in_one_round(model: LoadedModel, pool: SegmentPool) -> None:
+    left = Step()
+    left.exit.SetInParent()
+    pool.add("a", _run(model, log("hello"), left))
+    assert list(pool.round()) == [("a", Logged("hello")), ("a", Finished(has_exited=True))]
+    assert len(pool) == 0
+
+
+def test_segments_beside_each_other_save_what_each_saves_alone(
+    model: LoadedModel, pool: SegmentPool
+) -> None:
+    (alone,) = (event for event in _run(model, _trace()).run() if isinstance(event, Saved))
+    for key in "abc":
+        pool.add(key, _run(model, _trace(1), _trace(2)))
+    saved = [event for _ in range(2) for _, event in pool.round() if isinstance(event, Saved)]
+    assert len(saved) == 6
+    assert all(torch.equal(event.value[0], alone.value[0]) for event in saved)
+
+
+def test_one_that_fails_leaves_and_the_others_go_on(model: LoadedModel, pool: SegmentPool) -> None:
+    pool.add("bad", _run(model, _failing_trace(), _trace()))
+    pool.add("good", _run(model, _trace()))
+    told = list(pool.round())
+    assert [key for key, _ in told] == ["bad", "bad", "good", "good", "good"]
+    error = told[1][1]
+    assert isinstance(error, Error)
+    assert (error.reason, error.trace_number) == ("HOOK_POINT_NOT_REACHED", 1)
+    assert told[-1] == ("good", Finished(has_exited=False))
+    assert len(pool) == 0
+
+
+def test_one_that_is_dropped_between_rounds_tells_nothing_more(
+    model: LoadedModel, pool: SegmentPool
+) -> None:
+    for key in ("gone", "stays"):
+        pool.add(key, _run(model, _trace(1), _trace(2)))
+    list(pool.round())
+    pool.drop("gone")
+    pool.drop("gone")
+    assert {key for key, _ in pool.round()} == {"stays"}
+
+
+@pytest.mark.parametrize("dropped", ["first", "second"])
+def test_one_that_is_dropped_within_a_round_tells_nothing_more(
+    model: LoadedModel, pool: SegmentPool, dropped: str
+) -> None:
+    for key in ("first", "second"):
+        pool.add(key, _run(model, _trace()))
+    told = pool.round()
+    assert next(told) == ("first", TraceStarted(1))
+    pool.drop(dropped)
+    assert dropped not in {key for key, _ in told}
+    assert len(pool) == 0
+
+
+def test_a_key_names_one_segment(model: LoadedModel, pool: SegmentPool) -> None:
+    pool.add("a", _run(model, _trace()))
+    with pytest.raises(ValueError, match="'a' runs already"):
+        pool.add("a", _run(model, _trace()))

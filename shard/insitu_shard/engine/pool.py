@@ -1,16 +1,23 @@
-"""Runs segments of several sessions beside each other: round by round, a step of each."""
+"""Runs segments of several sessions beside each other, round by round, and merges their passes."""
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
+from insitu_shard.compiler import Limits
 from insitu_shard.engine.events import Finished, SegmentEvent, StepFollows
+from insitu_shard.engine.pass_run import run_next_pass
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator, Iterator, Sequence
 
+    from insitu_shard.engine.pass_run import Pending
     from insitu_shard.engine.segment import SegmentRun
+
+# A segment that computes on and on without a pass lets the others have theirs.
+_MAX_STEPS = 100
 
 
 class SegmentPool:
@@ -20,9 +27,15 @@ class SegmentPool:
     the same on all of them, for a round has collectives.
     """
 
-    def __init__(self) -> None:
-        """Makes an empty pool."""
-        self._running: dict[str, Generator[SegmentEvent | Error | None]] = {}
+    def __init__(self, limits: Limits | None = None) -> None:
+        """Makes an empty pool.
+
+        Args:
+            limits: how large a pass may be.
+        """
+        self._limits = limits or Limits()
+        self._running: dict[str, _Running] = {}
+        self._turns: deque[str] = deque()
 
     def add(self, key: str, run: SegmentRun) -> None:
         """Takes in a segment; it runs from the next round on.
@@ -33,12 +46,13 @@ class SegmentPool:
         """
         if key in self._running:
             raise ValueError(f"a segment {key!r} runs already")
-        self._running[key] = _told(run)
+        self._running[key] = _Running(run)
+        self._turns.append(key)
 
     def drop(self, key: str) -> None:
         """Ends a segment at once, without a word; one that has ended stays ended."""
-        if told := self._running.pop(key, None):
-            told.close()
+        if running := self._forget(key):
+            running.close()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -50,33 +64,72 @@ class SegmentPool:
         return len(self._running)
 
     def round(self) -> Iterator[tuple[str, SegmentEvent | Error]]:
-        """Runs one step of each segment, and yields what happens with the segment's key.
+        """Has each segment go on until it needs a pass, and runs one pass.
 
-        A segment's last event is `Finished`, or the error that it failed with. It is not in the
-        pool any more when that is told, and the others do not notice.
+        The pass is one that the segment needs whose turn it is, with what fits into it of the
+        others. Yields what happens with the segment's key; a segment's last event is `Finished`, or
+        the error that it failed with. It is not in the pool any more when that is told, and the
+        others do not notice.
         """
-        for key, told in list(self._running.items()):
-            for event in told:
-                if event is None:
+        yield from self._go_on()
+        waiting = [key for key in self._turns if self._running[key].pending]
+        if waiting:
+            pending = [at for key in waiting for at in self._running[key].pending]
+            run_next_pass(pending, self._limits)
+            self._turns.remove(waiting[0])
+            self._turns.append(waiting[0])
+            yield from self._go_on()
+
+    def _go_on(self) -> Iterator[tuple[str, SegmentEvent | Error]]:
+        for key, running in list(self._running.items()):
+            for event in running.go_on():
+                if self._running.get(key) is not running:
                     break
                 if isinstance(event, Finished | Error):
-                    del self._running[key]
+                    self._forget(key)
                 yield key, event
-                if self._running.get(key) is not told:
-                    break
+
+    def _forget(self, key: str) -> _Running | None:
+        if running := self._running.pop(key, None):
+            self._turns.remove(key)
+        return running
 
 
-def _told(run: SegmentRun) -> Generator[SegmentEvent | Error | None]:
-    """Yields all that a segment tells, and None between two steps."""
-    has_begun = False
-    try:
-        for event in run.run():
+class _Running:
+    """A segment on its way."""
+
+    def __init__(self, run: SegmentRun) -> None:
+        self._told = _told(run)
+        self._pending: Sequence[Pending] = ()
+
+    @property
+    def pending(self) -> list[Pending]:
+        """Its traces that may run and have not; the first is the one that it waits for."""
+        return [at for at in self._pending if not at.trace.has_run]
+
+    def go_on(self) -> Iterator[SegmentEvent | Error]:
+        """Yields what it tells until it waits for a pass."""
+        if self._pending and not self._pending[0].trace.has_run:
+            return
+        self._pending = ()
+        num_steps = 0
+        for event in self._told:
             if not isinstance(event, StepFollows):
                 yield event
-            elif has_begun:
-                yield None
-            else:
-                has_begun = True
+                continue
+            self._pending = event.pending
+            num_steps += 1
+            if self.pending or num_steps == _MAX_STEPS:
+                return
+
+    def close(self) -> None:
+        """Ends it."""
+        self._told.close()
+
+
+def _told(run: SegmentRun) -> Generator[SegmentEvent | StepFollows | Error]:
+    try:
+        yield from run.run()
     except Error as err:
         yield err
     else:

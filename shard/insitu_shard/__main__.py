@@ -49,6 +49,20 @@ def run(
             envvar="INSITU_MAX_SESSIONS", help="How many sessions the group runs at once."
         ),
     ] = 16,
+    max_pass_tokens: Annotated[
+        int,
+        typer.Option(
+            envvar="INSITU_MAX_PASS_TOKENS",
+            help="How many tokens, over all rows of a forward pass, go through a layer at once.",
+        ),
+    ] = 8192,
+    max_pass_bytes: Annotated[
+        int,
+        typer.Option(
+            envvar="INSITU_MAX_PASS_BYTES",
+            help="Memory that a forward pass may take beside the weights, by estimate, in bytes.",
+        ),
+    ] = 2 * 1024**3,
     dtype: Annotated[
         str,
         typer.Option(envvar="INSITU_DTYPE", help="Element type of weights; default: as stored."),
@@ -89,6 +103,8 @@ def run(
             metrics_port=metrics_port if metrics_port >= 0 else None,
             num_ranks=tp,
             max_sessions=max_sessions,
+            max_pass_tokens=max_pass_tokens,
+            max_pass_bytes=max_pass_bytes,
             dtype=dtype,
             upload_cache_bytes=upload_cache_bytes,
             kept_bytes=kept_bytes,

@@ -29,6 +29,10 @@ class ShardConfig:
     """Ranks that the model is split over."""
     max_sessions: int = 16
     """How many sessions the scheduler may have it run at once."""
+    max_pass_tokens: int = 8192
+    """How many tokens, over all rows, go through a layer at once."""
+    max_pass_bytes: int = 2 * 1024**3
+    """Memory that a forward pass may take beside the weights, by estimate."""
     dtype: str = ""
     """Element type of the weights, such as "bfloat16"; by default as stored."""
     upload_cache_bytes: int = 8 * 1024**3
@@ -56,6 +60,13 @@ class ShardConfig:
                 "more",
                 maxSessions=self.max_sessions,
             )
+        for name in ("max_pass_tokens", "max_pass_bytes"):
+            if (value := getattr(self, name)) < 1:
+                raise error(
+                    Reason.INVALID_CONFIGURATION,
+                    f"--{name.replace('_', '-')} is {value}; it must be 1 or more",
+                    value=value,
+                )
         if self.num_ranks < 1:
             raise error(
                 Reason.INVALID_CONFIGURATION,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from insitu_shard.command_channel import CommandChannel
+    from insitu_shard.compiler import Limits
     from insitu_shard.engine import LoadedModel, SegmentEvent
     from insitu_shard.upload_cache import UploadCache
 
@@ -37,6 +38,7 @@ class Leader:
         *,
         kept_bytes: int,
         kept_seconds: float,
+        limits: Limits,
     ) -> None:
         """Makes the leader.
 
@@ -46,13 +48,14 @@ class Leader:
             uploads: tensors that users brought.
             kept_bytes: how much each user may keep beyond sessions.
             kept_seconds: how long it is kept after its last use.
+            limits: how large a forward pass may be.
         """
         self.model = model
         self.uploads = uploads
         self.handles = HandleStore(kept_bytes)
         self._lifetimes = Lifetimes(kept_seconds)
         self._channel = channel
-        self._pool = SegmentPool()
+        self._pool = SegmentPool(limits)
 
     def begin(self, key: str, request: shard_service_pb2.RunSegmentRequest) -> None:
         """Adds a segment on every rank; it runs from the next round on.
@@ -149,12 +152,12 @@ class Leader:
 
 
 def follow(  # noqa: C901 - one case a command
-    model: LoadedModel, channel: CommandChannel, *, kept_bytes: int
+    model: LoadedModel, channel: CommandChannel, *, kept_bytes: int, limits: Limits
 ) -> None:
     """Does on this rank what the leader does, until it says stop."""
     handles = HandleStore(kept_bytes)
     uploads: dict[str, torch.Tensor] = {}
-    pool = SegmentPool()
+    pool = SegmentPool(limits)
     while True:
         command, payload = channel.receive()
         match command:

@@ -18,6 +18,7 @@ from prometheus_client import start_http_server
 
 from insitu_proto.v1 import placement_pb2, shard_service_pb2, shard_service_pb2_grpc
 from insitu_shard.command_channel import CommandChannel, join_group
+from insitu_shard.compiler import Limits
 from insitu_shard.engine import load_model, resolve_model_folder
 from insitu_shard.engine_thread import EngineThread
 from insitu_shard.group import Leader, follow
@@ -53,7 +54,8 @@ def run_rank(config: ShardConfig, rank: int) -> None:
         # The leader alone is told when to stop; it tells the others after what runs has ended.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        follow(_load(config, ranks), channel, kept_bytes=config.kept_bytes)
+        model = _load(config, ranks)
+        follow(model, channel, kept_bytes=config.kept_bytes, limits=_limits(config))
     else:
         asyncio.run(_lead(config, ranks, channel))
 
@@ -65,6 +67,10 @@ def _load(config: ShardConfig, ranks: Ranks) -> LoadedModel:
         ranks=ranks,
         dtype=getattr(torch, config.dtype) if config.dtype else None,
     )
+
+
+def _limits(config: ShardConfig) -> Limits:
+    return Limits(config.max_pass_tokens, config.max_pass_bytes)
 
 
 async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> None:
@@ -81,6 +87,7 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
         UploadCache(config.upload_cache_bytes),
         kept_bytes=config.kept_bytes,
         kept_seconds=config.kept_seconds,
+        limits=_limits(config),
     )
     metrics = ShardMetrics(model.name, leader.handles, leader.uploads)
     stopping = asyncio.Event()

@@ -11,6 +11,7 @@ from insitu_shard.compiler import Outline
 from insitu_shard.engine.inputs import ForwardInputs
 from insitu_shard.engine.layout import Layouts
 from insitu_shard.engine.memory import StorageKey, copied, storages
+from insitu_shard.engine.pass_memory import PassMemory
 from insitu_shard.engine.ranks import Ranks
 from insitu_wire.errors import Reason, error
 
@@ -32,6 +33,7 @@ class LoadedModule:
     device: torch.device
     layouts: Layouts = field(default_factory=Layouts)
     ranks: Ranks = field(default_factory=Ranks)
+    pass_memory: PassMemory = field(default_factory=PassMemory)
 
     @cached_property
     def modules(self) -> Mapping[str, torch.nn.Module]:

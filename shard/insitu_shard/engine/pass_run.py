@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from insitu_shard.compiler import Limits, Pass, plan_passes
 from insitu_shard.engine.interleaver import Interleaver
+from insitu_shard.engine.pass_memory import measured
 from insitu_shard.engine.row_map import RowMap
 
 if TYPE_CHECKING:
@@ -40,19 +41,24 @@ def run_next_pass(pending: Sequence[Pending], limits: Limits) -> None:
     facts = [at.trace.facts for at in candidates if at.trace.facts is not None]
     if pending[0].trace.facts is None:
         return
+    limits = model.pass_memory.within(limits)
     plan = next(plan_passes(facts, model.outline, limits))
     _run(plan, [candidates[place] for place in plan.members])
 
 
 def _run(plan: Pass, members: Sequence[Pending]) -> None:
-    if not _run_once(plan, members):
-        for member, facts in zip(members, plan.traces, strict=True):
-            single = Pass((0,), (facts,), plan.outline)
-            if len(members) == 1 or not _run_once(single, [member]):
-                _run_alone(member, plan)
+    model = members[0].trace.model
+    with measured(model.device) as peak:
+        if not _run_once(plan, members):
+            for member, facts in zip(members, plan.traces, strict=True):
+                single = Pass((0,), (facts,), plan.outline)
+                if len(members) == 1 or not _run_once(single, [member]):
+                    _run_alone(member, plan)
     for member in members:
         member.trace.has_run = True
-    _agree(members)
+    highest = _agree(members, peak.num_bytes)
+    if plan.is_merged:
+        model.pass_memory.learn(estimated=plan.num_bytes, measured=highest)
 
 
 def _run_alone(member: Pending, plan: Pass) -> None:
@@ -80,11 +86,11 @@ def _run_once(plan: Pass, members: Sequence[Pending]) -> bool:
     return interleaver.raised is None
 
 
-def _agree(members: Sequence[Pending]) -> None:
-    """Has all ranks know which traces failed on any of them."""
-    ranks = members[0].trace.model.ranks
-    blocks = [member.trace.block for member in members]
-    failed = ranks.each([block is not None and block.error is not None for block in blocks])
+def _agree(members: Sequence[Pending], num_bytes: int) -> int:
+    """Has all ranks know which traces failed on any of them, and the most memory that one took."""
+    blocks = [block for member in members if (block := member.trace.block) is not None]
+    failed = [int(block.error is not None) for block in blocks]
+    *failed, highest = members[0].trace.model.ranks.highest([*failed, num_bytes])
     for block, has_failed in zip(blocks, failed, strict=True):
-        if block is not None:
-            block.has_failed = has_failed
+        block.has_failed = bool(has_failed)
+    return highest

@@ -23,15 +23,15 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Every rank must call it."""
-        return self.each([flag])[0]
+        return bool(self.highest([int(flag)])[0])
 
-    def each(self, flags: list[bool]) -> list[bool]:
-        """Whether each of the flags is set on any rank. Every rank must call it."""
+    def highest(self, numbers: list[int]) -> list[int]:
+        """Gives the highest of each of the numbers over all ranks. Every rank must call it."""
         if self.size == 1:
-            return flags
-        joined = torch.tensor(flags, dtype=torch.int64)
+            return numbers
+        joined = torch.tensor(numbers)
         dist.all_reduce(joined, op=dist.ReduceOp.MAX)
-        return list(map(bool, joined.tolist()))
+        return joined.tolist()
 
     def gather(self, local: torch.Tensor, *, dim: int, full_size: int) -> torch.Tensor:
         """Joins the ranks' chunks of a tensor along a dimension. Every rank must call it."""

@@ -19,9 +19,13 @@ from insitu_shard.upload_cache import UploadCache
 from insitu_wire.errors import Error, Reason, error
 
 
+ENDLESS = 10**9
+LOSES_A_RANK = 99
+
+
 @dataclass
 class Leader:
-    """Runs segments of as many traces as their seed says; 0 can not begin, 99 loses a rank."""
+    """Runs segments of as many traces as their seed says; one of none can not begin."""
 
     commands: list[str] = field(default_factory=list)
     left: dict[str, int] = field(default_factory=dict)
@@ -41,7 +45,7 @@ class Leader:
         assert self.may_run.wait(10)
         self.commands.append("round")
         for key, left in list(self.left.items()):
-            if left == 99:
+            if left == LOSES_A_RANK:
                 raise RuntimeError("connection closed by peer")
             yield key, TraceStarted(left)
             self.left[key] -= 1
@@ -115,8 +119,8 @@ async def test_what_is_asked_for_while_a_round_runs_comes_before_the_next(
 async def test_a_segment_that_nobody_listens_to_is_dropped(
     engine: EngineThread, leader: Leader
 ) -> None:
-    async with aclosing(engine.run(_segment(98))) as events:
-        assert await anext(events) == TraceStarted(98)
+    async with aclosing(engine.run(_segment(ENDLESS))) as events:
+        assert await anext(events) == TraceStarted(ENDLESS)
         other = asyncio.create_task(_told(engine, 3))
         await asyncio.sleep(0)
     assert "drop 1" in leader.commands
@@ -134,7 +138,7 @@ async def test_one_that_can_not_begin_fails_alone(engine: EngineThread, leader: 
 async def test_a_group_that_has_lost_a_rank_waits_for_it_no_more(
     engine: EngineThread, leader: Leader, lost: asyncio.Event
 ) -> None:
-    running = asyncio.create_task(_told(engine, 99))
+    running = asyncio.create_task(_told(engine, LOSES_A_RANK))
     await asyncio.wait_for(lost.wait(), 10)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -145,7 +149,7 @@ async def test_a_group_that_has_lost_a_rank_waits_for_it_no_more(
 
 
 async def test_nothing_reaches_the_ranks_after_stop(engine: EngineThread, leader: Leader) -> None:
-    async with aclosing(engine.run(_segment(98))) as events:
+    async with aclosing(engine.run(_segment(ENDLESS))) as events:
         await anext(events)
         await asyncio.to_thread(engine.stop)
     with pytest.raises(Error, match="has ended"):

@@ -18,7 +18,6 @@ from insitu_shard.metrics import ShardMetrics
 from insitu_shard.upload_cache import UploadCache
 from insitu_wire.errors import Error, Reason, error
 
-
 ENDLESS = 10**9
 LOSES_A_RANK = 99
 

@@ -1,0 +1,156 @@
+"""Rounds while there are segments, and other work between them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import pytest
+
+from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest
+from insitu_shard.engine import Finished, HandleStore, SegmentEvent, TraceStarted
+from insitu_shard.engine_thread import EngineThread
+from insitu_shard.metrics import ShardMetrics
+from insitu_shard.upload_cache import UploadCache
+from insitu_wire.errors import Error, Reason, error
+
+ENDLESS = 10**9
+LOSES_A_RANK = 99
+
+
+@dataclass
+class Leader:
+    """Runs segments of as many traces as their seed says; one of none can not begin."""
+
+    commands: list[str] = field(default_factory=list)
+    left: dict[str, int] = field(default_factory=dict)
+    may_run: threading.Event = field(default_factory=threading.Event)
+
+    def begin(self, key: str, request: RunSegmentRequest) -> None:
+        self.commands.append(f"begin {key}")
+        if not request.segment.seed:
+            raise error(Reason.TENSOR_NOT_UPLOADED, "it is not there")
+        self.left[key] = request.segment.seed
+
+    def drop(self, key: str) -> None:
+        self.commands.append(f"drop {key}")
+        del self.left[key]
+
+    def round(self) -> Iterator[tuple[str, SegmentEvent | Error]]:
+        assert self.may_run.wait(10)
+        self.commands.append("round")
+        for key, left in list(self.left.items()):
+            if left == LOSES_A_RANK:
+                raise RuntimeError("connection closed by peer")
+            yield key, TraceStarted(left)
+            self.left[key] -= 1
+            if not self.left[key]:
+                del self.left[key]
+                yield key, Finished(has_exited=False)
+
+    def stop(self) -> None:
+        self.commands.append("stop")
+
+
+@pytest.fixture
+def leader() -> Leader:
+    leader = Leader()
+    leader.may_run.set()
+    return leader
+
+
+@pytest.fixture
+def lost() -> asyncio.Event:
+    return asyncio.Event()
+
+
+@pytest.fixture
+async def engine(leader: Leader, lost: asyncio.Event) -> AsyncIterator[EngineThread]:
+    metrics = ShardMetrics("tiny", HandleStore(), UploadCache(0))
+    with ThreadPoolExecutor(1) as thread:
+        yield EngineThread(leader, metrics, thread=thread, on_lost=lost.set)  # type: ignore[arg-type]
+
+
+def _segment(num_traces: int) -> RunSegmentRequest:
+    request = RunSegmentRequest()
+    request.segment.seed = num_traces
+    return request
+
+
+async def _told(engine: EngineThread, num_traces: int) -> list[SegmentEvent | Error]:
+    async with aclosing(engine.run(_segment(num_traces))) as events:
+        return [event async for event in events]
+
+
+async def test_segments_that_come_at_the_same_time_share_rounds(
+    engine: EngineThread, leader: Leader
+) -> None:
+    leader.may_run.clear()
+    running = [asyncio.create_task(_told(engine, count)) for count in (3, 1, 2)]
+    await asyncio.sleep(0)
+    leader.may_run.set()
+    told = [await segment for segment in running]
+    assert [len(events) for events in told] == [4, 2, 3]
+    assert all(isinstance(events[-1], Finished) for events in told)
+    assert leader.commands.count("round") == 3
+
+
+async def test_what_is_asked_for_while_a_round_runs_comes_before_the_next(
+    engine: EngineThread, leader: Leader
+) -> None:
+    leader.may_run.clear()
+    running = asyncio.create_task(_told(engine, 2))
+    await asyncio.sleep(0)
+    working = asyncio.create_task(engine.do(lambda: leader.commands.append("work")))
+    other = asyncio.create_task(_told(engine, 1))
+    await asyncio.sleep(0)
+    leader.may_run.set()
+    await asyncio.gather(running, working, other)
+    assert leader.commands.index("work") < leader.commands.index("begin 2")
+    last_round = len(leader.commands) - leader.commands[::-1].index("round") - 1
+    assert leader.commands.index("begin 2") < last_round
+
+
+async def test_a_segment_that_nobody_listens_to_is_dropped(
+    engine: EngineThread, leader: Leader
+) -> None:
+    async with aclosing(engine.run(_segment(ENDLESS))) as events:
+        assert await anext(events) == TraceStarted(ENDLESS)
+        other = asyncio.create_task(_told(engine, 3))
+        await asyncio.sleep(0)
+    assert "drop 1" in leader.commands
+    assert len(await other) == 4
+    assert leader.left == {}
+
+
+async def test_one_that_can_not_begin_fails_alone(engine: EngineThread, leader: Leader) -> None:
+    failing, other = await asyncio.gather(_told(engine, 0), _told(engine, 1))
+    assert [str(event) for event in failing if isinstance(event, Error)] == [str(failing[0])]
+    assert other == [TraceStarted(1), Finished(has_exited=False)]
+    assert "drop 1" not in leader.commands
+
+
+async def test_a_group_that_has_lost_a_rank_waits_for_it_no_more(
+    engine: EngineThread, leader: Leader, lost: asyncio.Event
+) -> None:
+    running = asyncio.create_task(_told(engine, LOSES_A_RANK))
+    await asyncio.wait_for(lost.wait(), 10)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    with pytest.raises(Error, match="has ended"):
+        await engine.do(lambda: leader.drop("1"))
+    assert leader.commands == ["begin 1", "round"]
+
+
+async def test_nothing_reaches_the_ranks_after_stop(engine: EngineThread, leader: Leader) -> None:
+    async with aclosing(engine.run(_segment(ENDLESS))) as events:
+        await anext(events)
+        await asyncio.to_thread(engine.stop)
+    with pytest.raises(Error, match="has ended"):
+        await engine.do(lambda: None)
+    assert leader.commands[-1] == "stop"

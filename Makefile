@@ -24,9 +24,12 @@ demo: setup ## Starts a server with a small real model, runs the first session a
 test: setup ## Runs all tests.
 	$(BIN)/python -m pytest
 
-bench: setup .venv-nnsight/.installed ## Measures, side by side with plain transformers and nnsight.
-	$(BIN)/python benchmarks/first_session.py
-	$(BIN)/python benchmarks/recording.py
+bench: setup .venv-nnsight/.installed ## Measures, beside plain transformers and nnsight; a smoke run with BENCH_FLAGS=--quick.
+	$(BIN)/python benchmarks/first_session.py $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/recording.py $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/sweep.py $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/logit_lens.py $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/many_clients.py $(BENCH_FLAGS)
 
 .venv-nnsight/.installed:
 	$(PYTHON) -m venv .venv-nnsight

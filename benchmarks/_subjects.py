@@ -22,10 +22,17 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 class Subject:
     """A worker process that runs one subject when it is told to."""
 
-    def __init__(self, script: str, *, python: Path | str = sys.executable, **env: str) -> None:
+    def __init__(
+        self,
+        script: str,
+        *arguments: object,
+        python: Path | str = sys.executable,
+        model: str,
+        **env: str,
+    ) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
-            [str(python), str(ROOT / "workers" / script), env.pop("model")],
+            [str(python), str(ROOT / "workers" / script), model, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -36,9 +43,17 @@ class Subject:
 
     def seconds(self, name: str = "run") -> float:
         """Runs the subject once, or one of its runs."""
+        self.begin(name)
+        return self.end()
+
+    def begin(self, name: str = "run") -> None:
+        """Has the subject run, and does not wait for it."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{name}\n")
         self._process.stdin.flush()
+
+    def end(self) -> float:
+        """Waits for what was begun; gives the seconds that it took."""
         return float(self._answer()["seconds"])
 
     def close(self) -> None:
@@ -54,7 +69,7 @@ class Subject:
 
 
 @contextmanager
-def server(model: str, folder: Path, *, tp: int = 1) -> Iterator[str]:
+def server(model: str, folder: Path | str, *, tp: int = 1) -> Iterator[str]:
     """Runs `insitu up` and gives its address."""
     with tempfile.TemporaryDirectory() as data:
         command = [sys.executable, "-c", "from insitu.cli import main; main()", "up"]

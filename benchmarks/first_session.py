@@ -5,9 +5,10 @@ make bench
 
 from __future__ import annotations
 
-import statistics
 import sys
+from argparse import ArgumentParser
 
+from _rounds import median, milliseconds, print_beside_first
 from _subjects import MODEL, NNSIGHT_PYTHON, Subject, machine, server
 
 from insitu.cli._demo_model import prepare_demo_model
@@ -17,6 +18,9 @@ RUNS_A_TURN = 3
 
 
 def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="two rounds")
+    num_rounds = 2 if parser.parse_args().quick else ROUNDS
     folder = prepare_demo_model()
     with server(MODEL, folder) as address:
         subjects = {
@@ -34,30 +38,15 @@ def main() -> None:
         if len({str(result) for result in results.values()}) > 1:
             sys.exit(f"the subjects do not agree: {results}")
         rounds = [
-            {name: _milliseconds(subject) for name, subject in subjects.items()}
-            for _ in range(ROUNDS)
+            {name: milliseconds(each, num_runs=RUNS_A_TURN) for name, each in subjects.items()}
+            for _ in range(num_rounds)
         ]
         for subject in subjects.values():
             subject.close()
-    _print(rounds)
-
-
-def _milliseconds(subject: Subject) -> float:
-    """Runs a subject a few times in a row: the first after the others' turns finds cold caches."""
-    return statistics.median(subject.seconds() for _ in range(RUNS_A_TURN)) * 1e3
-
-
-def _print(rounds: list[dict[str, float]]) -> None:
-    base = next(iter(rounds[0]))
-    print(f"{machine()}; medians of {len(rounds)} interleaved rounds of {RUNS_A_TURN} runs\n")
-    print("| subject | ms | ratio to plain | ms more than plain |\n|---|---|---|---|")
-    for name in rounds[0]:
-        median = statistics.median(times[name] for times in rounds)
-        ratio = statistics.median(times[name] / times[base] for times in rounds)
-        more = statistics.median(times[name] - times[base] for times in rounds)
-        print(f"| {name} | {median:.1f} | {ratio:.2f} | {more:+.1f} |")
+    print(f"{machine()}; medians of {num_rounds} interleaved rounds of {RUNS_A_TURN} runs\n")
+    print_beside_first(rounds)
     local, remote = "insitu, in process", "insitu, through a server"
-    adds = statistics.median(times[remote] - times[local] for times in rounds)
+    adds = median(rounds, lambda times: times[remote] - times[local])
     print(f"\nThe server adds {adds:.1f} ms to the session in process.")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
+from argparse import ArgumentParser
 from pathlib import Path
 
 import torch
@@ -30,6 +31,9 @@ Round = dict[tuple[str, str], float]
 
 
 def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="two rounds")
+    num_rounds = 2 if parser.parse_args().quick else ROUNDS
     demo = prepare_demo_model()
     with tempfile.TemporaryDirectory() as folder:
         _make_tiny_model(Path(folder), tokenizer=demo)
@@ -43,14 +47,14 @@ def main() -> None:
             )
         session = Subject("recorded_session.py", model=str(demo), **ENVIRONMENT)
         _check_agreement(subjects)
-        rounds = [_round(subjects, session) for _ in range(ROUNDS)]
+        rounds = [_round(subjects, session) for _ in range(num_rounds)]
         firsts = [
             statistics.median(subject.seconds("record_first") for _ in range(NUM_FIRST_TRACES))
             for subject in (subjects[INSITU], session)
         ]
         for subject in (*subjects.values(), session):
             subject.close()
-    print(f"{machine()}; medians of {ROUNDS} interleaved rounds of {RUNS_A_TURN} runs\n")
+    print(f"{machine()}; medians of {num_rounds} interleaved rounds of {RUNS_A_TURN} runs\n")
     _print_traces(rounds, list(subjects))
     _print_recordings(rounds, firsts)
     sizes = session.result

@@ -1,4 +1,7 @@
-"""The examples run on the demo model, in process, and show what they say."""
+"""The examples run on the demo model, in process, and show what they say.
+
+Their experiments of the literature are in test_experiments.py, which checks the numbers.
+"""
 
 from __future__ import annotations
 
@@ -55,11 +58,3 @@ def test_a_patch_across_models_brings_the_answer_over(tmp_path: Path) -> None:
     assert model.endswith("' Paris'")
     assert patched.endswith("' Paris'")
     assert not other.endswith("' Paris'")
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.usefixtures("demo_folder")
-def test_activation_patching_draws_its_map(tmp_path: Path) -> None:
-    out = _run("activation_patching", "--output", "map.png", cwd=tmp_path)
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-    assert "84 patches in one session" in out

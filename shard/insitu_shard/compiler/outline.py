@@ -29,6 +29,8 @@ class Outline:
     head_path: str = ""
     """Path of the module that gives the logits; empty if it is not known."""
     modules: Mapping[str, model_pb2.Module] = field(default_factory=dict)
+    block_bytes: int = 0
+    """Estimate of the bytes that a block takes for each token while it runs."""
     _parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @staticmethod
@@ -43,7 +45,10 @@ class Outline:
         parts = _parts([module.path for module in called], blocks)
         if not blocks or parts is None or not all(_is_hidden(modules[path]) for path in blocks):
             return Outline(modules=modules)
-        return Outline(blocks, _head_path(called, parts, len(blocks)), modules, parts)
+        head_path = _head_path(called, parts, len(blocks))
+        inside = (module for module in called if _is_below(module.path, blocks[0]))
+        block_bytes = sum(_bytes_per_token(module.output) for module in inside)
+        return Outline(blocks, head_path, modules, block_bytes, parts)
 
     @property
     def last_moment(self) -> int:
@@ -81,14 +86,6 @@ class Outline:
         """Estimates the bytes of a module's result, or of its first argument, for each token."""
         structures = self.structures(path, is_input=is_input)[:1]
         return sum(map(_bytes_per_token, structures))
-
-    @property
-    def block_bytes(self) -> int:
-        """Estimates the bytes that a block takes for each token while it runs."""
-        if not self.blocks:
-            return 0
-        inside = (path for path in self.modules if f"{path}.".startswith(f"{self.blocks[0]}."))
-        return sum(self.output_bytes(path, is_input=False) for path in inside)
 
 
 def has_rows(structure: model_pb2.StructureSpec) -> bool:

@@ -174,7 +174,7 @@ class Interleaver:
     def _run_blocks(self, boundary: Boundary, whole: InputValue | OutputValue) -> Any:
         """Runs all blocks at a boundary; gives what the model goes on with if they change it."""
         places = [place for place in self._at[boundary] if self._runs[place].error is None]
-        if self._rows is None:
+        if self._rows is None or self._rows.are_all_of_one(boundary):
             written = self._at_boundary(places[0], boundary, whole) if places else None
         else:
             parts = self._rows.parts(boundary, whole, places, self._due)

@@ -56,10 +56,15 @@ class PassMemory:
 
 
 @contextmanager
-def measured(device: torch.device) -> Iterator[Peak]:
-    """Measures the memory that the block takes at its peak, on a GPU or in this process."""
+def measured(device: torch.device, estimated: int) -> Iterator[Peak]:
+    """Measures the memory that the block takes at its peak, on a GPU or in this process.
+
+    Args:
+        device: where it runs.
+        estimated: what it is to take, in bytes; if that is little, nothing is measured.
+    """
     peak = Peak()
-    before = _reset(device)
+    before = _reset(device) if estimated >= _MIN_BYTES else None
     yield peak
     if before is not None:
         peak.num_bytes = max(_highest(device) - before, 0)

@@ -48,7 +48,7 @@ def run_next_pass(pending: Sequence[Pending], limits: Limits) -> None:
 
 def _run(plan: Pass, members: Sequence[Pending]) -> None:
     model = members[0].trace.model
-    with measured(model.device) as peak:
+    with measured(model.device, plan.num_bytes) as peak:
         if not _run_once(plan, members):
             for member, facts in zip(members, plan.traces, strict=True):
                 single = Pass((0,), (facts,), plan.outline)

@@ -70,6 +70,12 @@ class RowMap:
         """Token ids of the rows that the pass begins with."""
         return tuple(row for lane in self._lanes for row in self._tree.lanes[lane].rows)
 
+    def are_all_of_one(self, boundary: Boundary) -> bool:
+        """Whether one trace has all that the model holds at a boundary."""
+        is_head = (boundary.module_path, boundary.is_input) == (self._outline.head_path, False)
+        sees_part = self._plan.traces[0].head != (0, self._plan.length)
+        return len(self._runs) == 1 and not (is_head and sees_part)
+
     def enter(self, boundary: Boundary, arguments: Arguments) -> Arguments | None:
         """Fits the arguments of a block to the rows that run through it; None if they fit."""
         if boundary.module_path not in self._outline.blocks:

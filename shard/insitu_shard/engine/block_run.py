@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from contextlib import suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 
 from insitu_shard.engine.execute import Executor
 from insitu_shard.engine.failures import cyclic_write, not_reached
-from insitu_shard.engine.graph import UNSET
+from insitu_shard.engine.graph import UNSET, ModuleCall
 from insitu_shard.engine.invokes import InvokesValue
 from insitu_shard.engine.memory import let_go_of_memory
 from insitu_wire.errors import Error
@@ -71,6 +72,7 @@ class BlockRun:
         self._ready: list[NodeId] = []
         self._batch = batch
         self._deferred = deferred
+        self._is_finishing = False
         self.error: Error | None = None
         self.has_failed = False
 
@@ -136,6 +138,7 @@ class BlockRun:
         if self._deferred and self.error is None:
             waiting, self._deferred = self._deferred, frozenset()
             self._ready = sorted(key for key in waiting if not self._num_missing[key])
+            self._is_finishing = True
             self._run_ready(None, None)
         unfinished = self.plan.nodes.keys() - self._executor.done
         if unfinished and self.error is None and self._executor.stopped_at is None:
@@ -206,16 +209,35 @@ class BlockRun:
         """Runs every node that can run now, in the order of definition."""
         with torch.no_grad():
             while self._ready and self.error is None and self._executor.stopped_at is None:
-                node = self.plan.nodes[heapq.heappop(self._ready)]
-                try:
-                    self._executor.run(node, value)
-                except Error as err:
-                    self.error = err
-                    return
-                for successor_id in self.plan.successors.get(node.id, ()):
-                    self._num_missing[successor_id] -= 1
-                    if self._can_run(self.plan.nodes[successor_id], boundary):
-                        heapq.heappush(self._ready, successor_id)
+                for node in self._next():
+                    try:
+                        self._executor.run(node, value)
+                    except Error as err:
+                        self.error = err
+                        return
+                    for successor_id in self.plan.successors.get(node.id, ()):
+                        self._num_missing[successor_id] -= 1
+                        if self._can_run(self.plan.nodes[successor_id], boundary):
+                            heapq.heappush(self._ready, successor_id)
+
+    def _next(self) -> list[Node]:
+        """Takes the next node that can run; a call of a module with all that call the same."""
+        node = self.plan.nodes[heapq.heappop(self._ready)]
+        if not self._is_finishing or not isinstance(node.operation, ModuleCall):
+            return [node]
+        path = node.operation.module_path
+        alike = [node]
+        others: list[Node] = []
+        for node_id in sorted(self._ready):
+            other = self.plan.nodes[node_id].operation
+            is_alike = isinstance(other, ModuleCall) and other.module_path == path
+            (alike if is_alike else others).append(self.plan.nodes[node_id])
+        self._ready = [other.id for other in others]
+        if len(alike) > 1:
+            # What is wrong with one of them is to be that one's error.
+            with suppress(Exception):
+                self._executor.call_ahead(alike)
+        return alike
 
     def _can_run(self, node: Node, boundary: Boundary | None) -> bool:
         return (

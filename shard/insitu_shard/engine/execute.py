@@ -23,6 +23,7 @@ from insitu_shard.engine.graph import (
     operands,
     resolve,
 )
+from insitu_shard.engine.joint_calls import call_jointly, is_row_wise
 from insitu_shard.engine.logs import format_values
 from insitu_shard.engine.memory import MemoryMap, copied, copied_if_in, copied_together, storages
 from insitu_shard.engine.operations import function
@@ -33,7 +34,7 @@ from insitu_wire.operations import FACTORIES, RANDOM, SELECT, is_in_place, write
 from insitu_wire.torch_codec import encode_saved
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
     from insitu_shard.engine.boundary_value import BoundaryValue
@@ -96,6 +97,26 @@ class Executor:
         self.done: set[NodeId] = set()
         self.stopped_at: NodeId | None = None
         self.is_calling_module = False
+        self._called: dict[NodeId, object] = {}
+
+    def call_ahead(self, nodes: Sequence[Node]) -> None:
+        """Makes one call of a module for several nodes that call it, if it can.
+
+        Args:
+            nodes: nodes that can run now.
+        """
+        calls = [
+            (node.id, call) for node in nodes if isinstance(call := node.operation, ModuleCall)
+        ]
+        path = calls[0][1].module_path
+        module = self._model.modules[path]
+        is_plain = all(len(call.args) == 1 and not call.kwargs for _, call in calls)
+        if not is_plain or not is_row_wise(module) or not all(map(self._is_to_run, nodes)):
+            return
+        inputs: list[Any] = [self._own(self._resolve(call.args[0], at)) for at, call in calls]
+        results = call_jointly(module, lambda rows: self._call_module(path, (rows,), {}), inputs)
+        if results is not None:
+            self._called.update(zip((at for at, _ in calls), results, strict=True))
 
     def run(self, node: Node, boundary_value: BoundaryValue | None) -> None:
         """Runs a node, unless its condition does not hold or a value that it uses is not set.
@@ -156,6 +177,8 @@ class Executor:
                 if is_in_place(name):
                     arguments = (self._own(arguments[0]), *arguments[1:])
                 return self._own(self._call(node, name, arguments, keywords))
+            case ModuleCall() if node.id in self._called:
+                return self._called.pop(node.id)
             case ModuleCall(module_path=path, args=args, kwargs=kwargs):
                 arguments, keywords = self._own(self._resolve((args, dict(kwargs)), node.id))
                 return self._call_module(path, arguments, keywords)

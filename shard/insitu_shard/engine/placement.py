@@ -77,13 +77,17 @@ class Needs:
             ),
         )
 
-    def deferred(self, is_there: Callable[[NodeId], bool]) -> frozenset[NodeId]:
-        """Gives the nodes that wait until all earlier steps have ended.
+    def deferred(
+        self, is_there: Callable[[NodeId], bool], *, is_exact: bool = False
+    ) -> frozenset[NodeId]:
+        """Gives the nodes that wait until the pass is over and all earlier steps have ended.
 
         Args:
             is_there: whether a value of an earlier step may be used now.
+            is_exact: whether calls of one module are to stay apart; else they wait for each other.
         """
-        late = [
+        late = [] if is_exact else self._repeated_calls()
+        late += [
             node.id
             for node in self._plan.nodes.values()
             if node.id not in self._in_pass
@@ -94,6 +98,14 @@ class Needs:
             )
         ]
         return frozenset(closure(late, self._plan.successors)) if late else frozenset()
+
+    def _repeated_calls(self) -> list[NodeId]:
+        """Gives the calls of modules that nodes call several times: one call can do for all."""
+        calls: dict[str, list[NodeId]] = {}
+        for node in self._plan.nodes.values():
+            if isinstance(node.operation, ModuleCall) and node.id not in self._in_pass:
+                calls.setdefault(node.operation.module_path, []).append(node.id)
+        return [node_id for ids in calls.values() if len(ids) > 1 for node_id in ids]
 
     def _earlier(self, node_ids: Iterable[NodeId]) -> frozenset[NodeId]:
         used = {node_id for user in node_ids for node_id in self._plan.uses[user]}

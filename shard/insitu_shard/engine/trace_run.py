@@ -51,7 +51,8 @@ class TraceRun:
         self._state = state
         self._seed = state.block_seed(trace.nodes, trace.seed)
         self._used_later = state.liveness.used_after(step)
-        self._alone_because = "the session is exact" if state.options.is_exact else ""
+        self._is_exact = state.options.is_exact
+        self._alone_because = "the session is exact" if self._is_exact else ""
         self._inputs_used = {
             node_id
             for invoke in trace.invokes
@@ -109,7 +110,7 @@ class TraceRun:
         """
         if self.plan is None or self._needs is None:
             return frozenset()
-        return self.plan.outliving - self._needs.deferred(is_there)
+        return self.plan.outliving - self._needs.deferred(is_there, is_exact=self._is_exact)
 
     def begin(self, is_there: Callable[[NodeId], bool]) -> BlockRun:
         """Makes a new run of its nodes.
@@ -127,7 +128,7 @@ class TraceRun:
             self._state.brought,
             self._state.handles,
             batch=self._batch,
-            deferred=self._needs.deferred(is_there),
+            deferred=self._needs.deferred(is_there, is_exact=self._is_exact),
         )
         return self.block
 

@@ -163,6 +163,11 @@ class Node:
     location: Location | None = None
     condition: int = 0
     """Number of the trace's condition under which it runs, from 1; 0 for none."""
+    used: tuple[NodeId, ...] = field(init=False, compare=False)
+    """Ids that its arguments refer to."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "used", tuple(references(operands(self.operation))))
 
     @property
     def boundary(self) -> Boundary | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from insitu_shard.engine.graph import Boundary, Call, Node, Read, Ref, operands, references
+from insitu_shard.engine.graph import Boundary, Call, Node, Read, Ref, references
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +60,7 @@ def _parts(
             is_plain = isinstance(node.operation, Read) and not node.operation.hook_point.invoke
             if not is_plain:
                 return None
-        elif reads.intersection(references(list(operands(node.operation)))):
+        elif not reads.isdisjoint(node.used):
             positions = _positions(node, reads, length)
             if positions is None:
                 return None

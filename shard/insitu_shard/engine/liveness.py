@@ -11,7 +11,6 @@ from insitu_shard.engine.graph import (
     Log,
     Loop,
     Trace,
-    operands,
     references,
 )
 from insitu_wire.operations import is_in_place
@@ -64,7 +63,7 @@ def has_in_place_call(steps: Sequence[Step]) -> bool:
 
 def _used(steps: Sequence[Step]) -> Iterator[NodeId]:
     for node in _nodes(steps):
-        yield from references(list(operands(node.operation)))
+        yield from node.used
     for step in _all_steps(steps):
         match step.kind:
             case Trace(invokes=invokes, conditions=conditions):

@@ -22,13 +22,11 @@ from insitu_shard.engine.graph import (
     Stop,
     Write,
     operands,
-    references,
 )
 from insitu_wire.operations import RANDOM, is_in_place, last_word, writes_into_container
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
-    from collections.abc import Set as AbstractSet
 
     from insitu_shard.compiler import Outline
     from insitu_shard.compiler.facts import Rows
@@ -278,19 +276,16 @@ def _canonical(value: object, ordinals: Mapping[NodeId, int], session: Hashable)
 def _kept_bytes(plan: Plan, outline: Outline) -> int:
     """Estimates the bytes for each token that stay until the trace ends."""
     sizes: dict[NodeId, int] = {}
+    saved: set[NodeId] = set()
     for node in plan.nodes.values():
-        sizes[node.id] = _bytes_per_token(node, sizes, outline)
-    kept: AbstractSet[NodeId] = plan.outliving | {
-        used
-        for node in plan.nodes.values()
-        if isinstance(node.operation, Save)
-        for used in plan.uses[node.id]
-    }
-    return sum(sizes.get(node_id, 0) for node_id in kept)
+        used = max((sizes.get(at, 0) for at in node.used), default=0)
+        sizes[node.id] = _bytes_per_token(node, used, outline)
+        if isinstance(node.operation, Save):
+            saved.update(node.used)
+    return sum(sizes.get(node_id, 0) for node_id in plan.outliving | saved)
 
 
-def _bytes_per_token(node: Node, sizes: Mapping[NodeId, int], outline: Outline) -> int:
-    used = max((sizes.get(at, 0) for at in references(list(operands(node.operation)))), default=0)
+def _bytes_per_token(node: Node, used: int, outline: Outline) -> int:
     match node.operation:
         case Read(hook_point=point) if point.module_path in outline.modules:
             return outline.output_bytes(point.module_path, is_input=point.side is not Side.OUTPUT)

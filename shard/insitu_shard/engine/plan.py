@@ -26,7 +26,6 @@ from insitu_shard.engine.graph import (
     Skip,
     Stop,
     Write,
-    operands,
     references,
 )
 from insitu_wire.errors import Reason, error
@@ -110,7 +109,7 @@ class _Planner:
 
     def add(self, node: Node) -> None:
         """Adds the next node in the order of definition."""
-        used = frozenset(references(list(operands(node.operation)))) | self._condition_uses(node)
+        used = frozenset(node.used) | self._condition_uses(node)
         self.uses[node.id] = used
         used_here = used & self.nodes.keys()
         for node_id in used_here:

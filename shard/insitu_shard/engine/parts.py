@@ -46,35 +46,37 @@ class RowView:
         Raises:
             NotPlacedError: the value is not what the model's description says.
         """
-        self._check(value, self.structure)
         rows = ((0,) * self.length,) * self.num_rows
-        return narrowed(value, self.structure, at, Batch(rows, ()))
+        return narrowed(self._fitted(value, self.structure), self.structure, at, Batch(rows, ()))
 
-    def _check(self, value: Any, structure: model_pb2.StructureSpec) -> None:
+    def _fitted(self, value: Any, structure: model_pb2.StructureSpec) -> Any:
+        """Checks that a value has the rows that it is said to have; one made for all gets them."""
         match structure.WhichOneof("kind"):
             case "tensor" if isinstance(value, torch.Tensor):
-                sizes = [
-                    size.factor * self.num_rows**size.batch_power * self.length**size.length_power
-                    for size in structure.tensor.dimensions
-                ]
+                sizes = self._sizes(structure.tensor, self.num_rows)
                 if list(value.shape) == sizes:
-                    return
+                    return value
+                if list(value.shape) == self._sizes(structure.tensor, 1):
+                    return value.expand(sizes)
             case "tuple" | "list" as kind if isinstance(value, tuple | list):
                 items = getattr(structure, kind).items
                 if len(items) == len(value):
-                    for pair in zip(value, items, strict=True):
-                        self._check(*pair)
-                    return
+                    return type(value)(map(self._fitted, value, items))
             case "dict" if isinstance(value, dict):
                 known = dict(zip(structure.dict.keys, structure.dict.items, strict=True))
                 if value.keys() <= known.keys():
-                    for key, item in value.items():
-                        self._check(item, known[key])
-                    return
-        if any(
-            not isinstance(leaf, str | int | float | None) for leaf in pytree.tree_leaves(value)
-        ):
+                    fitted = {key: self._fitted(item, known[key]) for key, item in value.items()}
+                    return type(value)(fitted)
+        leaves = pytree.tree_leaves(value)
+        if any(not isinstance(leaf, str | int | float | None) for leaf in leaves):
             raise NotPlacedError(type(value).__name__)
+        return value
+
+    def _sizes(self, tensor: model_pb2.TensorSpec, num_rows: int) -> list[int]:
+        return [
+            size.factor * num_rows**size.batch_power * self.length**size.length_power
+            for size in tensor.dimensions
+        ]
 
 
 class Parts:

@@ -100,7 +100,7 @@ def test_sessions_that_share_passes_do_not_notice(models: dict[str, LanguageMode
             for event, other in zip(events, told[key], strict=True):
                 if isinstance(event, Saved) and isinstance(event.value, torch.Tensor):
                     assert torch.equal(event.value, other.value)
-                elif isinstance(event, Logged) or isinstance(event, Error):
+                elif isinstance(event, Logged | Error):
                     assert event.message == other.message
 
     check()

@@ -154,3 +154,32 @@ def test_two_ranks_both_get_a_brought_tensor(
     for _ in range(2):
         actual = run(_model(two_ranks, "tiny/llama", monkeypatch), remote=True)
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+def _sweep(model: LanguageModel, *, remote: bool, exact: bool) -> list[torch.Tensor]:
+    """A sweep whose traces share a pass, at places that are split and at places that are not."""
+    saved = []
+    with model.session(remote=remote, exact=exact):
+        with model.trace(IDS * 3):
+            clean = [layer.output[0] for layer in model.model.layers]
+        for number, layer in enumerate(model.model.layers):
+            for position in (2, 7):
+                with model.trace(IDS[::-1] * 3):
+                    layer.output[0][:, position] = clean[number][:, position]
+                    saved.append(model.lm_head.output[:, -1].save())
+            with model.trace(IDS[::-1] * 3):
+                layer.mlp.up_proj.output[:, :, 60:70] *= 2
+                saved.append(layer.mlp.gate_proj.output[:, 3].save())
+                saved.append(model.lm_head.output[:, -3:].save())
+    return saved
+
+
+def test_a_merged_sweep_on_two_ranks_is_that_of_one(
+    two_ranks: Up, tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _sweep(LanguageModel(str(tiny.folder("llama"))), remote=False, exact=True)
+    model = _model(two_ranks, "tiny/llama", monkeypatch)
+    for exact in (False, True):
+        actual = _sweep(model, remote=True, exact=exact)
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

@@ -64,7 +64,7 @@ def _fail(model: LanguageModel) -> InvalidTraceError:
 
 
 def _long(model: LanguageModel, num_traces: int = 3000) -> Session:
-    with model.session(remote=True, blocking=False) as session:
+    with model.session(remote=True, blocking=False, exact=True) as session:
         with model.trace(IDS):
             model.lm_head.output.argmax(-1).save()
         for _ in range(num_traces):
@@ -115,7 +115,7 @@ def test_a_kept_value_that_is_released_serves_the_session_that_uses_it_to_its_en
 ) -> None:
     with model.trace(IDS, remote=True):
         kept = model.model.layers[1].output[0].keep()
-    with model.session(remote=True, blocking=False) as session:
+    with model.session(remote=True, blocking=False, exact=True) as session:
         with model.trace(IDS):
             model.lm_head.output.argmax(-1).save()
         for _ in range(50):
@@ -129,7 +129,7 @@ def test_a_kept_value_that_is_released_serves_the_session_that_uses_it_to_its_en
 
 
 def test_a_session_may_use_what_one_that_still_runs_will_keep(model: LanguageModel) -> None:
-    with model.session(remote=True, blocking=False) as keeping:
+    with model.session(remote=True, blocking=False, exact=True) as keeping:
         with model.trace(IDS):
             model.lm_head.output.argmax(-1).save()
         for _ in range(50):

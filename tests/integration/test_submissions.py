@@ -53,7 +53,7 @@ def model(up: Up, monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
 
 def _slow(model: LanguageModel) -> insitu.Session:
     """A session whose first trace saves `early`, and which then goes on for long."""
-    with model.session(remote=True, blocking=False) as session:
+    with model.session(remote=True, blocking=False, exact=True) as session:
         with model.trace(IDS):
             early = model.lm_head.output.argmax(-1).save()
         for _ in range(3000):
@@ -78,7 +78,7 @@ def test_a_block_need_not_wait_and_its_values_come_with_its_submission(
     with model.trace(IDS, remote=True):
         expected = model.lm_head.output.argmax(-1).save()
     caplog.clear()
-    with model.session(remote=True, blocking=False) as session:
+    with model.session(remote=True, blocking=False, exact=True) as session:
         with model.trace(IDS):
             tokens = model.lm_head.output.argmax(-1).save()
             kept = model.model.layers[0].output
@@ -187,7 +187,7 @@ def test_a_failure_names_its_trace_and_leaves_the_values_of_those_before(
 SCRIPT = """
 import insitu
 model = insitu.LanguageModel("tiny/llama")
-with model.session(remote=True, blocking=False) as session:
+with model.session(remote=True, blocking=False, exact=True) as session:
     for _ in range({num_traces}):
         with model.trace([5, 9, 17]):
             model.model.layers[2].output[0][:] = 0

@@ -144,7 +144,7 @@ def test_a_client_that_is_gone_in_the_middle_cancels_its_session_and_holds_up_no
     script.write_text(
         "import insitu, sys\n"
         "model = insitu.LanguageModel('tiny/llama')\n"
-        "with model.session(remote=True):\n"
+        "with model.session(remote=True, exact=True):\n"
         "    for _ in range(9000):\n"
         "        with model.trace([5, 9, 17]):\n"
         "            hidden = model.model.layers[1].output[0]\n"
@@ -181,7 +181,7 @@ def test_ctrl_c_in_a_blocking_session_cancels_it_and_the_group_goes_on_serving(
     script.write_text(
         "import insitu\n"
         "model = insitu.LanguageModel('tiny/llama')\n"
-        "with model.session(remote=True):\n"
+        "with model.session(remote=True, exact=True):\n"
         "    for _ in range(9000):\n"
         "        with model.trace([5, 9, 17]):\n"
         "            model.model.layers[2].output[0][:] = 0\n"

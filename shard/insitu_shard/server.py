@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import uuid
@@ -81,6 +82,9 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     loop = asyncio.get_running_loop()
     model = await loop.run_in_executor(thread, _load, config, ranks)
     description = await loop.run_in_executor(thread, model.describe)
+    # What is there now stays: looking through it takes longer than a session.
+    gc.collect()
+    gc.freeze()
     leader = Leader(
         model,
         channel,

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 NodeId = int
 
+_AHEAD = 4096
+"""How far a session is looked through for traces that may run: that happens before each pass."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowStep:
@@ -74,7 +77,7 @@ class Window:
         """Gives the traces that have not run and may run now."""
         return [
             place
-            for place in range(self._num_ended, len(self._steps))
+            for place in range(self._num_ended, min(self._num_ended + _AHEAD, len(self._steps)))
             if self._steps[place].is_trace and place not in self._early and self._is_ready(place)
         ]
 

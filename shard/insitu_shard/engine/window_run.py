@@ -61,6 +61,7 @@ class WindowRun:
         self._blocks = [prepared(step, state) for step in steps]
         self._window = Window([block.window_step for block in self._blocks])
         self._num_announced = 0
+        self._first_failed = len(steps)
 
     def run(self) -> Iterator[SegmentEvent | StepFollows]:
         """Runs the steps and yields what they tell, in the order of definition.
@@ -86,27 +87,31 @@ class WindowRun:
 
     def _run_pass(self, head: int) -> Iterator[StepFollows]:
         """Has the head's pass run, and with it others that may run now."""
-        pending = self._pending(head)
+        ready = self._ready(head)
+        pending = [
+            Pending(trace, partial(self._window.is_there, place=place))
+            for place, trace in ready
+            if trace.facts is not None
+        ]
         yield StepFollows(pending)
         if pending and not pending[0].trace.has_run:
             run_next_pass(pending, self._state.options.limits)
-        for place, block in enumerate(self._blocks):
-            if isinstance(block, TraceRun) and block.has_run and not self._window.has_run(place):
-                values = block.block.outliving if block.block and not block.has_failed else {}
+        for place, trace in ready:
+            if trace.has_run:
+                values = trace.block.outliving if trace.block and not trace.has_failed else {}
                 self._state.early.update(values)
                 self._window.ran(place, values.keys())
-
-    def _pending(self, head: int) -> list[Pending]:
-        pending = []
-        for place in [head] if self._state.options.is_exact else self._window.ready():
-            trace = self._blocks[place]
-            assert isinstance(trace, TraceRun)
-            if trace.facts is not None:
-                is_there = partial(self._window.is_there, place=place)
-                pending.append(Pending(trace, is_there))
             if trace.has_failed:
-                break  # what follows is not to run
-        return pending
+                self._first_failed = min(place, self._first_failed)
+
+    def _ready(self, head: int) -> list[tuple[int, TraceRun]]:
+        """Gives the traces that may run now, but none after one that has failed."""
+        places = [head] if self._state.options.is_exact else self._window.ready()
+        return [
+            (place, trace)
+            for place in places
+            if place <= self._first_failed and isinstance(trace := self._blocks[place], TraceRun)
+        ]
 
     def _end(self, step: Step, block: TraceRun | Between) -> Iterator[SegmentEvent | StepFollows]:
         match step.kind:

@@ -13,7 +13,7 @@ from insitu_shard.engine.execute import Executor
 from insitu_shard.engine.failures import cyclic_write, not_reached
 from insitu_shard.engine.graph import UNSET, ModuleCall
 from insitu_shard.engine.invokes import InvokesValue
-from insitu_shard.engine.memory import let_go_of_memory
+from insitu_shard.engine.memory import storages
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
@@ -130,8 +130,22 @@ class BlockRun:
         """Copies the parts that it has of memory which others are to free."""
         if not self.plan.readers_before.keys() <= self._executor.done:
             return  # what is written to yet has to stay views of one memory
-        for values in (self._executor.values, self._executor.saved):
-            let_go_of_memory(values, memory)
+        self._executor.let_go(memory)
+
+    def part_from(self, memory: AbstractSet[StorageKey]) -> None:
+        """Copies its values that share memory which others may write into."""
+        self._executor.part_from(memory)
+
+    def has_written(self, boundary: Boundary) -> bool:
+        """Whether it has made its writes at a boundary, and has not failed."""
+        return self.error is None and self._executor.done.issuperset(
+            self.plan.due_at_boundary.get(boundary, ())
+        )
+
+    @property
+    def memory(self) -> frozenset[StorageKey]:
+        """The memory of its values."""
+        return self._executor.memory
 
     def finish(self) -> None:
         """Runs what was deferred, and sees to it that all has run."""
@@ -203,7 +217,7 @@ class BlockRun:
         if late and self.error is None:
             self.error = cyclic_write(late[0], self.plan, self._executor.done)
         if self._model.writes_in_place:
-            self._executor.part_from(value.raw)
+            self._executor.part_from(storages(value.raw))
 
     def _run_ready(self, boundary: Boundary | None, value: BoundaryValue | None) -> None:
         """Runs every node that can run now, in the order of definition."""

@@ -25,7 +25,15 @@ from insitu_shard.engine.graph import (
 )
 from insitu_shard.engine.joint_calls import call_jointly, is_row_wise
 from insitu_shard.engine.logs import format_values
-from insitu_shard.engine.memory import MemoryMap, copied, copied_if_in, copied_together, storages
+from insitu_shard.engine.memory import (
+    MemoryMap,
+    copied,
+    copied_if_in,
+    copied_together,
+    parted,
+    seen_in_part,
+    storages,
+)
 from insitu_shard.engine.operations import function
 from insitu_shard.engine.randomness import seeded
 from insitu_shard.engine.sizes import check_size
@@ -264,15 +272,30 @@ class Executor:
                 if used not in copies and (value := self._current(used)) is not UNSET:
                     copies[used] = value if is_assignment else copied(value)
 
-    def part_from(self, boundary_value: object) -> None:
-        """Copies values that share the memory of what the model goes on with and may write into."""
-        memory = storages(boundary_value)
-        for values in (self.values, self.assigned, self.saved):
-            sharing = {
-                node_id: value for node_id, value in values.items() if storages(value) & memory
-            }
-            for node_id, value in copied_together(sharing).items():
-                self._keep(values, node_id, value)
+    def part_from(self, memory: AbstractSet[StorageKey]) -> None:
+        """Copies values that share memory which others, such as the model, may write into."""
+        for (place, node_id), value in parted(self._by_place(), memory).items():
+            self._keep(self._places[place], node_id, value)
+
+    def let_go(self, memory: AbstractSet[StorageKey]) -> None:
+        """Copies the parts that values have of memory, so that the rest can be freed."""
+        self.part_from(seen_in_part(self._by_place().values(), memory))
+
+    @property
+    def memory(self) -> frozenset[StorageKey]:
+        """The memory of all values."""
+        return storages(list(self._by_place().values()))
+
+    @property
+    def _places(self) -> tuple[dict[NodeId, object], ...]:
+        return self.values, self.assigned, self.saved
+
+    def _by_place(self) -> dict[tuple[int, NodeId], object]:
+        return {
+            (place, node_id): value
+            for place, values in enumerate(self._places)
+            for node_id, value in values.items()
+        }
 
     def _part_from_strangers(self, writer: Node, target: object) -> None:
         """Copies values that happen to share the written memory, but are no views of it.

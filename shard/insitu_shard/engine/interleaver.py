@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from insitu_shard.engine.block_run import BlockRun
     from insitu_shard.engine.inputs import ForwardInputs
+    from insitu_shard.engine.memory import StorageKey
     from insitu_shard.engine.module import LoadedModule
     from insitu_shard.engine.row_map import RowMap
 
@@ -30,6 +31,7 @@ class Interleaver:
 
     Attributes:
         raised: what the model raised, if it did.
+        shown: memory of what several blocks have seen parts of.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Interleaver:
         self._unfinished = {place for place, run in enumerate(runs) if not run.needs_no_more}
         self._active: BlockRun | None = None
         self.raised: Exception | None = None
+        self.shown: set[StorageKey] = set()
 
     def run(self, inputs: ForwardInputs) -> None:
         """Runs the forward pass, as far as the blocks need it.
@@ -173,21 +176,43 @@ class Interleaver:
 
     def _run_blocks(self, boundary: Boundary, whole: InputValue | OutputValue) -> Any:
         """Runs all blocks at a boundary; gives what the model goes on with if they change it."""
-        places = [place for place in self._at[boundary] if self._runs[place].error is None]
+        places = [
+            place
+            for place in self._at[boundary]
+            if place in self._unfinished and self._runs[place].error is None
+        ]
         if self._rows is None or self._rows.are_all_of_one(boundary):
             written = self._at_boundary(places[0], boundary, whole) if places else None
         else:
-            parts = self._rows.parts(boundary, whole, places, self._due)
-            for place, part in parts:
-                parts.written(place, self._at_boundary(place, boundary, part))
-            written = parts.joined()
-            if parts.are_parts:
-                memory = storages(whole.raw)
-                for place in places:
-                    self._runs[place].let_go(memory)
+            written = self._run_parts(self._rows, boundary, whole, places)
         if not self._unfinished:
             raise _NothingIsLeft
         return written
+
+    def _run_parts(
+        self,
+        rows: RowMap,
+        boundary: Boundary,
+        whole: InputValue | OutputValue,
+        places: Sequence[int],
+    ) -> Any:
+        memory = storages(whole.raw)
+        self.shown |= memory
+        parts = rows.parts(boundary, whole, places, self._due)
+        for place, part in parts:
+            if parts.is_owner(place):
+                for other in rows.beside(boundary, place):
+                    self._runs[other].part_from(memory)
+            written = self._at_boundary(place, boundary, part)
+            if parts.is_owner(place) and not self._runs[place].has_written(boundary):
+                self._runs[place].part_from(memory)
+                parts.disown(place)
+            else:
+                parts.written(place, written)
+        if parts.are_parts:
+            for place in places:
+                self._runs[place].let_go(memory)
+        return parts.joined()
 
     def _at_boundary(self, place: int, boundary: Boundary, value: InputValue | OutputValue) -> Any:
         run = self._active = self._runs[place]

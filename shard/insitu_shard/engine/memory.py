@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
     from insitu_shard.engine.graph import NodeId
+
+_Key = TypeVar("_Key")
+# No element of any dtype takes more bytes.
+_ALIGNMENT = 16
 
 StorageKey = int
 """Address of the memory that a tensor is a view of; unique among tensors that are alive."""
@@ -58,18 +62,49 @@ def copied_together(values: Mapping[NodeId, object]) -> dict[NodeId, object]:
     return copy.deepcopy(dict(values))
 
 
-def let_go_of_memory(values: dict[NodeId, Any], memory: AbstractSet[StorageKey]) -> None:
-    """Copies the parts that values have of the given memory, so that the rest can be freed."""
+def parted(values: Mapping[_Key, object], memory: AbstractSet[StorageKey]) -> dict[_Key, object]:
+    """Copies what values have of the given memory; views of one memory stay such.
 
-    def let_go(tensor: torch.Tensor) -> torch.Tensor:
-        is_part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
-        return tensor.clone() if is_part and _key(tensor) in memory else tensor
+    Args:
+        values: values by any key.
+        memory: what they are not to share any more.
 
-    for node_id, value in values.items():
-        if isinstance(value, torch.Tensor):
-            values[node_id] = let_go(value)
-        else:
-            values[node_id] = pytree.tree_map_only(torch.Tensor, let_go, value)
+    Returns:
+        The values that had a part of it.
+    """
+    ours = {key: value for key, value in values.items() if not memory.isdisjoint(storages(value))}
+    tensors = [tensor for value in ours.values() for tensor in _tensors(value)]
+    regions: dict[StorageKey, tuple[int, int]] = {}
+    for tensor in tensors:
+        first, after = _region(tensor)
+        known = regions.get(_key(tensor), (first, after))
+        regions[_key(tensor)] = (min(known[0], first), max(known[1], after))
+    copies: dict[StorageKey, torch.Tensor] = {}
+
+    def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+        key = _key(tensor)
+        if key not in memory:
+            return tensor
+        if is_traceable_wrapper_subclass(tensor) or tensor.is_conj() or not tensor.numel():
+            return tensor.clone()
+        first, after = regions[key]
+        if key not in copies:
+            copies[key] = _seen_as(tensor, torch.uint8, first, (after - first,), (1,)).clone()
+        start = int(tensor.storage_offset()) * tensor.element_size() - first
+        return _seen_as(copies[key], tensor.dtype, start, tensor.shape, tensor.stride())
+
+    return {key: pytree.tree_map_only(torch.Tensor, copy_of, value) for key, value in ours.items()}
+
+
+def seen_in_part(
+    values: Iterable[object], memory: AbstractSet[StorageKey]
+) -> AbstractSet[StorageKey]:
+    """Gives the memory of which values have but a part, so that the rest could be freed."""
+    whole: set[StorageKey] = set()
+    for tensor in (tensor for value in values for tensor in _tensors(value)):
+        if tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size():
+            whole.add(_key(tensor))
+    return memory - whole
 
 
 def compact(
@@ -93,6 +128,28 @@ def compact(
     return {
         key: pytree.tree_map_only(torch.Tensor, compacted, value) for key, value in values.items()
     }
+
+
+def _region(tensor: torch.Tensor) -> tuple[int, int]:
+    """Gives the bytes of its memory that a tensor lies in; where it begins is aligned."""
+    size = tensor.element_size()
+    first = int(tensor.storage_offset())
+    last = first + sum(
+        (length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return first * size // _ALIGNMENT * _ALIGNMENT, (last + 1) * size if tensor.numel() else 0
+
+
+def _seen_as(
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    first: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+) -> torch.Tensor:
+    """Gives another view of a tensor's memory, that begins at a byte of it."""
+    view = torch.empty(0, dtype=dtype, device=tensor.device)
+    return view.set_(tensor.untyped_storage(), first // dtype.itemsize, shape, strides)
 
 
 def _tensors(value: object) -> list[torch.Tensor]:

@@ -136,18 +136,28 @@ class Parts:
             lane = self._lanes[place]
             part = self._part(place)
             if place in self._writers:
-                if lane not in self._owners:
-                    self._owners[lane] = place
-                    if num_writers[lane] > 1:
-                        self._pristine[lane] = copied(part)
-                else:
+                if lane in self._owners:
                     part = copied(self._pristine[lane])
+                else:
+                    self._owners[lane] = place
+                    if lane in self._pristine:
+                        _copy_into(part, self._pristine[lane])
+                    elif num_writers[lane] > 1:
+                        self._pristine[lane] = copied(part)
             self._given[place] = part
             yield place, self._showing(place, part)
 
+    def is_owner(self, place: int) -> bool:
+        """Whether it is a trace's own write that the model goes on with."""
+        return self._owners.get(self._lanes[place]) == place
+
+    def disown(self, place: int) -> None:
+        """Lets another trace of the lane write in the place of one that failed or has stopped."""
+        del self._owners[self._lanes[place]]
+
     def written(self, place: int, raw: Any) -> None:
         """Takes what a trace would have the model go on with; None if that is what it saw."""
-        if raw is None or self._owners.get(self._lanes[place]) != place:
+        if raw is None or not self.is_owner(place):
             return
         core = _core(self._whole.holding(raw))
         if core is not self._given[place]:
@@ -164,10 +174,7 @@ class Parts:
         else:
             core = copied(self._core)
             for place, new in self._replaced:
-                target = pytree.tree_leaves(self._narrowed(place, core))
-                for old, leaf in zip(target, pytree.tree_leaves(new), strict=True):
-                    if isinstance(old, torch.Tensor):
-                        old.copy_(leaf)
+                _copy_into(self._narrowed(place, core), new)
         return _with_core(self._whole, core).raw
 
     def _part(self, place: int) -> Any:
@@ -193,6 +200,13 @@ class Parts:
         if place in self._all_inputs:
             return self._whole.holding(self._all_view.of(self._whole.raw, self._at[place]))
         return _with_core(self._whole, part)
+
+
+def _copy_into(target: Any, value: Any) -> None:
+    pairs = zip(pytree.tree_leaves(target), pytree.tree_leaves(value), strict=True)
+    for old, new in pairs:
+        if isinstance(old, torch.Tensor):
+            old.copy_(new)
 
 
 def _core(value: InputValue | OutputValue) -> Any:

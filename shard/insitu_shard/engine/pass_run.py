@@ -13,8 +13,11 @@ from insitu_shard.engine.row_map import RowMap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from collections.abc import Set as AbstractSet
 
+    from insitu_shard.engine.block_run import BlockRun
     from insitu_shard.engine.graph import NodeId
+    from insitu_shard.engine.memory import StorageKey
     from insitu_shard.engine.trace_run import TraceRun
 
 _log = logging.getLogger(__name__)
@@ -83,7 +86,16 @@ def _run_once(plan: Pass, members: Sequence[Pending]) -> bool:
     interleaver.run(model.inputs_of_rows(rows.rows))
     if interleaver.raised is not None:
         _log.warning("a pass over %d traces failed: %r", len(members), interleaver.raised)
+    _part(runs, interleaver.shown)
     return interleaver.raised is None
+
+
+def _part(runs: Sequence[BlockRun], shown: AbstractSet[StorageKey]) -> None:
+    """Gives traces that have seen the same rows memory of their own, for it may be written to."""
+    taken: frozenset[StorageKey] = frozenset()
+    for run in runs if len(runs) > 1 else ():
+        run.part_from(taken)
+        taken |= run.memory & shown
 
 
 def _agree(members: Sequence[Pending], num_bytes: int) -> int:

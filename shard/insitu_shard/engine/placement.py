@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
 
     from insitu_shard.compiler import Outline
-    from insitu_shard.compiler.facts import Rows
-    from insitu_shard.engine.graph import Boundary, Node, NodeId
+    from insitu_shard.engine.graph import Boundary, HookPoint, Node, NodeId
+    from insitu_shard.engine.inputs import Batch, InvokeRows
     from insitu_shard.engine.plan import Plan
 
 # What these give is small beside what they take.
@@ -69,11 +69,14 @@ class Needs:
             needs=self._inputs | self._earlier(self._in_pass),
             writes=frozenset(writes),
             writes_tensors=any(0 in written for written in self._written.values()),
-            is_in_order=any(
-                self._written[node_id] or isinstance(nodes[node_id].operation, Load)
-                for node_id in self._in_pass
-            ),
+            is_in_order=self.writes_in_pass
+            or any(isinstance(nodes[node_id].operation, Load) for node_id in self._in_pass),
         )
+
+    @property
+    def writes_in_pass(self) -> bool:
+        """Whether its pass writes into values of earlier steps, so that it can run but once."""
+        return any(self._written[node_id] for node_id in self._in_pass)
 
     def deferred(
         self, is_there: Callable[[NodeId], bool], *, is_exact: bool = False
@@ -138,7 +141,7 @@ def _written(node: Node, plan: Plan) -> frozenset[NodeId]:
 def place(
     plan: Plan,
     outline: Outline,
-    rows: Rows,
+    batch: Batch,
     *,
     key: Hashable,
     head: tuple[int, int] | None,
@@ -149,13 +152,14 @@ def place(
     Args:
         plan: its plan.
         outline: the model's.
-        rows: its token ids.
+        batch: its rows of token ids.
         key: what traces must have alike to share a pass with it.
         head: the positions of the head's output that it reads, if not all.
         session: what tells values of its session from those of others.
     """
-    length = max(map(len, rows))
+    rows = batch.rows
     kept = _kept_bytes(plan, outline) * sum(map(len, rows))
+    scope = _Scope(session, outline.head_path, head, batch.invokes)
     if reason := _reason_for_alone(plan, outline):
         return TraceFacts(rows=rows, alone_because=reason, kept_bytes=kept)
     points = [(at.module_path, at.is_input) for at in plan.at_boundary]
@@ -166,11 +170,25 @@ def place(
     return TraceFacts(
         rows=rows,
         key=key,
-        forks=_forks(plan, outline, session),
+        forks=_forks(plan, outline, scope),
         last_moment=max(moments, default=0) if not is_whole else after_head,
-        head=(head or (0, length)) if reads_head or is_whole else None,
+        head=(head or (0, batch.length)) if reads_head or is_whole else None,
         kept_bytes=kept,
     )
+
+
+class _Scope(NamedTuple):
+    """What a trace's nodes mean beside what is written in them."""
+
+    session: Hashable
+    head_path: str
+    head: tuple[int, int] | None
+    invokes: tuple[InvokeRows, ...]
+
+    def of(self, point: HookPoint) -> tuple[Hashable, ...]:
+        """Gives what decides which part of the rows a hook point shows."""
+        is_head = point.module_path == self.head_path and point.side is Side.OUTPUT
+        return self.head if is_head else None, self.invokes if point.invoke else None
 
 
 def _reason_for_alone(plan: Plan, outline: Outline) -> str:
@@ -210,46 +228,46 @@ def _reads_inputs(plan: Plan, boundary: Boundary) -> bool:
     return any(point is not None and point.side is Side.INPUTS for point in points)
 
 
-def _forks(plan: Plan, outline: Outline, session: Hashable) -> tuple[Fork, ...]:
+def _forks(plan: Plan, outline: Outline, scope: _Scope) -> tuple[Fork, ...]:
     writers: dict[int, list[NodeId]] = {}
     for boundary, node_ids in plan.due_at_boundary.items():
         moment = outline.fork_moment(boundary.module_path, is_input=boundary.is_input)
         assert moment is not None  # or else it runs alone
         writers.setdefault(moment, []).extend(node_ids)
     return tuple(
-        Fork(moment, _signature(plan, writers[moment], session)) for moment in sorted(writers)
+        Fork(moment, _signature(plan, writers[moment], scope)) for moment in sorted(writers)
     )
 
 
-def _signature(plan: Plan, writers: Iterable[NodeId], session: Hashable) -> Hashable:
+def _signature(plan: Plan, writers: Iterable[NodeId], scope: _Scope) -> Hashable:
     """Gives what is equal for traces that make the same writes out of the same values."""
     involved = sorted(closure(writers, plan.predecessors))
     ordinals = {node_id: ordinal for ordinal, node_id in enumerate(involved)}
-    return tuple(_canonical_node(plan.nodes[at], plan, ordinals, session) for at in involved)
+    return tuple(_canonical_node(plan.nodes[at], plan, ordinals, scope) for at in involved)
 
 
 def _canonical_node(
-    node: Node, plan: Plan, ordinals: Mapping[NodeId, int], session: Hashable
+    node: Node, plan: Plan, ordinals: Mapping[NodeId, int], scope: _Scope
 ) -> Hashable:
     operation = node.operation
     described: list[object] = [type(operation).__name__]
     match operation:
         case Read(hook_point=point) | Write(hook_point=point):
-            described.append(point)
+            described += [point, *scope.of(point)]
         case Call(name=name, kwargs=kwargs):
             described += [name, tuple(kwargs)]
             if name in RANDOM:
-                described += [session, node.id]
+                described += [scope.session, node.id]
         case ModuleCall(module_path=path, kwargs=kwargs):
             described += [path, tuple(kwargs)]
         case Save() | Load() | Keep() | Stop():
-            described += [session, node.id]
+            described += [scope.session, node.id]
     number = node.condition
     while number:
         condition = plan.conditions[number - 1]
-        described += [condition.is_negated, _canonical(condition.value, ordinals, session)]
+        described += [condition.is_negated, _canonical(condition.value, ordinals, scope.session)]
         number = condition.parent
-    described.append(_canonical(operands(operation), ordinals, session))
+    described.append(_canonical(operands(operation), ordinals, scope.session))
     return tuple(described)
 
 

@@ -76,6 +76,17 @@ class RowMap:
         sees_part = self._plan.traces[0].head != (0, self._plan.length)
         return len(self._runs) == 1 and not (is_head and sees_part)
 
+    def beside(self, boundary: Boundary, place: int) -> list[int]:
+        """Gives the other traces that have the rows of a trace at a boundary."""
+        moment = self._outline.moment(boundary.module_path, is_input=boundary.is_input)
+        assert moment is not None
+        lane = self._tree.lane_at(place, moment)
+        return [
+            other
+            for other in range(len(self._runs))
+            if other != place and self._tree.lane_at(other, moment) == lane
+        ]
+
     def enter(self, boundary: Boundary, arguments: Arguments) -> Arguments | None:
         """Fits the arguments of a block to the rows that run through it; None if they fit."""
         if boundary.module_path not in self._outline.blocks:
@@ -179,7 +190,8 @@ class RowMap:
     def _move(self, moment: int) -> torch.Tensor | None:
         """Goes over to the lanes of a moment; gives the rows that they come from, if they move."""
         lanes = self._tree.alive(moment)
-        if lanes == self._lanes:
+        # Traces that failed need no rows, and yet the ranks have to go on together.
+        if lanes == self._lanes or not lanes:
             return None
         index: list[int] = []
         for lane in lanes:

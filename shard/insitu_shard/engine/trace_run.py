@@ -92,15 +92,26 @@ class TraceRun:
             return TraceFacts(rows=batch.rows, alone_because=self._alone_because)
         lengths = {len(row) for row in batch.rows}
         may_pad = self._state.options.may_pad
+        if reason := self._reason_for_alone(is_padded=may_pad or len(lengths) > 1):
+            return TraceFacts(rows=batch.rows, alone_because=reason)
         key = ("padded",) if may_pad else (batch.length, len(lengths) > 1)
         return place(
             self.plan,
             self.model.outline,
-            batch.rows,
+            batch,
             key=key,
             head=self._head,
             session=id(self._state),
         )
+
+    def _reason_for_alone(self, *, is_padded: bool) -> str:
+        assert self.plan is not None
+        assert self._needs is not None
+        if self._needs.writes_in_pass:
+            return "it writes into values of earlier steps on its way"
+        if is_padded and self.plan.inputs_seen:
+            return "it reads all arguments of a module, and rows are padded"
+        return ""
 
     def early_values(self, is_there: Callable[[NodeId], bool]) -> frozenset[NodeId]:
         """Gives the ids of what later steps may use before the trace has ended.

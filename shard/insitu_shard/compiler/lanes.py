@@ -32,7 +32,13 @@ class Lane:
 
 
 class LaneTree:
-    """The lanes of one pass, and which of them each trace runs through."""
+    """The lanes of one pass, and which of them each trace runs through.
+
+    Attributes:
+        lanes: the lanes.
+        paths: the lanes of each trace, by its place, in order.
+        traces: the traces that run through each lane.
+    """
 
     def __init__(self, traces: Sequence[TraceFacts]) -> None:
         """Grows the trees.
@@ -42,6 +48,7 @@ class LaneTree:
         """
         self.lanes: list[Lane] = []
         self.paths: list[tuple[int, ...]] = []
+        self.traces: list[list[int]] = []
         self._numbers: dict[Hashable, int] = {}
         for trace in traces:
             self._add(trace)
@@ -82,12 +89,15 @@ class LaneTree:
         for number, following in pairwise(path):
             self._need(number, self.lanes[following].first - 1)
         self._need(path[-1], trace.last_moment)
+        for number in path:
+            self.traces[number].append(len(self.paths))
         self.paths.append(tuple(path))
 
     def _lane(self, key: Hashable, parent: int | None, rows: Rows, first: int) -> int:
         if key not in self._numbers:
             self._numbers[key] = len(self.lanes)
             self.lanes.append(Lane(parent, rows, first, first))
+            self.traces.append([])
         return self._numbers[key]
 
     def _need(self, number: int, moment: int) -> None:

@@ -83,7 +83,7 @@ class RowMap:
         lane = self._tree.lane_at(place, moment)
         return [
             other
-            for other in range(len(self._runs))
+            for other in self._tree.traces[lane]
             if other != place and self._tree.lane_at(other, moment) == lane
         ]
 

@@ -267,3 +267,26 @@ def test_nothing_after_a_stop_runs_though_what_is_before_it_waits(
     told = check(record)
     assert not told.error
     assert len(told.values["found"]) == 2
+
+
+def test_what_is_put_into_lists_and_sums_is_not_lost_where_it_is_written_to_afterwards(
+    model: Any, check: Callable[[Record], Told]
+) -> None:
+    def record(_: Any, saved: dict[str, Any]) -> None:
+        found = insitu.list().save()
+        by_name = insitu.dict().save()
+        total = torch.zeros(1, len(IDS), 64) + insitu.variable(torch.zeros(()))
+        row = total[:, 2]
+        for number in range(2):
+            with model.trace(IDS):
+                hidden = _layer(model, number).output[0]
+                found.append(hidden)
+                by_name[number] = hidden
+                total += hidden
+                hidden[:, 2] = 0
+                found.append(by_name[number])
+        saved.update(found=found, by_name=by_name, row=row.save())
+
+    told = check(record)
+    assert len(told.values["found"]) == 4
+    assert told.values["row"].abs().sum() > 0

@@ -205,3 +205,88 @@ def test_a_failing_trace_is_told_in_its_turn_and_the_pass_goes_on_without_its_ro
     assert len(told.logs) == 2
     assert is_there(told.values["0"])
     assert not is_there(told.values["2"])
+
+
+def test_what_a_failing_trace_logs_of_earlier_traces_is_told(
+    model: Any, check: Callable[[Record], Told]
+) -> None:
+    def record(_: Any, saved: dict[str, Any]) -> None:
+        total = insitu.variable(torch.zeros(()))
+        with model.trace(IDS):
+            total.update(_layer(model, 0).output[0].sum())
+        with model.trace(OTHERS) as tracer:
+            tracer.log("before", total)
+            hidden = _layer(model, 1).output[0]
+            saved["none"] = hidden[0, hidden[0, 0].argmax() + 1000].save()
+            tracer.log("after", total, _layer(model, 2).output[0].sum())
+
+    told = check(record)
+    assert [line.split()[1] for line in told.logs] == ["before"]
+
+
+def test_the_first_error_of_a_trace_is_told_even_if_it_comes_to_light_late(
+    model: Any, check: Callable[[Record], Told]
+) -> None:
+    def record(_: Any, saved: dict[str, Any]) -> None:
+        total = insitu.variable(torch.zeros(3))
+        with model.trace(IDS):
+            total.update(_layer(model, 0).output[0, 0, :3])
+        with model.trace(OTHERS) as tracer:
+            saved["first"] = total[total.argmax() + 1000].save()
+            hidden = _layer(model, 1).output[0]
+            tracer.log("hidden", hidden.sum())
+            saved["second"] = hidden[0, hidden[0, 0].argmax() + 1000].save()
+
+    told = check(record)
+    assert told.error[2] == 2
+    assert not told.logs
+
+
+@pytest.mark.parametrize("is_conditional", [False, True])
+def test_nothing_after_a_stop_runs_though_what_is_before_it_waits(
+    model: Any, check: Callable[[Record], Told], is_conditional: bool
+) -> None:
+    def record(_: Any, saved: dict[str, Any]) -> None:
+        found = insitu.list().save()
+        total = insitu.variable(torch.zeros(()))
+        for ids in (IDS, OTHERS):
+            with model.trace(ids) as tracer:
+                hidden = _layer(model, 0).output[0]
+                found.append(hidden.sum())
+                total.update(total + hidden.abs().sum())
+                if is_conditional:
+                    with tracer.cond(total > 0):
+                        tracer.stop()
+                else:
+                    tracer.stop()
+                later = _layer(model, 1).output[0]
+                saved[f"never {ids[0]}"] = later[0, later[0, 0].argmax() + 1000].save()
+                found.append(later.sum())
+        saved["found"] = found
+
+    told = check(record)
+    assert not told.error
+    assert len(told.values["found"]) == 2
+
+
+def test_what_is_put_into_lists_and_sums_is_not_lost_where_it_is_written_to_afterwards(
+    model: Any, check: Callable[[Record], Told]
+) -> None:
+    def record(_: Any, saved: dict[str, Any]) -> None:
+        found = insitu.list().save()
+        by_name = insitu.dict().save()
+        total = torch.zeros(1, len(IDS), 64) + insitu.variable(torch.zeros(()))
+        row = total[:, 2]
+        for number in range(2):
+            with model.trace(IDS):
+                hidden = _layer(model, number).output[0]
+                found.append(hidden)
+                by_name[number] = hidden
+                total += hidden
+                hidden[:, 2] = 0
+                found.append(by_name[number])
+        saved.update(found=found, by_name=by_name, row=row.save())
+
+    told = check(record)
+    assert len(told.values["found"]) == 4
+    assert told.values["row"].abs().sum() > 0

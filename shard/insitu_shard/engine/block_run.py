@@ -63,7 +63,7 @@ class BlockRun:
             brought: memory of the user's own tensors.
             handles: the user's values that earlier sessions kept.
             batch: which rows of its input are whose.
-            deferred: nodes that run in `finish` only.
+            deferred: nodes that run in `finish` only, as if they had run when it was their turn.
         """
         self.plan = plan
         self._model = model
@@ -72,7 +72,8 @@ class BlockRun:
         self._ready: list[NodeId] = []
         self._batch = batch
         self._deferred = deferred
-        self._is_finishing = False
+        self._turns: list[NodeId] = []
+        self._counted: frozenset[NodeId] | None = None
         self.error: Error | None = None
         self.has_failed = False
 
@@ -95,9 +96,7 @@ class BlockRun:
     def needs_no_more(self) -> bool:
         """Whether no further boundary matters to it."""
         executor = self._executor
-        return executor.stopped_at is not None or (
-            len(executor.done) + len(self._deferred) == len(self.plan.nodes)
-        )
+        return executor.stopped_at is not None or (len(self._turns) == len(self.plan.nodes))
 
     def start(self) -> None:
         """Runs what waits for no boundary."""
@@ -149,11 +148,8 @@ class BlockRun:
 
     def finish(self) -> None:
         """Runs what was deferred, and sees to it that all has run."""
-        if self._deferred and self.error is None:
-            waiting, self._deferred = self._deferred, frozenset()
-            self._ready = sorted(key for key in waiting if not self._num_missing[key])
-            self._is_finishing = True
-            self._run_ready(None, None)
+        if self.error is not None or not self.has_failed:
+            self._run_deferred()
         unfinished = self.plan.nodes.keys() - self._executor.done
         if unfinished and self.error is None and self._executor.stopped_at is None:
             self.error = not_reached(min(unfinished), self.plan)
@@ -187,7 +183,12 @@ class BlockRun:
     def _counting(self, node_ids: Any) -> list[NodeId]:
         """Gives what counts, in order: a stop is as if nothing had been defined after it."""
         stopped_at = self._executor.stopped_at
-        return [key for key in sorted(node_ids) if stopped_at is None or key < stopped_at]
+        return [
+            key
+            for key in sorted(node_ids)
+            if (stopped_at is None or key < stopped_at)
+            and (self._counted is None or key in self._counted)
+        ]
 
     def _by_invoke(self, boundary: Boundary, whole: InputValue | OutputValue) -> BoundaryValue:
         """Gives a value that shows each invoke its rows, if any node asks for those."""
@@ -223,30 +224,53 @@ class BlockRun:
         """Runs every node that can run now, in the order of definition."""
         with torch.no_grad():
             while self._ready and self.error is None and self._executor.stopped_at is None:
-                for node in self._next():
+                node = self.plan.nodes[heapq.heappop(self._ready)]
+                if node.id not in self._deferred:
                     try:
                         self._executor.run(node, value)
                     except Error as err:
                         self.error = err
                         return
-                    for successor_id in self.plan.successors.get(node.id, ()):
-                        self._num_missing[successor_id] -= 1
-                        if self._can_run(self.plan.nodes[successor_id], boundary):
-                            heapq.heappush(self._ready, successor_id)
+                self._turns.append(node.id)
+                for successor_id in self.plan.successors.get(node.id, ()):
+                    self._num_missing[successor_id] -= 1
+                    if self._can_run(self.plan.nodes[successor_id], boundary):
+                        heapq.heappush(self._ready, successor_id)
 
-    def _next(self) -> list[Node]:
-        """Takes the next node that can run; a call of a module with all that call the same."""
-        node = self.plan.nodes[heapq.heappop(self._ready)]
-        if not self._is_finishing or not isinstance(node.operation, ModuleCall):
+    def _run_deferred(self) -> None:
+        """Runs the deferred nodes whose turn came before the pass was over, or failed."""
+        waiting = [node_id for node_id in self._turns if node_id in self._deferred]
+        with torch.no_grad():
+            while waiting:
+                for node in self._next(waiting):
+                    if self.error and isinstance(node.operation, ModuleCall) and self._is_split:
+                        return  # another rank may not have failed here, and so not make the call
+                    try:
+                        self._executor.run(node, None)
+                    except Error as err:
+                        self.error = err
+                        self._counted = frozenset(self._turns[: self._turns.index(node.id)])
+                        return
+
+    @property
+    def _is_split(self) -> bool:
+        return self._model.ranks.size > 1
+
+    def _next(self, waiting: list[NodeId]) -> list[Node]:
+        """Takes the first that waits; a call of a module with all that can call the same."""
+        node = self.plan.nodes[waiting.pop(0)]
+        if not isinstance(node.operation, ModuleCall):
             return [node]
         path = node.operation.module_path
         alike = [node]
-        others: list[Node] = []
-        for node_id in sorted(self._ready):
-            other = self.plan.nodes[node_id].operation
-            is_alike = isinstance(other, ModuleCall) and other.module_path == path
-            (alike if is_alike else others).append(self.plan.nodes[node_id])
-        self._ready = [other.id for other in others]
+        for node_id in list(waiting):
+            other = self.plan.nodes[node_id]
+            is_alike = isinstance(other.operation, ModuleCall) and (
+                other.operation.module_path == path
+            )
+            if is_alike and self.plan.predecessors[node_id] <= self._executor.done:
+                alike.append(other)
+                waiting.remove(node_id)
         if len(alike) > 1:
             # What is wrong with one of them is to be that one's error.
             with suppress(Exception):
@@ -254,8 +278,4 @@ class BlockRun:
         return alike
 
     def _can_run(self, node: Node, boundary: Boundary | None) -> bool:
-        return (
-            not self._num_missing[node.id]
-            and node.boundary in (None, boundary)
-            and node.id not in self._deferred
-        )
+        return not self._num_missing[node.id] and node.boundary in (None, boundary)

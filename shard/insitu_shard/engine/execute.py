@@ -16,6 +16,7 @@ from insitu_shard.engine.graph import (
     Log,
     ModuleCall,
     Read,
+    Ref,
     Save,
     Skip,
     Stop,
@@ -268,7 +269,7 @@ class Executor:
             if reader_id in self.done:
                 continue
             copies = self._copies.setdefault(reader_id, {})
-            for used in self._plan.uses[reader_id]:
+            for used in self._plan.uses[reader_id] - _written(self._plan.nodes[reader_id]):
                 if used not in copies and (value := self._current(used)) is not UNSET:
                     copies[used] = value if is_assignment else copied(value)
 
@@ -338,3 +339,11 @@ class Executor:
     def _describable_operands(self, node: Node) -> tuple[object, ...]:
         resolved: tuple[object, ...] = self._resolve(operands(node.operation), node.id)
         return resolved
+
+
+def _written(node: Node) -> frozenset[NodeId]:
+    """Gives what a node writes into itself: a copy of that would take the write with it."""
+    match node.operation:
+        case Call(name=name, args=(Ref(node_id=target), *_)) if is_in_place(name):
+            return frozenset({target})
+    return frozenset()

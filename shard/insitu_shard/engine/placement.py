@@ -51,7 +51,12 @@ class Needs:
             inputs: ids of values of earlier steps that its input is made of.
         """
         self._plan = plan
-        tied = [node.id for node in plan.nodes.values() if node.boundary is not None]
+        # A stop that hangs on a condition decides how far the pass goes.
+        tied = [
+            node.id
+            for node in plan.nodes.values()
+            if node.boundary is not None or (isinstance(node.operation, Stop) and node.condition)
+        ]
         due = [node_id for writers in plan.due_at_boundary.values() for node_id in writers]
         self._in_pass = closure([*tied, *due], plan.predecessors)
         self._inputs = frozenset(inputs)
@@ -98,7 +103,12 @@ class Needs:
                 or not all(map(is_there, self._earlier([node.id])))
             )
         ]
-        return frozenset(closure(late, self._plan.successors)) if late else frozenset()
+        # A stop does not use what comes before it: the pass need not go on until that has run.
+        return frozenset(
+            node_id
+            for node_id in closure(late, self._plan.successors)
+            if not isinstance(self._plan.nodes[node_id].operation, Stop)
+        )
 
     def _repeated_calls(self) -> list[NodeId]:
         """Gives the calls of modules that nodes call several times: one call can do for all."""

@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Clients that share a pass end together, and the first to come back would have the next one alone.
-_GATHER_SECONDS = 0.01
-_RETURN_SECONDS = 0.1
-
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
@@ -74,8 +70,6 @@ class EngineThread:
         # From here on: the engine's thread only.
         self._segments: dict[str, _Segment] = {}
         self._is_round_due = False
-        self._width = 0
-        self._round_ended_at = 0.0
         self._has_ended = False
 
     async def do(self, work: Callable[[], T]) -> T:
@@ -163,24 +157,12 @@ class EngineThread:
 
     def _round(self) -> None:
         self._is_round_due = False
-        if self._is_worth_waiting():
-            time.sleep(_GATHER_SECONDS)
-            if self._waiting:
-                self._plan_round()
-                return
         while self._segments:
-            self._width = len(self._segments)
             for key, event in self._leader.round():
                 self._tell(key, event)
-            self._round_ended_at = time.monotonic()
             if self._waiting:
                 break
         self._plan_round()
-
-    def _is_worth_waiting(self) -> bool:
-        """Whether those who shared the last pass are likely to come back at once."""
-        is_fewer, self._width = len(self._segments) < self._width, 0
-        return is_fewer and time.monotonic() - self._round_ended_at < _RETURN_SECONDS
 
     def _tell(self, key: str, event: SegmentEvent | Error) -> None:
         self._segments[key].tell(event)

@@ -82,9 +82,10 @@ class HeadRows:
         for lane, (first, after) in self._ranges.items():
             if total >= _MIN_POSITIONS:
                 return
-            more = min(first, _MIN_POSITIONS - total)
-            self._ranges[lane] = (first - more, after)
-            total += more * len(lanes[lane].rows)
+            before = min(first, _MIN_POSITIONS - total)
+            behind = min(self._plan.length - after, _MIN_POSITIONS - total - before)
+            self._ranges[lane] = (first - before, after + behind)
+            total += (before + behind) * len(lanes[lane].rows)
 
     def chosen(
         self, hidden: torch.Tensor, alive: Sequence[int], first_rows: Mapping[int, int]

@@ -51,6 +51,13 @@ def run(
     max_queued_sessions: Annotated[
         int, typer.Option(envvar="INSITU_MAX_QUEUED_SESSIONS", help="Sessions that may wait.")
     ] = 10_000,
+    max_wait_seconds: Annotated[
+        float,
+        typer.Option(
+            envvar="INSITU_MAX_WAIT_SECONDS",
+            help="How long a user may wait for a turn, however much the user has had.",
+        ),
+    ] = 600.0,
     lease_ttl_seconds: Annotated[
         float,
         typer.Option(
@@ -83,6 +90,7 @@ def run(
             max_session_bytes=max_session_bytes,
             upload_store_bytes=upload_store_bytes,
             max_queued_sessions=max_queued_sessions,
+            max_wait_seconds=max_wait_seconds,
             lease_ttl_seconds=lease_ttl_seconds,
             orphan_grace_seconds=orphan_grace_seconds,
             grace_seconds=grace_seconds,

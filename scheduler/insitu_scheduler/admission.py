@@ -103,7 +103,7 @@ class Admission:
         with ExitStack() as undo:
             self._uploads.hold(accepted.session_id, accepted.user, session.tensors)
             undo.callback(self._uploads.release, accepted.session_id)
-            position = self._dispatcher.reserve(accepted.model)
+            position = self._dispatcher.reserve(accepted.model, accepted.user)
             log = EventLog(accepted.session_id, accepted.user)
             for event in (events.received(), events.approved(), events.queued(position)):
                 log.show(log.stamp(event))

@@ -33,6 +33,8 @@ class SchedulerConfig:
     """Room for tensors that users upload, in bytes; those used least recently make room."""
     max_queued_sessions: int = 10_000
     """Sessions that may wait; more are refused with QUEUE_FULL."""
+    max_wait_seconds: float = 600.0
+    """How long a user may wait for a turn, however much more than the others the user has had."""
     lease_ttl_seconds: float = 10.0
     """How long a shard group may be silent before it is given up."""
     orphan_grace_seconds: float = 5.0
@@ -51,8 +53,12 @@ class SchedulerConfig:
             raise _unusable("--upload-store-bytes", self.upload_store_bytes, "0 or more")
         if self.max_queued_sessions < 1:
             raise _unusable("--max-queued-sessions", self.max_queued_sessions, "1 or more")
-        if not self.lease_ttl_seconds > 0:
-            raise _unusable("--lease-ttl-seconds", self.lease_ttl_seconds, "more than 0")
+        for flag, seconds in (
+            ("--lease-ttl-seconds", self.lease_ttl_seconds),
+            ("--max-wait-seconds", self.max_wait_seconds),
+        ):
+            if not seconds > 0:
+                raise _unusable(flag, seconds, "more than 0")
         for flag, seconds in (
             ("--orphan-grace-seconds", self.orphan_grace_seconds),
             ("--grace-seconds", self.grace_seconds),

@@ -11,12 +11,13 @@ import time
 from typing import TYPE_CHECKING
 
 from insitu_scheduler import events
+from insitu_scheduler.cost_model import CostModel
 from insitu_scheduler.kept_values import KeptValues
 from insitu_scheduler.live_session import LiveSession, ending
 from insitu_scheduler.positions import PositionAnnouncer
 from insitu_scheduler.queue import WaitingSession
 from insitu_scheduler.runner import SessionRun
-from insitu_scheduler.segments import count_traces, cut, estimate_cost, models_of
+from insitu_scheduler.segments import count_traces, cut, models_of, work_of
 from insitu_scheduler.shards import replica_lost
 from insitu_scheduler.transfers import plan_transfers
 from insitu_scheduler.watchers import Watchers
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from insitu_proto.v1.event_pb2 import Event
-    from insitu_scheduler.events import EventBook
+    from insitu_scheduler.events import EventBook, EventLog
+    from insitu_scheduler.fair_queue import FairQueue
     from insitu_scheduler.metrics import SchedulerMetrics
-    from insitu_scheduler.queue import SessionId, SessionQueue
+    from insitu_scheduler.queue import SessionId
     from insitu_scheduler.registry import Group, LeaseId, Registry
     from insitu_scheduler.results import ResultStore
     from insitu_scheduler.shards import ShardClient
@@ -46,7 +48,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        queue: SessionQueue,
+        queue: FairQueue,
         registry: Registry,
         book: EventBook,
         results: ResultStore,
@@ -59,6 +61,7 @@ class Dispatcher:
         self.kept = KeptValues()
         self.watchers = Watchers(orphan_grace_seconds, self._cancel_orphan)
         self._queue = queue
+        self._costs = CostModel()
         self._registry = registry
         self._book = book
         self._results = results
@@ -81,7 +84,7 @@ class Dispatcher:
         if self._is_stopping:
             raise _shutting_down()
 
-    def reserve(self, model: str | None) -> int:
+    def reserve(self, model: str | None, user: str) -> int:
         """Keeps a place for a session that is about to be accepted, and gives its position.
 
         Raises:
@@ -97,7 +100,7 @@ class Dispatcher:
                 maxQueuedSessions=self._max_queued,
             )
         self._num_reserved += 1
-        return self._queue.num_ahead(model) + self._num_reserved
+        return self._queue.num_ahead(model, user) + self._num_reserved
 
     def unreserve(self) -> None:
         """Gives a reserved place back, whether or not its session comes."""
@@ -113,20 +116,19 @@ class Dispatcher:
             return
         if not is_detached:
             self.watchers.attach(session_id)
-        self._queue.push(
-            WaitingSession(
-                session_id,
-                user=live.log.user,
-                model=live.model,
-                estimated_cost=estimate_cost(live.session),
-                enqueued_at=time.monotonic(),
-                others=frozenset(models_of(live.session)) - {live.model},
-                lease_id=live.needed_lease_id,
-                after=live.keepers,
-            )
+        waiting = WaitingSession(
+            session_id,
+            user=live.log.user,
+            model=live.model,
+            estimated_cost=self._costs.expect(live.model, work_of(live.session)),
+            enqueued_at=time.monotonic(),
+            others=frozenset(models_of(live.session)) - {live.model},
+            lease_id=live.needed_lease_id,
+            after=live.keepers,
         )
+        self._queue.push(waiting)
         self._positions.pushed(session_id, position)
-        self._queue_changed(live.model)
+        self._queue_changed(waiting)
         self._match()
 
     async def cancel(self, session_id: SessionId) -> None:
@@ -212,23 +214,29 @@ class Dispatcher:
         ready = self._registry.ready()
         free = {group.model: group for group in reversed(ready)}
         for group in ready:
+            now = time.monotonic()
             waiting = self._queue.pop(
-                group.model, free.keys(), group.lease_id, live=self._live.keys()
+                group.model,
+                free.keys(),
+                group.lease_id,
+                live=self._live.keys(),
+                sated=group.sated_users,
+                now=now,
             )
             if waiting is not None:
                 needed = ({waiting.model} | waiting.others) - {group.model, None}
                 groups = [group, *(free[model] for model in needed if model)]
                 for taken in groups:
-                    self._registry.take(taken)
+                    self._registry.take(taken, waiting.user)
                     self.groups_changed(taken.model)
-                self._metrics.dispatched(group.model, time.monotonic() - waiting.enqueued_at)
+                self._metrics.dispatched(group.model, now - waiting.enqueued_at)
                 self._positions.left(waiting.session_id)
-                self._queue_changed(waiting.model)
-                self._start(self._live[waiting.session_id], groups)
+                self._queue_changed(waiting)
+                self._start(self._live[waiting.session_id], waiting, groups)
                 return True
         return False
 
-    def _start(self, live: LiveSession, groups: list[Group]) -> None:
+    def _start(self, live: LiveSession, waiting: WaitingSession, groups: list[Group]) -> None:
         segments = cut(live.session)
         run = SessionRun(
             log=live.log,
@@ -245,35 +253,48 @@ class Dispatcher:
         self.kept.add(live.log.user, live.session, leases, keeper=live.log.session_id)
         live.lease_ids = frozenset(group.lease_id for group in groups)
         live.work = asyncio.create_task(run.run({group.model: client for group, client in held}))
-        self._spawn(self._see_through(live, live.work, held))
+        self._spawn(self._see_through(live, waiting, run, held))
 
     async def _see_through(
-        self, live: LiveSession, work: asyncio.Task[None], held: list[tuple[Group, ShardClient]]
+        self,
+        live: LiveSession,
+        waiting: WaitingSession,
+        run: SessionRun,
+        held: list[tuple[Group, ShardClient]],
     ) -> None:
         """Waits for a session's work, ends it, and has its groups take the next."""
         started = time.monotonic()
-        event = await ending(live, work)
+        event = await ending(live)
         seconds = time.monotonic() - started
+        self._settle_cost(live, waiting, run.shard_seconds)
         self._metrics.executed(held[0][0].model, _outcome(event), seconds)
         freeing = [
-            asyncio.create_task(self._release(live.log.session_id, group, client))
-            for group, client in held
+            asyncio.create_task(self._release(live.log, group, client)) for group, client in held
         ]
         try:
             await self._end(live, event)
         finally:
             await asyncio.gather(*freeing)
 
-    async def _release(self, session_id: SessionId, group: Group, client: ShardClient) -> None:
+    def _settle_cost(
+        self, live: LiveSession, waiting: WaitingSession, seconds: float | None
+    ) -> None:
+        """Charges the user what the session did cost; what it was expected to, if not known."""
+        cost = waiting.estimated_cost if seconds is None else seconds
+        self._queue.settle(waiting, cost)
+        if seconds is not None and not waiting.others:
+            self._costs.learn(waiting.model, work_of(live.session), seconds)
+
+    async def _release(self, log: EventLog, group: Group, client: ShardClient) -> None:
         is_held = group.lease_id in self._registry and not self._is_stopping
         timeout_seconds = _RELEASE_SECONDS if is_held else _QUICK_RELEASE_SECONDS
         try:
-            await client.release(session_id, timeout_seconds=timeout_seconds)
+            await client.release(log.session_id, timeout_seconds=timeout_seconds)
         finally:
-            await self._free(group, client)
+            await self._free(group, log.user, client)
 
-    async def _free(self, group: Group, client: ShardClient) -> None:
-        self._registry.free(group)
+    async def _free(self, group: Group, user: str, client: ShardClient) -> None:
+        self._registry.free(group, user)
         if group.lease_id in self._registry:
             self.groups_changed(group.model)
             self._match()
@@ -288,9 +309,10 @@ class Dispatcher:
             self._metrics.finished(live.model or "", _outcome(event))
 
     def _withdraw(self, live: LiveSession) -> None:
-        self._queue.remove(live.log.session_id)
+        waiting = self._queue.remove(live.log.session_id)
         self._positions.left(live.log.session_id)
-        self._queue_changed(live.model)
+        if waiting is not None:
+            self._queue_changed(waiting)
 
     def _cancel_orphan(self, session_id: SessionId) -> None:
         _log.info("session %s is cancelled: nobody watches it", session_id)
@@ -299,11 +321,12 @@ class Dispatcher:
     def _show_position(self, session_id: SessionId, position: int) -> None:
         self._book.publish(self._live[session_id].log, events.queued(position))
 
-    def _queue_changed(self, model: str | None) -> None:
-        oldest = self._queue.oldest(model)
-        self._metrics.queue_changed(
-            model or "", self._queue.num_waiting(model), oldest.enqueued_at if oldest else None
-        )
+    def _queue_changed(self, waiting: WaitingSession) -> None:
+        for model in waiting.models:
+            oldest = self._queue.oldest(model)
+            self._metrics.queue_changed(
+                model or "", self._queue.num_waiting(model), oldest.enqueued_at if oldest else None
+            )
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)

@@ -45,10 +45,11 @@ class LiveSession:
             self.work.cancel()
 
 
-async def ending(live: LiveSession, work: asyncio.Task[None]) -> Event:
-    """Waits for a session's work and tells how it ended."""
+async def ending(live: LiveSession) -> Event:
+    """Waits for the work of a session that runs and tells how it ended."""
+    assert live.work is not None
     try:
-        await work
+        await live.work
     except asyncio.CancelledError:
         return live.verdict or events.cancelled()
     except Error as err:

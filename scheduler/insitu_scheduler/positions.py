@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from insitu_scheduler.queue import SessionId, SessionQueue
+    from insitu_scheduler.fair_queue import FairQueue
+    from insitu_scheduler.queue import SessionId
 
 ANNOUNCE_SECONDS = 1.0
 
@@ -20,7 +21,7 @@ class PositionAnnouncer:
     least: a session that starts far behind is told of some dozens of moves, not of thousands.
     """
 
-    def __init__(self, queue: SessionQueue, show: Callable[[SessionId, int], None]) -> None:
+    def __init__(self, queue: FairQueue, show: Callable[[SessionId, int], None]) -> None:
         """Makes the announcer.
 
         Args:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NewType
 
@@ -32,9 +33,24 @@ class Group:
     max_sessions: int
     """How many sessions it takes at once."""
     expires_at: float
-    num_sessions: int = 0
-    """How many it has, until each has been released."""
+    num_sessions_of: Counter[str] = field(default_factory=Counter)
+    """How many it has of each user, until each has been released."""
     is_draining: bool = False
+
+    @property
+    def num_sessions(self) -> int:
+        """How many it has."""
+        return self.num_sessions_of.total()
+
+    @property
+    def sated_users(self) -> frozenset[str]:
+        """Users who have more than twice as many of its places as are free, and so get no more.
+
+        However many sessions one user sends, a group of four places or more has one for the next
+        user (dynamic thresholds: Choudhury and Hahne, IEEE/ACM Transactions on Networking 1998).
+        """
+        free = self.max_sessions - self.num_sessions
+        return frozenset(user for user, count in self.num_sessions_of.items() if count > 2 * free)
 
     @property
     def state(self) -> GroupState:
@@ -93,13 +109,14 @@ class Registry:
         """Gives the lease that a group of this id holds already."""
         return next((group for group in self if group.group_id == group_id), None)
 
-    def take(self, group: Group) -> None:
-        """Takes a place of a group for a session."""
-        group.num_sessions += 1
+    def take(self, group: Group, user: str) -> None:
+        """Takes a place of a group for a user's session."""
+        group.num_sessions_of[user] += 1
 
-    def free(self, group: Group) -> None:
+    def free(self, group: Group, user: str) -> None:
         """Gives a place back; a group whose lease is gone stays gone."""
-        group.num_sessions -= 1
+        group.num_sessions_of[user] -= 1
+        group.num_sessions_of += Counter()  # forgets users who have none
         if self._groups.pop(group.lease_id, None):
             self._groups[group.lease_id] = group
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from insitu_proto.v1.session_pb2 import Session
-    from insitu_proto.v1.shard_service_pb2 import RunSegmentResponse
+    from insitu_proto.v1.shard_service_pb2 import RunSegmentResponse, SegmentFinished
     from insitu_scheduler.events import EventBook, EventLog
     from insitu_scheduler.results import ResultWriter
     from insitu_scheduler.segments import SegmentRange
@@ -43,6 +43,8 @@ class SessionRun:
     uploads: UploadStore
     has_started: bool = field(default=False, init=False)
     """Whether the first RUNNING event has been shown."""
+    shard_seconds: float | None = field(default=None, init=False)
+    """What its segments took of their groups' time so far; None if that is not known."""
     announced_at: float | None = field(default=None, init=False)
     """When a trace was announced last, in seconds of the monotonic clock."""
 
@@ -109,6 +111,7 @@ class SessionRun:
                 self._announce(response)
                 if response.WhichOneof("kind") == "finished":
                     self.writer.check_complete()
+                    self._add_up(response.finished)
                     return response.finished.has_exited
                 await self._pass_on(response)
         raise replica_lost()
@@ -123,6 +126,11 @@ class SessionRun:
                 await self.writer.write(response.data)
             case "failure":
                 raise from_failure(response.failure)
+
+    def _add_up(self, finished: SegmentFinished) -> None:
+        if finished.HasField("execution_time"):
+            seconds = finished.execution_time.ToTimedelta().total_seconds()
+            self.shard_seconds = (self.shard_seconds or 0.0) + seconds
 
     def _announce(self, response: RunSegmentResponse) -> None:
         """Tells that the session runs, and, at most once a second, which trace starts."""

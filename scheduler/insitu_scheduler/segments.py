@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from insitu_scheduler.cost_model import Work
 from insitu_wire.steps import all_steps
 
 if TYPE_CHECKING:
@@ -52,11 +53,11 @@ def count_traces(session: Session) -> int:
     return sum(step.HasField("trace") for step in all_steps(session.steps))
 
 
-def estimate_cost(session: Session) -> float:
-    """Gives what a session is expected to cost: the tokens that go through the model."""
+def work_of(session: Session) -> Work:
+    """Counts what a session asks of its models; what loops repeat counts once."""
     traces = (step.trace for step in all_steps(session.steps))
     rows = (row for trace in traces for invoke in trace.invokes for row in invoke.rows)
-    return float(sum(len(row.token_ids) for row in rows))
+    return Work(count_traces(session), sum(len(row.token_ids) for row in rows))
 
 
 def _model(step: Step) -> str | None:

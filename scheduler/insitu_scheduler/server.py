@@ -25,10 +25,10 @@ from insitu_scheduler.config import endpoint
 from insitu_scheduler.data_dir import DataDir
 from insitu_scheduler.dispatch import Dispatcher
 from insitu_scheduler.events import EventBook
+from insitu_scheduler.fair_queue import FairQueue
 from insitu_scheduler.journal import Journal
 from insitu_scheduler.metrics import MetricsServer, SchedulerMetrics
 from insitu_scheduler.models import ModelCatalog
-from insitu_scheduler.queue import FifoQueue
 from insitu_scheduler.registry import Registry
 from insitu_scheduler.registry_service import RegistryServicer
 from insitu_scheduler.results import ResultStore
@@ -111,7 +111,7 @@ class Server:
         await uploads.open()
         metrics.watch_uploads(lambda: uploads.num_bytes)
         dispatcher = Dispatcher(
-            FifoQueue(),
+            FairQueue(max_wait_seconds=config.max_wait_seconds),
             registry,
             book,
             results,

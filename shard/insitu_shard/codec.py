@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import zlib
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,9 @@ def to_responses(event: SegmentEvent) -> Iterator[shard_service_pb2.RunSegmentRe
             yield shard_service_pb2.RunSegmentResponse(log_line=line)
         case Saved():
             yield from _saved(event)
-        case Finished(has_exited=has_exited):
+        case Finished(has_exited=has_exited, seconds=seconds):
             finished = shard_service_pb2.SegmentFinished(has_exited=has_exited)
+            finished.execution_time.FromTimedelta(datetime.timedelta(seconds=seconds))
             yield shard_service_pb2.RunSegmentResponse(finished=finished)
 
 

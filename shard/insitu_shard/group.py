@@ -72,7 +72,8 @@ class Leader:
         payload = b"%s\n%s" % (key.encode(), request.SerializeToString())
         self._channel.send(Command.BEGIN_SEGMENT, payload)
         try:
-            self._pool.add(key, _read(self.model, request, self.handles, self.uploads.tensors))
+            run = _read(self.model, request, self.handles, self.uploads.tensors)
+            self._pool.add(key, run, user=request.user)
         except Error:
             self._lifetimes.end(key)
             raise
@@ -166,7 +167,8 @@ def follow(  # noqa: C901 - one case a command
                 request = shard_service_pb2.RunSegmentRequest.FromString(message)
                 # The leader meets the same error, and tells.
                 with suppress(Error):
-                    pool.add(key.decode(), _read(model, request, handles, uploads))
+                    run = _read(model, request, handles, uploads)
+                    pool.add(key.decode(), run, user=request.user)
             case Command.DROP_SEGMENT:
                 pool.drop(payload.decode())
             case Command.RUN_ROUND:

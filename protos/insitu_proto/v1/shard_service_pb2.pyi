@@ -452,7 +452,7 @@ class SegmentFinished(_message.Message):
     """Whether session.exit was reached: the session's later segments must not run."""
     @_builtins.property
     def execution_time(self) -> _duration_pb2.Duration:
-        """Time that the group spent on the segment."""
+        """Time that the group spent on the segment; of passes that it shared with other sessions, its part."""
 
     def __init__(
         self,

@@ -103,6 +103,15 @@ class Pass:
         kept = sum(trace.kept_bytes for trace in self.traces)
         return self.num_tokens * self.outline.block_bytes + head * head_bytes + kept
 
+    @cached_property
+    def costs(self) -> tuple[int, ...]:
+        """What each trace asks for: its tokens, times the moments that they go through."""
+        last = 2 * len(self.outline.blocks) + 1
+        return tuple(
+            sum(map(len, trace.rows)) * (1 + (last if trace.key is None else trace.last_moment))
+            for trace in self.traces
+        )
+
     def fits(self, limits: Limits) -> bool:
         """Whether it is within the limits."""
         return self.num_tokens <= limits.max_tokens and self.num_bytes <= limits.max_bytes

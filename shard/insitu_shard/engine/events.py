@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class Finished:
 
     has_exited: bool
     """Whether session.exit was reached: nothing of the session may run after."""
+    seconds: float = field(default=0.0, compare=False)
+    """What it took of the engine's time: of passes that it shared, its part."""
 
 
 @dataclass(frozen=True, slots=True)

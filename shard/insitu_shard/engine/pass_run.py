@@ -32,21 +32,26 @@ class Pending:
     """Whether it may use a value of an earlier step now."""
 
 
-def run_next_pass(pending: Sequence[Pending], limits: Limits) -> None:
+def run_next_pass(pending: Sequence[Pending], limits: Limits) -> list[tuple[Pending, int]]:
     """Runs the pass of the first of the traces, with those that fit into it.
 
     Args:
         pending: traces that may run now, of one or more sessions, the most urgent first.
         limits: how large the pass may be.
+
+    Returns:
+        The traces that it ran, and what each of them cost, in units that compare.
     """
     model = pending[0].trace.model
     candidates = [at for at in pending if at.trace.model is model and at.trace.facts is not None]
     facts = [at.trace.facts for at in candidates if at.trace.facts is not None]
     if pending[0].trace.facts is None:
-        return
+        return []
     limits = model.pass_memory.within(limits)
     plan = next(plan_passes(facts, model.outline, limits))
-    _run(plan, [candidates[place] for place in plan.members])
+    members = [candidates[place] for place in plan.members]
+    _run(plan, members)
+    return list(zip(members, plan.costs, strict=True))
 
 
 def _run(plan: Pass, members: Sequence[Pending]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from insitu_shard.compiler import Limits
 from insitu_shard.engine.events import Finished, SegmentEvent, StepFollows
 from insitu_shard.engine.pass_run import run_next_pass
+from insitu_shard.engine.turns import Turns
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
@@ -35,19 +37,20 @@ class SegmentPool:
         """
         self._limits = limits or Limits()
         self._running: dict[str, _Running] = {}
-        self._turns: deque[str] = deque()
+        self._turns = Turns()
 
-    def add(self, key: str, run: SegmentRun) -> None:
+    def add(self, key: str, run: SegmentRun, *, user: str = "") -> None:
         """Takes in a segment; it runs from the next round on.
 
         Args:
             key: names it for as long as it is here.
             run: the segment; it has not been started.
+            user: whose it is: each user gets an equal part of what passes cost.
         """
         if key in self._running:
             raise ValueError(f"a segment {key!r} runs already")
         self._running[key] = _Running(run)
-        self._turns.append(key)
+        self._turns.add(key, user)
 
     def drop(self, key: str) -> None:
         """Ends a segment at once, without a word; one that has ended stays ended."""
@@ -72,13 +75,22 @@ class SegmentPool:
         others do not notice.
         """
         yield from self._go_on()
-        waiting = [key for key in self._turns if self._running[key].pending]
+        waiting = [key for key, running in self._running.items() if running.pending]
         if waiting:
-            pending = [at for key in waiting for at in self._running[key].pending]
-            run_next_pass(pending, self._limits)
-            self._turns.remove(waiting[0])
-            self._turns.append(waiting[0])
+            self._run_pass(self._turns.order(waiting))
             yield from self._go_on()
+
+    def _run_pass(self, keys: Sequence[str]) -> None:
+        owners = {id(at): key for key in keys for at in self._running[key].pending}
+        pending = [at for key in keys for at in self._running[key].pending]
+        started = time.perf_counter()
+        ran = run_next_pass(pending, self._limits)
+        seconds, total = time.perf_counter() - started, sum(cost for _, cost in ran)
+        self._turns.took(keys[0])
+        for member, cost in ran:
+            key = owners[id(member)]
+            self._turns.charge(key, cost)
+            self._running[key].seconds += seconds * cost / total
 
     def _go_on(self) -> Iterator[tuple[str, SegmentEvent | Error]]:
         for key, running in list(self._running.items()):
@@ -101,6 +113,8 @@ class _Running:
     def __init__(self, run: SegmentRun) -> None:
         self._told = _told(run)
         self._pending: Sequence[Pending] = ()
+        self.seconds = 0.0
+        """What it has taken of the engine's time."""
 
     @property
     def pending(self) -> list[Pending]:
@@ -113,7 +127,7 @@ class _Running:
             return
         self._pending = ()
         num_steps = 0
-        for event in self._told:
+        while event := self._next_event():
             if not isinstance(event, StepFollows):
                 yield event
                 continue
@@ -121,6 +135,12 @@ class _Running:
             num_steps += 1
             if self.pending or num_steps == _MAX_STEPS:
                 return
+
+    def _next_event(self) -> SegmentEvent | StepFollows | Error | None:
+        started = time.perf_counter()
+        event = next(self._told, None)
+        self.seconds += time.perf_counter() - started
+        return replace(event, seconds=self.seconds) if isinstance(event, Finished) else event
 
     def close(self) -> None:
         """Ends it."""

@@ -251,3 +251,23 @@ async def test_a_session_waits_for_the_one_that_keeps_what_it_loads(
     script.may_end[keeping].set()
     await client.watch_until(loading, "RUNNING")
     assert await client.state(other) == "RUNNING"
+
+
+async def test_one_users_flood_leaves_room_for_the_next_user(
+    client: Client, server: Server, script: Directed, connect: Callable[[str], Client]
+) -> None:
+    async with FakeShard(server.address, script=script, max_sessions=4) as shard:
+        await shard.ready()
+        flood = await _submit(client, 20)
+        for session_id in flood[:3]:
+            await client.watch_until(session_id, "RUNNING")
+        assert await client.state(flood[3]) == "QUEUED"
+        bob, cy = connect("bob-key"), connect("cy-key")
+        first = await bob.submit(saving())
+        await bob.watch_until(first, "RUNNING")
+        # All places are taken: the next user is before all of the flood that waits.
+        second = await cy.submit(saving())
+        assert (await cy.watch_until(second, "QUEUED"))[-1].queue_position <= 2
+        script.may_end[flood[0]].set()
+        await cy.watch_until(second, "RUNNING")
+        assert await client.state(flood[3]) == "QUEUED"

@@ -6,8 +6,9 @@ import pytest
 
 from insitu_proto.v1.intervention_pb2 import Keep, Load, Node
 from insitu_proto.v1.session_pb2 import Session
+from insitu_scheduler.fair_queue import FairQueue
 from insitu_scheduler.kept_values import KeptValues
-from insitu_scheduler.queue import FifoQueue, SessionId, WaitingSession
+from insitu_scheduler.queue import SessionId, WaitingSession
 from insitu_scheduler.registry import LeaseId
 from insitu_wire.errors import NotFoundError, VersionError
 from support.fake_shard import read, reference, trace
@@ -61,7 +62,7 @@ def test_values_of_two_groups_or_of_another_models_are_refused() -> None:
 
 
 def test_a_session_that_needs_one_group_waits_for_it_and_holds_up_nobody() -> None:
-    queue = FifoQueue()
+    queue = FairQueue()
     for name, lease in (("1", TWO), ("2", None)):
         queue.push(
             WaitingSession(

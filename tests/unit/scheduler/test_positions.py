@@ -7,11 +7,12 @@ import asyncio
 import pytest
 
 from insitu_scheduler import positions
+from insitu_scheduler.fair_queue import FairQueue
 from insitu_scheduler.positions import PositionAnnouncer
-from insitu_scheduler.queue import FifoQueue, SessionId, WaitingSession
+from insitu_scheduler.queue import SessionId, WaitingSession
 
 
-def fill(queue: FifoQueue, announcer: PositionAnnouncer, count: int) -> list[SessionId]:
+def fill(queue: FairQueue, announcer: PositionAnnouncer, count: int) -> list[SessionId]:
     ids = [SessionId(str(number)) for number in range(1, count + 1)]
     for position, session_id in enumerate(ids, start=1):
         queue.push(WaitingSession(session_id, "ann", "a", estimated_cost=1, enqueued_at=0))
@@ -27,7 +28,7 @@ def fill(queue: FifoQueue, announcer: PositionAnnouncer, count: int) -> list[Ses
 async def test_moves_are_told_once_and_far_behind_only_by_tenths(
     num_leaving: int, told: list[int]
 ) -> None:
-    queue, shown = FifoQueue(), []
+    queue, shown = FairQueue(), []
     announcer = PositionAnnouncer(queue, lambda _, position: shown.append(position))
     ids = fill(queue, announcer, 40)
     for session_id in ids[:num_leaving]:

@@ -1,45 +1,51 @@
-"""The order in which waiting sessions run."""
+"""The order in which waiting sessions run: fair between users, and no session is lost."""
 
 from __future__ import annotations
 
 import pytest
 
-from insitu_scheduler.queue import FifoQueue, SessionId, WaitingSession
+from insitu_scheduler.fair_queue import FairQueue
+from insitu_scheduler.queue import SessionId, WaitingSession
 
 
-def waiting(name: str, model: str | None = "a") -> WaitingSession:
-    return WaitingSession(SessionId(name), "ann", model, estimated_cost=1.0, enqueued_at=0.0)
+def waiting(
+    name: str,
+    model: str | None = "a",
+    *,
+    user: str = "ann",
+    cost: float = 1.0,
+    enqueued_at: float = 0.0,
+    others: str = "",
+) -> WaitingSession:
+    return WaitingSession(SessionId(name), user, model, cost, enqueued_at, others=frozenset(others))
 
 
 @pytest.fixture
-def queue() -> FifoQueue:
-    return FifoQueue()
+def queue() -> FairQueue:
+    return FairQueue()
 
 
-def test_sessions_of_a_model_leave_in_the_order_in_which_they_came(queue: FifoQueue) -> None:
+def test_sessions_of_a_model_leave_in_the_order_in_which_they_came(queue: FairQueue) -> None:
     for name in ("1", "2", "3"):
         queue.push(waiting(name))
     left = [queue.pop("a", {"a", "b"}) for _ in range(4)]
     assert [session.session_id if session else None for session in left] == ["1", "2", "3", None]
 
 
-def test_a_model_is_never_given_the_session_of_another(queue: FifoQueue) -> None:
+def test_a_model_is_never_given_the_session_of_another(queue: FairQueue) -> None:
     queue.push(waiting("1", "b"))
     assert queue.pop("a", {"a", "b"}) is None
     assert queue.pop("b", {"a", "b"}) == waiting("1", "b")
 
 
-def test_a_session_for_any_model_takes_its_turn_in_every_line(queue: FifoQueue) -> None:
-    for name, model in (("1", "a"), ("2", None), ("3", "b"), ("4", "a")):
+def test_sessions_for_any_model_and_for_one_take_turns(queue: FairQueue) -> None:
+    for name, model in (("1", "a"), ("2", None), ("3", None), ("4", "a")):
         queue.push(waiting(name, model))
-    assert dict(queue.positions()) == {"1": 1, "2": 2, "3": 2, "4": 3}
-    first = queue.pop("b", {"a", "b"})
-    assert first is not None
-    assert first.session_id == "2"
-    assert dict(queue.positions()) == {"1": 1, "3": 1, "4": 2}
+    left = [queue.pop("a", {"a"}) for _ in range(4)]
+    assert [session.session_id for session in left if session] == ["1", "2", "4", "3"]
 
 
-def test_a_removed_session_is_gone_and_others_move_up(queue: FifoQueue) -> None:
+def test_a_removed_session_is_gone_and_others_move_up(queue: FairQueue) -> None:
     for name in ("1", "2", "3"):
         queue.push(waiting(name))
     assert queue.remove(SessionId("2")) == waiting("2")
@@ -48,13 +54,17 @@ def test_a_removed_session_is_gone_and_others_move_up(queue: FifoQueue) -> None:
     assert len(queue) == queue.num_waiting("a") == 2
 
 
-def test_a_newcomer_is_told_how_many_are_ahead_of_it(queue: FifoQueue) -> None:
-    for name, model in (("1", "a"), ("2", None), ("3", "b")):
-        queue.push(waiting(name, model))
-    assert [queue.num_ahead(model) for model in ("a", "b", "c", None)] == [2, 2, 1, 3]
+def test_a_newcomer_is_told_how_many_are_ahead_of_it(queue: FairQueue) -> None:
+    for number in range(100):
+        queue.push(waiting(f"ann {number}"))
+    queue.push(waiting("bob 1", user="bob"))
+    assert queue.num_ahead("a", "ann") == 101
+    assert queue.num_ahead("a", "bob") == 3
+    assert queue.num_ahead("a", "cy") == 2
+    assert queue.num_ahead("b", "ann") == 0
 
 
-def test_the_oldest_of_a_line_is_its_head(queue: FifoQueue) -> None:
+def test_the_oldest_of_a_line_is_its_head(queue: FairQueue) -> None:
     queue.push(waiting("1"))
     queue.push(waiting("2"))
     assert queue.oldest("a") == waiting("1")
@@ -64,7 +74,7 @@ def test_the_oldest_of_a_line_is_its_head(queue: FifoQueue) -> None:
 
 
 def test_a_session_over_several_models_waits_for_all_and_is_not_overtaken() -> None:
-    queue = FifoQueue()
+    queue = FairQueue()
     first = waiting("1", "b")
     wide = WaitingSession(
         SessionId("2"), "ann", "a", estimated_cost=1.0, enqueued_at=0.0, others=frozenset({"b"})
@@ -81,7 +91,7 @@ def test_a_session_over_several_models_waits_for_all_and_is_not_overtaken() -> N
 
 @pytest.mark.parametrize("other", ["", "b"])
 def test_a_session_that_runs_after_another_is_overtaken_until_that_has_ended(other: str) -> None:
-    queue = FifoQueue()
+    queue = FairQueue()
     keeper, free = SessionId("0"), {"a", "b"}
     later = WaitingSession(
         SessionId("1"), "ann", "a", estimated_cost=1.0, enqueued_at=0.0,
@@ -96,7 +106,7 @@ def test_a_session_that_runs_after_another_is_overtaken_until_that_has_ended(oth
 
 
 def test_sessions_over_the_same_models_do_not_keep_each_others_groups() -> None:
-    queue = FifoQueue()
+    queue = FairQueue()
     for name, (model, other) in {"1": "ab", "2": "ba"}.items():
         queue.push(
             WaitingSession(

@@ -47,28 +47,28 @@ def test_an_expired_or_revoked_lease_can_not_be_kept_alive(registry: Registry) -
 
 def test_a_full_group_is_not_ready_until_a_place_is_free(registry: Registry) -> None:
     group = grant(registry, "1", max_sessions=2)
-    registry.take(group)
+    registry.take(group, "ann")
     assert (group.state, registry.ready()) == (GroupState.READY, [group])
-    registry.take(group)
+    registry.take(group, "ann")
     assert (group.state, registry.ready()) == (GroupState.BUSY, [])
-    registry.free(group)
+    registry.free(group, "ann")
     assert (group.state, registry.ready()) == (GroupState.READY, [group])
 
 
 def test_the_group_that_was_free_longest_comes_first(registry: Registry) -> None:
     first, second = grant(registry, "1"), grant(registry, "2")
-    registry.take(first)
-    registry.free(first)
+    registry.take(first, "ann")
+    registry.free(first, "ann")
     assert registry.ready() == [second, first]
 
 
 def test_the_group_with_the_fewest_sessions_comes_first(registry: Registry) -> None:
     first, second, third = (grant(registry, name, max_sessions=3) for name in "123")
     for group in (first, first, second):
-        registry.take(group)
+        registry.take(group, "ann")
     assert registry.ready() == [third, second, first]
-    registry.take(second)
-    registry.free(second)
+    registry.take(second, "ann")
+    registry.free(second, "ann")
     assert registry.ready() == [third, second, first]
 
 
@@ -81,9 +81,9 @@ def test_a_draining_group_takes_nothing_new_and_never_returns(registry: Registry
 
 def test_freeing_a_group_whose_lease_is_gone_does_not_bring_it_back(registry: Registry) -> None:
     group = grant(registry, "1")
-    registry.take(group)
+    registry.take(group, "ann")
     registry.revoke(group.lease_id)
-    registry.free(group)
+    registry.free(group, "ann")
     assert (group.num_sessions, registry.ready()) == (0, [])
 
 
@@ -94,3 +94,31 @@ def test_replicas_are_counted_by_model_and_found_by_group(registry: Registry) ->
     assert registry.replicas() == {"a": 2, "b": 1}
     assert registry.holder("group-3") is third
     assert registry.holder("group-4") is None
+
+
+def test_a_user_never_takes_all_places_of_a_group_that_has_several() -> None:
+    registry = Registry(ttl_seconds=10)
+    group = registry.grant(
+        LeaseId("1"), group_id="g", model="a", address="x:1", num_ranks=1, max_sessions=8, now=0
+    )
+    for _ in range(6):
+        assert "ann" not in group.sated_users
+        registry.take(group, "ann")
+    assert group.sated_users == {"ann"}
+    registry.take(group, "bob")
+    assert group.sated_users == {"ann"}
+    for _ in range(3):
+        registry.free(group, "ann")
+    assert group.sated_users == frozenset()
+
+
+@pytest.mark.parametrize("num_places", [1, 2, 3])
+def test_a_small_group_is_for_whoever_comes(num_places: int) -> None:
+    registry = Registry(ttl_seconds=10)
+    group = registry.grant(
+        LeaseId("1"), group_id="g", model="a", address="x", num_ranks=1, max_sessions=num_places,
+        now=0,
+    )  # fmt: skip
+    for _ in range(num_places):
+        assert not group.sated_users
+        registry.take(group, "ann")

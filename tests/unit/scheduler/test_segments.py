@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from insitu_proto.v1.session_pb2 import Exit, Session, Step
-from insitu_scheduler.segments import SegmentRange, count_traces, cut, estimate_cost
+from insitu_scheduler.cost_model import Work
+from insitu_scheduler.segments import SegmentRange, count_traces, cut, work_of
 from support.fake_shard import log, trace
 
 EXIT = Step(exit=Exit())
@@ -29,4 +30,4 @@ def test_a_log_joins_the_segment_before_it_where_the_model_changes() -> None:
 
 
 def test_the_expected_cost_grows_with_the_tokens() -> None:
-    assert estimate_cost(Session(steps=[trace(), log("x"), trace()])) == 6.0
+    assert work_of(Session(steps=[trace(), log("x"), trace()])) == Work(num_traces=2, num_tokens=6)

@@ -1,0 +1,195 @@
+"""Users who keep a model busy get equal parts of it, whatever they send and however they come."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from insitu_scheduler.fair_line import FairLine
+from insitu_scheduler.fair_queue import FairQueue
+from insitu_scheduler.queue import SessionId, WaitingSession
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_COSTS = {"ann": 1.0, "bob": 10.0, "cy": 0.3}
+
+
+def _session(name: str, user: str, cost: float, *, enqueued_at: float = 0.0) -> WaitingSession:
+    return WaitingSession(SessionId(name), user, "a", cost, enqueued_at)
+
+
+def _served(queue: FairQueue, now: float = 0.0) -> Iterator[WaitingSession]:
+    while session := queue.pop("a", {"a"}, now=now):
+        yield session
+
+
+def test_a_flood_costs_others_one_session_at_most() -> None:
+    queue = FairQueue()
+    for number in range(500):
+        queue.push(_session(f"flood {number}", "ann", 1.0))
+    next(_served(queue))
+    queue.push(_session("light", "bob", 1.0))
+    assert [session.user for session, _ in zip(_served(queue), range(2), strict=False)].count(
+        "bob"
+    ) == 1
+
+
+def test_busy_users_get_equal_cost_not_equal_numbers() -> None:
+    queue = FairQueue()
+    for user, cost in _COSTS.items():
+        for number in range(2000):
+            queue.push(_session(f"{user} {number}", user, cost))
+    had: Counter[str] = Counter()
+    for session in _served(queue):
+        had[session.user] += session.estimated_cost
+        queue.settle(session, session.estimated_cost)
+        if sum(had.values()) > 300:
+            break
+    assert max(had.values()) - min(had.values()) <= 2 * max(_COSTS.values())
+
+
+def test_what_a_session_really_cost_is_what_its_user_pays() -> None:
+    queue = FairQueue()
+    for number in range(1000):
+        queue.push(_session(f"ann {number}", "ann", 1.0))
+        queue.push(_session(f"bob {number}", "bob", 1.0))
+    had: Counter[str] = Counter()
+    for session in _served(queue):
+        cost = 4.0 if session.user == "ann" else 1.0
+        had[session.user] += cost
+        queue.settle(session, cost)
+        if sum(had.values()) > 400:
+            break
+    assert abs(had["ann"] - had["bob"]) <= 8
+
+
+def test_idleness_saves_no_credit() -> None:
+    queue = FairQueue()
+    for number in range(100):
+        queue.push(_session(f"ann {number}", "ann", 1.0))
+    for session, _ in zip(_served(queue), range(50), strict=False):
+        queue.settle(session, 1.0)
+    for number in range(100):
+        queue.push(_session(f"bob {number}", "bob", 1.0))
+    users = [session.user for session, _ in zip(_served(queue), range(20), strict=False)]
+    assert abs(users.count("ann") - users.count("bob")) <= 2
+
+
+def test_a_user_far_in_debt_has_a_turn_after_the_longest_wait() -> None:
+    queue = FairQueue(max_wait_seconds=60)
+    queue.push(_session("huge", "ann", 1.0))
+    for session in _served(queue):
+        queue.settle(session, 10_000.0)
+    for number in range(10):
+        queue.push(_session(f"ann {number}", "ann", 1.0))
+        queue.push(_session(f"bob {number}", "bob", 1.0))
+    assert next(_served(queue, now=59.0)).user == "bob"
+    assert next(_served(queue, now=61.0)).user == "ann"
+    assert next(_served(queue, now=61.0)).user == "bob"
+
+
+def test_a_session_of_a_sated_user_is_overtaken() -> None:
+    queue = FairQueue()
+    queue.push(_session("1", "ann", 1.0))
+    queue.push(_session("2", "bob", 1.0))
+    found = queue.pop("a", {"a"}, sated={"ann"})
+    assert found is not None
+    assert found.user == "bob"
+    assert queue.pop("a", {"a"}, sated={"ann"}) is None
+
+
+def test_a_session_over_two_models_is_not_starved_by_those_over_one() -> None:
+    queue = FairQueue()
+    wide = WaitingSession(SessionId("wide"), "ann", "a", 1.0, 0.0, others=frozenset("b"))
+    queue.push(wide)
+    for number in range(50):
+        queue.push(WaitingSession(SessionId(f"a{number}"), "bob", "a", 1.0, 0.0))
+        queue.push(WaitingSession(SessionId(f"b{number}"), "bob", "b", 1.0, 0.0))
+    served = []
+    for turn in range(20):
+        # One group of each model, and never both free before one of them has had to wait.
+        model = "ab"[turn % 2]
+        held = wide.session_id not in served and any(at.startswith("wait") for at in served)
+        found = queue.pop(model, {"a", "b"} if held else {model})
+        served.append(found.session_id if found else SessionId(f"wait {turn}"))
+    assert wide.session_id in served
+
+
+def test_those_who_left_are_forgotten() -> None:
+    line = FairLine(max_wait_seconds=600)
+    for number in range(1000):
+        session = _session(str(number), f"user {number}", 1.0 + number % 7)
+        line.push(session)
+        line.serve(session, session.estimated_cost, now=0.0)
+        line.settle(session.user, 0.0)
+    last = _session("last", "ann", 1.0)
+    for _ in range(10):
+        line.push(last)
+        line.serve(last, 1.0, now=0.0)
+    assert line.num_users <= 8
+
+
+_OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("push"),
+            st.sampled_from(["ann", "bob", "cy"]),
+            st.sampled_from(["a", "b", "ab", ""]),
+            st.floats(0.1, 20),
+        ),
+        st.tuples(st.just("pop"), st.sampled_from(["a", "b"]), st.booleans()),
+        st.tuples(st.just("end"), st.floats(0.1, 3)),
+        st.tuples(st.just("remove"), st.integers(0, 200)),
+    ),
+    max_size=120,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(_OPERATIONS)
+def test_no_session_is_lost_or_runs_twice_and_a_users_own_keep_their_order(
+    operations: list[tuple],
+) -> None:
+    queue = FairQueue()
+    pushed: dict[str, WaitingSession] = {}
+    running: list[WaitingSession] = []
+    ended: list[str] = []
+    order: defaultdict[tuple[str, str | None], list[int]] = defaultdict(list)
+    for operation in operations:
+        match operation:
+            case ("push", user, models, cost):
+                name = str(len(pushed))
+                session = WaitingSession(
+                    SessionId(name), user, models[:1] or None, cost, 0.0,
+                    others=frozenset(models[1:]),
+                )  # fmt: skip
+                pushed[name] = session
+                queue.push(session)
+            case ("pop", model, both):
+                found = queue.pop(model, {"a", "b"} if both else {model})
+                if found is not None:
+                    assert model in {found.model, *found.others} or found.model is None
+                    running.append(found)
+                    order[found.user, (found.model or "") + "".join(found.others)].append(
+                        int(found.session_id)
+                    )
+            case ("end", factor) if running:
+                session = running.pop(0)
+                queue.settle(session, session.estimated_cost * factor)
+                ended.append(session.session_id)
+            case ("remove", number):
+                if queue.remove(SessionId(str(number))) is not None:
+                    ended.append(str(number))
+        waiting = set(pushed) - set(ended) - {at.session_id for at in running}
+        assert len(queue) == len(waiting)
+        assert {at for at, _ in queue.positions()} == waiting
+    assert len(ended) == len(set(ended))
+    assert all(numbers == sorted(numbers) for numbers in order.values())
+    while found := queue.pop("a", {"a", "b"}) or queue.pop("b", {"a", "b"}):
+        ended.append(found.session_id)
+    assert len(queue) == 0
+    assert set(ended) | {at.session_id for at in running} == set(pushed)

@@ -51,6 +51,13 @@ def run(
     max_queued_sessions: Annotated[
         int, typer.Option(envvar="INSITU_MAX_QUEUED_SESSIONS", help="Sessions that may wait.")
     ] = 10_000,
+    max_attempts: Annotated[
+        int,
+        typer.Option(
+            envvar="INSITU_MAX_ATTEMPTS",
+            help="How often a session is run at most, if what runs it is lost each time.",
+        ),
+    ] = 3,
     max_wait_seconds: Annotated[
         float,
         typer.Option(
@@ -80,6 +87,7 @@ def run(
 ) -> None:
     """Takes sessions from clients and has shard groups run them, until SIGTERM or Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         config = SchedulerConfig(
             data_dir=(data_dir or state_folder()).absolute(),
@@ -90,6 +98,7 @@ def run(
             max_session_bytes=max_session_bytes,
             upload_store_bytes=upload_store_bytes,
             max_queued_sessions=max_queued_sessions,
+            max_attempts=max_attempts,
             max_wait_seconds=max_wait_seconds,
             lease_ttl_seconds=lease_ttl_seconds,
             orphan_grace_seconds=orphan_grace_seconds,

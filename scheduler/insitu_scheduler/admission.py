@@ -91,15 +91,12 @@ class Admission:
             model=cut(session)[0].model,
             payload=payload,
             payload_digest=digest,
+            is_detached=request.is_detached,
         )
         # What the journal has must be queued, even if the client goes away between the two.
-        return await asyncio.shield(
-            asyncio.create_task(self._accept(accepted, session, is_detached=request.is_detached))
-        )
+        return await asyncio.shield(asyncio.create_task(self._accept(accepted, session)))
 
-    async def _accept(
-        self, accepted: AcceptedSession, session: Session, *, is_detached: bool
-    ) -> SessionId:
+    async def _accept(self, accepted: AcceptedSession, session: Session) -> SessionId:
         with ExitStack() as undo:
             self._uploads.hold(accepted.session_id, accepted.user, session.tensors)
             undo.callback(self._uploads.release, accepted.session_id)
@@ -122,7 +119,7 @@ class Admission:
             needed_lease_id=kept.group_of(accepted.user, session),
             keepers=kept.keepers(accepted.user, session),
         )
-        self._dispatcher.enqueue(live, position=position, is_detached=is_detached)
+        self._dispatcher.enqueue(live, position=position, is_detached=accepted.is_detached)
         self._metrics.accepted(accepted.model or "")
         return accepted.session_id
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-_WRITE_BEHIND_SECONDS = 0.05
+_WRITE_BEHIND_SECONDS = 0.02
 
 
 class Committer:
@@ -51,9 +51,16 @@ class Committer:
         self._flush()
         return await future
 
-    def run_later(self, operation: Callable[[sa.Connection], None]) -> None:
-        """Commits an operation within a moment, together with others; nobody waits for it."""
-        self._add(operation).add_done_callback(_log_failure)
+    def run_later(
+        self, operation: Callable[[sa.Connection], None], then: Callable[[], None]
+    ) -> None:
+        """Commits an operation within a moment, together with others, and calls back after it.
+
+        The call comes in the order of the operations, and also after a commit that failed.
+        """
+        future = self._add(operation)
+        future.add_done_callback(_log_failure)
+        future.add_done_callback(lambda _: then())
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(_WRITE_BEHIND_SECONDS, self._flush)

@@ -33,6 +33,8 @@ class SchedulerConfig:
     """Room for tensors that users upload, in bytes; those used least recently make room."""
     max_queued_sessions: int = 10_000
     """Sessions that may wait; more are refused with QUEUE_FULL."""
+    max_attempts: int = 3
+    """How often a session is run at most, if what runs it is lost each time."""
     max_wait_seconds: float = 600.0
     """How long a user may wait for a turn, however much more than the others the user has had."""
     lease_ttl_seconds: float = 10.0
@@ -46,25 +48,27 @@ class SchedulerConfig:
         _check_port("--port", self.port)
         if self.metrics_port is not None:
             _check_port("--metrics-port", self.metrics_port)
-        if not 0 < self.max_session_bytes <= MAX_SESSION_BYTES:
-            allowed = f"1 to {MAX_SESSION_BYTES}"
-            raise _unusable("--max-session-bytes", self.max_session_bytes, allowed)
-        if self.upload_store_bytes < 0:
-            raise _unusable("--upload-store-bytes", self.upload_store_bytes, "0 or more")
-        if self.max_queued_sessions < 1:
-            raise _unusable("--max-queued-sessions", self.max_queued_sessions, "1 or more")
+        size = self.max_session_bytes
+        _check(
+            "--max-session-bytes", size, f"1 to {MAX_SESSION_BYTES}", 0 < size <= MAX_SESSION_BYTES
+        )
+        size = self.upload_store_bytes
+        _check("--upload-store-bytes", size, "0 or more", size >= 0)
+        for flag, count in (
+            ("--max-queued-sessions", self.max_queued_sessions),
+            ("--max-attempts", self.max_attempts),
+        ):
+            _check(flag, count, "1 or more", count >= 1)
         for flag, seconds in (
             ("--lease-ttl-seconds", self.lease_ttl_seconds),
             ("--max-wait-seconds", self.max_wait_seconds),
         ):
-            if not seconds > 0:
-                raise _unusable(flag, seconds, "more than 0")
+            _check(flag, seconds, "more than 0", seconds > 0)
         for flag, seconds in (
             ("--orphan-grace-seconds", self.orphan_grace_seconds),
             ("--grace-seconds", self.grace_seconds),
         ):
-            if not seconds >= 0:
-                raise _unusable(flag, seconds, "0 or more")
+            _check(flag, seconds, "0 or more", seconds >= 0)
         if self.api_keys_file is None and not _is_loopback(self.host):
             raise error(
                 Reason.INVALID_CONFIGURATION,
@@ -80,17 +84,17 @@ def endpoint(host: str, port: int) -> str:
 
 
 def _check_port(flag: str, port: int) -> None:
-    if not 0 <= port <= 65535:
-        raise _unusable(flag, port, "0 (a free one) to 65535")
+    _check(flag, port, "0 (a free one) to 65535", 0 <= port <= 65535)
 
 
-def _unusable(flag: str, value: float, allowed: str) -> Exception:
-    return error(
-        Reason.INVALID_CONFIGURATION,
-        f"{flag} is {value}; it must be {allowed}",
-        setting=flag,
-        value=value,
-    )
+def _check(flag: str, value: float, allowed: str, is_allowed: bool) -> None:
+    if not is_allowed:
+        raise error(
+            Reason.INVALID_CONFIGURATION,
+            f"{flag} is {value}; it must be {allowed}",
+            setting=flag,
+            value=value,
+        )
 
 
 def _is_loopback(host: str) -> bool:

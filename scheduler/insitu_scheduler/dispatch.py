@@ -10,9 +10,13 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from insitu_proto.v1.event_pb2 import EventKind
 from insitu_scheduler import events
+from insitu_scheduler.attempts import check_attempts, was_lost
+from insitu_scheduler.background import Background
 from insitu_scheduler.cost_model import CostModel
 from insitu_scheduler.kept_values import KeptValues
+from insitu_scheduler.links import GroupLinks
 from insitu_scheduler.live_session import LiveSession, ending
 from insitu_scheduler.positions import PositionAnnouncer
 from insitu_scheduler.queue import WaitingSession
@@ -24,23 +28,21 @@ from insitu_scheduler.watchers import Watchers
 from insitu_wire.errors import Error, Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
-
     from insitu_proto.v1.event_pb2 import Event
     from insitu_scheduler.events import EventBook, EventLog
     from insitu_scheduler.fair_queue import FairQueue
     from insitu_scheduler.metrics import SchedulerMetrics
     from insitu_scheduler.queue import SessionId
-    from insitu_scheduler.registry import Group, LeaseId, Registry
+    from insitu_scheduler.registry import Group, Registry
     from insitu_scheduler.results import ResultStore
     from insitu_scheduler.shards import ShardClient
     from insitu_scheduler.uploads import UploadStore
 
 _log = logging.getLogger(__name__)
 
-_RELEASE_SECONDS = 60.0
-# From a group that is lost, or when the scheduler stops.
-_QUICK_RELEASE_SECONDS = 2.0
+# Clients that lost the last scheduler have this long to find the next one.
+_REUNION_SECONDS = 60.0
+_STOP_SECONDS = 2.0
 
 
 class Dispatcher:
@@ -56,6 +58,7 @@ class Dispatcher:
         metrics: SchedulerMetrics,
         *,
         max_queued: int,
+        max_attempts: int,
         orphan_grace_seconds: float,
     ) -> None:
         self.kept = KeptValues()
@@ -68,10 +71,11 @@ class Dispatcher:
         self._uploads = uploads
         self._metrics = metrics
         self._max_queued = max_queued
+        self._max_attempts = max_attempts
         self._positions = PositionAnnouncer(queue, self._show_position)
         self._live: dict[SessionId, LiveSession] = {}
-        self._clients: dict[LeaseId, ShardClient] = {}
-        self._background: set[asyncio.Task[None]] = set()
+        self._links = GroupLinks(registry)
+        self._background = Background()
         self._num_reserved = 0
         self._is_stopping = False
 
@@ -82,7 +86,7 @@ class Dispatcher:
             UnavailableError: SHUTTING_DOWN.
         """
         if self._is_stopping:
-            raise _shutting_down()
+            raise events.shutting_down()
 
     def reserve(self, model: str | None, user: str) -> int:
         """Keeps a place for a session that is about to be accepted, and gives its position.
@@ -106,16 +110,50 @@ class Dispatcher:
         """Gives a reserved place back, whether or not its session comes."""
         self._num_reserved -= 1
 
-    def enqueue(self, live: LiveSession, *, position: int, is_detached: bool) -> None:
+    def enqueue(
+        self,
+        live: LiveSession,
+        *,
+        position: int,
+        is_detached: bool,
+        grace_seconds: float | None = None,
+    ) -> None:
         """Takes in a session that the journal has, shown to its user at a position."""
-        session_id = live.log.session_id
-        self._live[session_id] = live
-        self._book.add(live.log)
         if self._is_stopping:
-            self._spawn(self._end(live, events.failed(_shutting_down())))
-            return
+            # Its client is sent away as all others are; the next scheduler finds it in the journal.
+            live.log.shut()
+        self._live[live.log.session_id] = live
+        self._book.add(live.log)
         if not is_detached:
-            self.watchers.attach(session_id)
+            self.watchers.attach(live.log.session_id, grace_seconds)
+        self._wait(live, position)
+        self._match()
+
+    def take_over(self, live: LiveSession, *, is_detached: bool) -> None:
+        """Takes in a session that the last scheduler left unfinished.
+
+        Raises:
+            LeaseLostError: REPLICA_LOST, if it ran, and has been lost so too often.
+        """
+        state = live.log.state
+        if state.kind == EventKind.EVENT_KIND_RUNNING:
+            check_attempts(live.log.attempt, self._max_attempts)
+            state = self._queued_again(live)
+            self._book.publish(live.log, state)
+        self.enqueue(
+            live,
+            position=state.queue_position,
+            is_detached=is_detached,
+            grace_seconds=_REUNION_SECONDS,
+        )
+
+    def _queued_again(self, live: LiveSession) -> Event:
+        position = self._queue.num_ahead(live.model, live.log.user) + 1
+        return events.queued_again(position, live.log.attempt + 1)
+
+    def _wait(self, live: LiveSession, position: int) -> None:
+        """Has a session wait, shown to its user at a position."""
+        session_id = live.log.session_id
         waiting = WaitingSession(
             session_id,
             user=live.log.user,
@@ -125,11 +163,11 @@ class Dispatcher:
             others=frozenset(models_of(live.session)) - {live.model},
             lease_id=live.needed_lease_id,
             after=live.keepers,
+            is_alone=live.log.attempt > 1,
         )
         self._queue.push(waiting)
         self._positions.pushed(session_id, position)
         self._queue_changed(waiting)
-        self._match()
 
     async def cancel(self, session_id: SessionId) -> None:
         """Cancels a session: one that waits ends at once, one that runs before its next trace."""
@@ -137,14 +175,15 @@ class Dispatcher:
         if live is None:
             return
         if live.work is not None:
+            live.is_cancelled = True
             live.stop(events.cancelled())
             return
         self._withdraw(live)
-        await asyncio.shield(self._spawn(self._end(live, events.cancelled())))
+        await asyncio.shield(self._background.spawn(self._end(live, events.cancelled())))
 
     def join(self, group: Group, client: ShardClient) -> None:
         """Takes in a group that has just been granted its lease."""
-        self._clients[group.lease_id] = client
+        self._links.add(group, client)
         self.groups_changed(group.model)
         self._match()
 
@@ -152,22 +191,19 @@ class Dispatcher:
         """Gives up a group whose lease is gone, and with it the sessions that it runs."""
         self.kept.lose(group.lease_id)
         self._fail_those_that_need(group)
-        client = self._clients.pop(group.lease_id, None)
-        if client is None:
-            return  # the scheduler stops, and has closed it
+        unneeded = self._links.remove(group)
         self.groups_changed(group.model)
         for live in self._live.values():
             if group.lease_id in live.lease_ids:
                 live.stop(events.failed(replica_lost()))
-        # The last of its sessions closes the connection, after all have released their values.
-        if not group.num_sessions:
-            self._spawn(client.close())
+        if unneeded is not None:
+            self._background.spawn(unneeded.close())
 
     async def release_kept(self, user: str, handle_id: str) -> bool:
         """Lets go of a value that a user keeps; tells whether there was one."""
         place = self.kept.find(user, handle_id)
         self.kept.forget(user, handle_id)
-        client = self._clients.get(place.lease_id) if place else None
+        client = self._links.find(place.lease_id) if place else None
         return client is not None and await client.release_handle(user, handle_id)
 
     def _fail_those_that_need(self, group: Group) -> None:
@@ -175,7 +211,12 @@ class Dispatcher:
         for live in list(self._live.values()):
             if live.work is None and live.needed_lease_id == group.lease_id:
                 self._withdraw(live)
-                self._spawn(self._end(live, events.failed(replica_lost())))
+                self._background.spawn(self._end(live, events.failed(replica_lost())))
+
+    def heard(self, group: Group) -> None:
+        """Takes note that a group has renewed its lease."""
+        self.groups_changed(group.model)
+        self._match()
 
     def groups_changed(self, model: str) -> None:
         """Takes note that groups of a model came, went, or changed their state."""
@@ -189,20 +230,15 @@ class Dispatcher:
         return self._queue.num_waiting(model), running
 
     async def stop(self, grace_seconds: float) -> None:
-        """Ends what waits, gives what runs some time, and ends that too."""
+        """Gives what runs some time; what has not ended then is left to the next scheduler."""
         self._is_stopping = True
-        for live in list(self._live.values()):
-            if live.work is None:
-                self._withdraw(live)
-                self._spawn(self._end(live, events.failed(_shutting_down())))
-        await self._settle(grace_seconds)
+        await self._background.settle(grace_seconds)
         for live in self._live.values():
-            live.stop(events.failed(_shutting_down()))
-        await self._settle(_QUICK_RELEASE_SECONDS)
-        clients, self._clients = self._clients, {}
-        for client in clients.values():
-            await client.close()
-        await self._settle(None)
+            live.stop(events.put_back())
+        await self._background.settle(_STOP_SECONDS)
+        self._book.shut()
+        await self._links.close()
+        await self._background.settle(None)
 
     def _match(self) -> None:
         """Fills the free places of all groups with the next sessions that these can run."""
@@ -221,13 +257,14 @@ class Dispatcher:
                 group.lease_id,
                 live=self._live.keys(),
                 sated=group.sated_users,
+                is_empty=not group.num_sessions,
                 now=now,
             )
             if waiting is not None:
                 needed = ({waiting.model} | waiting.others) - {group.model, None}
                 groups = [group, *(free[model] for model in needed if model)]
                 for taken in groups:
-                    self._registry.take(taken, waiting.user)
+                    self._registry.take(taken, waiting.user, is_alone=waiting.is_alone)
                     self.groups_changed(taken.model)
                 self._metrics.dispatched(group.model, now - waiting.enqueued_at)
                 self._positions.left(waiting.session_id)
@@ -248,12 +285,12 @@ class Dispatcher:
             writer=self._results.writer(live.log.session_id),
             uploads=self._uploads,
         )
-        held = [(group, self._clients[group.lease_id]) for group in groups]
+        held = [(group, self._links[group]) for group in groups]
         leases = {group.model: group.lease_id for group in groups}
         self.kept.add(live.log.user, live.session, leases, keeper=live.log.session_id)
         live.lease_ids = frozenset(group.lease_id for group in groups)
         live.work = asyncio.create_task(run.run({group.model: client for group, client in held}))
-        self._spawn(self._see_through(live, waiting, run, held))
+        self._background.spawn(self._see_through(live, waiting, run, held))
 
     async def _see_through(
         self,
@@ -266,15 +303,53 @@ class Dispatcher:
         started = time.monotonic()
         event = await ending(live)
         seconds = time.monotonic() - started
+        runs_again = self._runs_again(live, event)
         self._settle_cost(live, waiting, run.shard_seconds)
-        self._metrics.executed(held[0][0].model, _outcome(event), seconds)
+        outcome = "interrupted" if runs_again else _outcome(event)
+        self._metrics.executed(held[0][0].model, outcome, seconds)
+        if was_lost(event):
+            # Whichever does not answer gets nothing more until it is heard of.
+            for group, _ in held:
+                self._registry.suspect(group)
         freeing = [
             asyncio.create_task(self._release(live.log, group, client)) for group, client in held
         ]
+        if runs_again:
+            await asyncio.gather(*freeing)
+            await self._put_back(live)
+            return
         try:
             await self._end(live, event)
         finally:
             await asyncio.gather(*freeing)
+
+    def _runs_again(self, live: LiveSession, event: Event) -> bool:
+        """Whether a session is to be run again: not its own doing ended what ran it."""
+        if event.kind == EventKind.EVENT_KIND_QUEUED:
+            return True
+        if live.is_cancelled or not was_lost(event):
+            return False
+        return live.needed_lease_id is None or live.needed_lease_id in self._registry
+
+    async def _put_back(self, live: LiveSession) -> None:
+        """Has a session wait again, after all that it left at groups was freed."""
+        live.work, live.verdict, live.lease_ids = None, None, frozenset()
+        if self._is_stopping:
+            self._book.publish(live.log, events.put_back())
+            return
+        if live.is_cancelled:
+            await self._end(live, events.cancelled())
+            return
+        try:
+            check_attempts(live.log.attempt, self._max_attempts)
+        except Error as err:
+            await self._end(live, events.failed(err))
+            return
+        again = self._queued_again(live)
+        self._book.publish(live.log, again)
+        self._metrics.ran_again(live.model or "")
+        self._wait(live, again.queue_position)
+        self._match()
 
     def _settle_cost(
         self, live: LiveSession, waiting: WaitingSession, seconds: float | None
@@ -286,20 +361,12 @@ class Dispatcher:
             self._costs.learn(waiting.model, work_of(live.session), seconds)
 
     async def _release(self, log: EventLog, group: Group, client: ShardClient) -> None:
-        is_held = group.lease_id in self._registry and not self._is_stopping
-        timeout_seconds = _RELEASE_SECONDS if is_held else _QUICK_RELEASE_SECONDS
         try:
-            await client.release(log.session_id, timeout_seconds=timeout_seconds)
+            await self._links.release(log, group, client)
         finally:
-            await self._free(group, log.user, client)
-
-    async def _free(self, group: Group, user: str, client: ShardClient) -> None:
-        self._registry.free(group, user)
-        if group.lease_id in self._registry:
-            self.groups_changed(group.model)
-            self._match()
-        elif not group.num_sessions:
-            await client.close()
+            if group.lease_id in self._registry:
+                self.groups_changed(group.model)
+                self._match()
 
     async def _end(self, live: LiveSession, event: Event) -> None:
         self._live.pop(live.log.session_id, None)
@@ -316,7 +383,7 @@ class Dispatcher:
 
     def _cancel_orphan(self, session_id: SessionId) -> None:
         _log.info("session %s is cancelled: nobody watches it", session_id)
-        self._spawn(self.cancel(session_id))
+        self._background.spawn(self.cancel(session_id))
 
     def _show_position(self, session_id: SessionId, position: int) -> None:
         self._book.publish(self._live[session_id].log, events.queued(position))
@@ -328,28 +395,6 @@ class Dispatcher:
                 model or "", self._queue.num_waiting(model), oldest.enqueued_at if oldest else None
             )
 
-    def _spawn(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(coroutine)
-        self._background.add(task)
-        task.add_done_callback(self._finished)
-        return task
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._background.discard(task)
-        if not task.cancelled() and (exception := task.exception()) is not None:
-            _log.critical("the dispatcher met a flaw", exc_info=exception)
-
-    async def _settle(self, timeout_seconds: float | None) -> None:
-        if self._background:
-            await asyncio.wait(self._background, timeout=timeout_seconds)
-
 
 def _outcome(event: Event) -> str:
     return events.kind_name(event).lower()
-
-
-def _shutting_down() -> Error:
-    return error(
-        Reason.SHUTTING_DOWN,
-        "the server is stopping; try again once it is back",
-    )

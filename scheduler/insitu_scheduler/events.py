@@ -41,6 +41,26 @@ def queued(position: int) -> Event:
     )
 
 
+def queued_again(position: int, attempt: int) -> Event:
+    """The session's last attempt was lost, and it waits for another."""
+    return Event(
+        kind=EventKind.EVENT_KIND_QUEUED,
+        message=f"What ran your session was lost. It is at position {position} in the queue again, "
+        f"for attempt {attempt}.",
+        queue_position=position,
+        attempt=attempt,
+    )
+
+
+def put_back() -> Event:
+    """The server stops while the session runs."""
+    return Event(
+        kind=EventKind.EVENT_KIND_QUEUED,
+        message="The server is stopping. Your session is kept, and is run again once it is back.",
+        queue_position=1,
+    )
+
+
 def running(trace_number: int, num_traces: int) -> Event:
     """The session runs; trace number 0 if no trace has started."""
     where = f": trace {trace_number} of {num_traces}" if trace_number else ""
@@ -77,36 +97,61 @@ def kind_name(event: Event) -> str:
     return EventKind.Name(event.kind).removeprefix("EVENT_KIND_")
 
 
+def shutting_down() -> Error:
+    """Makes the error of those who ask a scheduler that stops."""
+    return error(
+        Reason.SHUTTING_DOWN,
+        "the server is stopping; try again once it is back",
+    )
+
+
 class EventLog:
-    """One session's events, and those who follow them."""
+    """One session's events, and those who follow them.
+
+    An event has its number before it is shown: it is shown once the journal has it, so that no
+    number is ever given to another event after a restart.
+    """
 
     def __init__(self, session_id: SessionId, user: str, events: list[Event] | None = None) -> None:
         self.session_id = session_id
         self.user = user
         self._events = events or []
+        self._num_shown = len(self._events)
         self._is_closing = False
+        self._is_shut = False
         self._changed = asyncio.Event()
 
     @property
     def events(self) -> Sequence[Event]:
-        """All events so far."""
+        """All events so far, some of which may be about to be shown."""
         return self._events
 
     @property
     def last(self) -> Event:
-        """The newest event."""
-        return self._events[-1]
+        """The newest event that is shown."""
+        return self._events[self._num_shown - 1]
 
     @property
     def state(self) -> Event:
-        """The newest event that is no LOG: its kind is the session's state."""
+        """The newest event that is shown and no LOG: its kind is the session's state."""
         log = EventKind.EVENT_KIND_LOG
-        return next(event for event in reversed(self._events) if event.kind != log)
+        shown = reversed(self._events[: self._num_shown])
+        return next(event for event in shown if event.kind != log)
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt at the session runs, or waits, from 1."""
+        return max((event.attempt for event in self._events), default=0) or 1
+
+    @property
+    def num_logged(self) -> int:
+        """How many messages the session has printed."""
+        return sum(event.kind == EventKind.EVENT_KIND_LOG for event in self._events)
 
     @property
     def has_ended(self) -> bool:
         """Whether the terminal event is there."""
-        return bool(self._events) and self.last.kind in TERMINAL_KINDS
+        return self._num_shown > 0 and self.last.kind in TERMINAL_KINDS
 
     @property
     def is_closing(self) -> bool:
@@ -114,9 +159,10 @@ class EventLog:
         return self._is_closing or self.has_ended
 
     def stamp(self, event: Event) -> Event:
-        """Gives an event its time and the next number; it must be shown next."""
+        """Adds an event, with its time and the next number; it is to be shown."""
         event.sequence = len(self._events) + 1
         event.time.FromDatetime(datetime.datetime.now(datetime.UTC))
+        self._events.append(event)
         return event
 
     def close(self) -> None:
@@ -124,20 +170,31 @@ class EventLog:
         self._is_closing = True
 
     def show(self, event: Event) -> None:
-        """Adds an event and wakes those who follow."""
-        self._events.append(event)
+        """Shows an event, and those before it, to those who follow."""
+        self._num_shown = event.sequence
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def shut(self) -> None:
+        """Sends those who follow away, to come back to the next scheduler."""
+        self._is_shut = True
+        self._changed.set()
+
     async def follow(self, after: int) -> AsyncIterator[Event]:
-        """Yields the events after a number, waiting for new ones, to the terminal one."""
+        """Yields the events after a number, waiting for new ones, to the terminal one.
+
+        Raises:
+            UnavailableError: SHUTTING_DOWN.
+        """
         index = after
         while True:
-            while index < len(self._events):
+            while index < self._num_shown:
                 yield self._events[index]
                 index += 1
             if self.has_ended:
                 return
+            if self._is_shut:
+                raise shutting_down()
             await self._changed.wait()
 
 
@@ -155,10 +212,11 @@ class EventBook:
         self._live[log.session_id] = log
 
     def publish(self, log: EventLog, event: Event) -> None:
-        """Shows an event at once; the journal has it soon after. Nothing follows the end."""
+        """Shows an event as soon as the journal has it. Nothing follows the end."""
         if not log.is_closing:
-            log.show(log.stamp(event))
-            self._journal.append_later(log.session_id, event)
+            log.stamp(event)
+            # Shown even if the journal failed: a client must not wait for ever.
+            self._journal.append_later(log.session_id, event, then=lambda: log.show(event))
 
     async def end(self, log: EventLog, event: Event) -> bool:
         """Shows a terminal event once the journal has it; False if the session had ended."""
@@ -168,7 +226,6 @@ class EventBook:
         try:
             await self._journal.append(log.session_id, log.stamp(event))
         finally:
-            # Shown even if the journal failed: a client must not wait for ever.
             log.show(event)
             self._live.pop(log.session_id, None)
             self._remember(log)
@@ -194,16 +251,10 @@ class EventBook:
         self._remember(log)
         return log
 
-    async def end_interrupted(self) -> int:
-        """Ends the sessions that a previous process left unfinished, and counts them."""
-        rows = await self._journal.read_unfinished()
-        for row in rows:
-            lost = error(
-                Reason.REPLICA_LOST,
-                "the scheduler was restarted before the session ended; submit it again",
-            )
-            await self.end(EventLog(row.session_id, row.user, row.events), failed(lost))
-        return len(rows)
+    def shut(self) -> None:
+        """Sends all who follow a session away: it goes on with the next scheduler."""
+        for log in self._live.values():
+            log.shut()
 
     def _remember(self, log: EventLog) -> None:
         self._ended[log.session_id] = log

@@ -42,13 +42,23 @@ class FairQueue:
         *,
         live: AbstractSet[SessionId] = frozenset(),
         sated: AbstractSet[str] = frozenset(),
+        is_empty: bool = True,
         now: float = 0.0,
     ) -> WaitingSession | None:
         """Takes out the session that is due next of those that a group of a model can run.
 
+        Args:
+            model: the group's.
+            free: models of which a group is free, the group's own among them.
+            lease_id: the group's.
+            live: sessions that have not ended.
+            sated: users who get no more of the group now.
+            is_empty: whether the group runs nothing.
+            now: the time, on the clock of `enqueued_at`.
+
         A session that needs several models is not overtaken once it is due in the line of one of
         them, else it might never find all of them free. It waits for running sessions only, which
-        end: no two such sessions keep each other's groups.
+        end: no two such sessions keep each other's groups. So it is with one that runs alone.
         """
         lines = [self._line(model), self._line(None)]
         for line in sorted(lines, key=lambda line: line.last_turn):
@@ -56,6 +66,8 @@ class FairQueue:
                 if waiting.user in sated or not _may_run(waiting, lease_id, live):
                     continue
                 if waiting.others and not waiting.others | {waiting.model or model} <= free:
+                    return None
+                if waiting.is_alone and not is_empty:
                     return None
                 self._serve(waiting, line, now)
                 return waiting

@@ -11,17 +11,18 @@ import sqlalchemy as sa
 from insitu_proto.v1.event_pb2 import Event, EventKind
 from insitu_scheduler.committer import Committer
 from insitu_scheduler.events import TERMINAL_KINDS, kind_name
+from insitu_scheduler.migrations import upgrade
 from insitu_scheduler.queue import SessionId
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-_tables = sa.MetaData()
+TABLES = sa.MetaData()
 _sessions = sa.Table(
     "sessions",
-    _tables,
+    TABLES,
     sa.Column("id", sa.String, primary_key=True),
     sa.Column("request_id", sa.String, nullable=False),
     sa.Column("user", sa.String, nullable=False),
@@ -32,11 +33,12 @@ _sessions = sa.Table(
     sa.Column("payload", sa.LargeBinary),
     sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
     sa.Column("finished_at", sa.DateTime(timezone=True)),
+    sa.Column("is_detached", sa.Boolean, nullable=False),
     sa.UniqueConstraint("user", "request_id"),
 )
 _events = sa.Table(
     "events",
-    _tables,
+    TABLES,
     sa.Column("session_id", sa.ForeignKey("sessions.id"), primary_key=True),
     sa.Column("sequence", sa.Integer, primary_key=True),
     sa.Column("kind", sa.String, nullable=False),
@@ -56,6 +58,8 @@ class AcceptedSession:
     model: str | None
     payload: bytes
     payload_digest: bytes
+    is_detached: bool = False
+    """Whether it lives without anybody watching it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,10 @@ class JournalledSession:
 
     session_id: SessionId
     user: str
+    model: str | None
+    payload: bytes
+    """The session; empty once it has ended."""
+    is_detached: bool
     events: list[Event]
 
 
@@ -83,14 +91,14 @@ class Journal:
         self._committer = Committer(path)
 
     async def open(self) -> None:
-        """Opens the file, making it and its tables if they are missing.
+        """Opens the file, making it if it is missing, with the newest version of the tables.
 
         Raises:
             ConfigurationError: it is not a journal.
         """
         try:
             await self._committer.open()
-            await self._committer.run(_tables.create_all)
+            await self._committer.run(upgrade)
         except sa.exc.DatabaseError as exception:
             await self._committer.close()
             raise error(
@@ -123,20 +131,24 @@ class Journal:
         """Writes an event and the session's state after it."""
         await self._committer.run(lambda connection: _append(connection, session_id, event))
 
-    def append_later(self, session_id: SessionId, event: Event) -> None:
-        """Writes an event within a moment, together with others."""
-        self._committer.run_later(lambda connection: _append(connection, session_id, event))
+    def append_later(
+        self, session_id: SessionId, event: Event, *, then: Callable[[], None]
+    ) -> None:
+        """Writes an event within a moment, together with others, and calls back after it."""
+        self._committer.run_later(lambda connection: _append(connection, session_id, event), then)
 
     async def read(self, session_id: SessionId) -> JournalledSession | None:
         """Gives a session and its events."""
-        query = sa.select(_sessions.c.id, _sessions.c.user).where(_sessions.c.id == session_id)
+        query = sa.select(_sessions).where(_sessions.c.id == session_id)
         found = await self._committer.run(lambda connection: _load(connection, query))
         return found[0] if found else None
 
     async def read_unfinished(self) -> list[JournalledSession]:
-        """Gives the sessions that have not ended."""
-        query = sa.select(_sessions.c.id, _sessions.c.user).where(
-            _sessions.c.state.not_in(_TERMINAL_STATES)
+        """Gives the sessions that have not ended, in the order in which they were accepted."""
+        query = (
+            sa.select(_sessions)
+            .where(_sessions.c.state.not_in(_TERMINAL_STATES))
+            .order_by(_sessions.c.created_at)
         )
         return await self._committer.run(lambda connection: _load(connection, query))
 
@@ -159,6 +171,7 @@ def _insert(connection: sa.Connection, session: AcceptedSession, events: Sequenc
             state=kind_name(events[-1]),
             payload_digest=session.payload_digest,
             payload=session.payload,
+            is_detached=session.is_detached,
             created_at=_time(events[0]),
         )
     )
@@ -182,6 +195,9 @@ def _load(connection: sa.Connection, query: sa.Select[Any]) -> list[JournalledSe
         JournalledSession(
             SessionId(row.id),
             row.user,
+            row.model,
+            row.payload or b"",
+            row.is_detached,
             [
                 Event.FromString(blob)
                 for blob in connection.scalars(events.where(_events.c.session_id == row.id))

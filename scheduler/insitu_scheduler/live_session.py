@@ -35,6 +35,8 @@ class LiveSession:
     """What runs it; None while it waits."""
     lease_ids: frozenset[LeaseId] = frozenset()
     """The groups that run it, one a model; none while it waits."""
+    is_cancelled: bool = False
+    """Whether its user, or the lack of one, has ended it."""
     verdict: Event | None = None
     """How it is to end, once its work has been stopped from outside."""
 

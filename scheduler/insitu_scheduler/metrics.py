@@ -43,6 +43,9 @@ class SchedulerMetrics:
         )
         self._accepted = self._counter("accepted", "Sessions that were accepted.", "model")
         self._finished = self._counter("finished", "Sessions that ended.", "model", "outcome")
+        self._ran_again = self._counter(
+            "ran_again", "Sessions that were queued again, for what ran them was lost.", "model"
+        )
         self._rejected = self._counter("rejected", "Submissions that were refused.", "reason")
         self._queue_length = self._gauge("insitu_queue_sessions", "Sessions that wait.")
         self._oldest_age = self._gauge(
@@ -62,6 +65,10 @@ class SchedulerMetrics:
     def accepted(self, model: str) -> None:
         """Counts a session that is in the journal."""
         self._accepted.labels(model).inc()
+
+    def ran_again(self, model: str) -> None:
+        """Counts a session whose group was lost and that waits for another."""
+        self._ran_again.labels(model).inc()
 
     def rejected(self, reason: Reason) -> None:
         """Counts a submission that was refused."""

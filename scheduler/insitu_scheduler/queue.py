@@ -27,6 +27,8 @@ class WaitingSession:
     """The one group that can take it, for what it keeps; None if any of the model's can."""
     after: frozenset[SessionId] = frozenset()
     """Sessions that must have ended before it runs."""
+    is_alone: bool = False
+    """Whether nothing may run beside it: what ran it before was lost, perhaps by its own doing."""
 
     @property
     def models(self) -> list[str | None]:

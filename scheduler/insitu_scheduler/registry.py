@@ -36,6 +36,10 @@ class Group:
     num_sessions_of: Counter[str] = field(default_factory=Counter)
     """How many it has of each user, until each has been released."""
     is_draining: bool = False
+    is_suspect: bool = False
+    """Whether it did not answer, and has not been heard of since."""
+    is_taken: bool = False
+    """Whether it runs a session that nothing may run beside."""
 
     @property
     def num_sessions(self) -> int:
@@ -57,7 +61,7 @@ class Group:
         """What the group can do now."""
         if self.is_draining:
             return GroupState.DRAINING
-        is_full = self.num_sessions >= self.max_sessions
+        is_full = self.is_suspect or self.is_taken or self.num_sessions >= self.max_sessions
         return GroupState.BUSY if is_full else GroupState.READY
 
 
@@ -92,6 +96,7 @@ class Registry:
             return False
         group.expires_at = now + self.ttl_seconds
         group.is_draining |= is_draining
+        group.is_suspect = False
         return True
 
     def revoke(self, lease_id: LeaseId) -> Group | None:
@@ -109,12 +114,18 @@ class Registry:
         """Gives the lease that a group of this id holds already."""
         return next((group for group in self if group.group_id == group_id), None)
 
-    def take(self, group: Group, user: str) -> None:
-        """Takes a place of a group for a user's session."""
+    def suspect(self, group: Group) -> None:
+        """Takes note that a group does not answer: it gets nothing until it renews its lease."""
+        group.is_suspect = True
+
+    def take(self, group: Group, user: str, *, is_alone: bool = False) -> None:
+        """Takes a place of a group for a user's session, or all places if it runs alone."""
         group.num_sessions_of[user] += 1
+        group.is_taken = is_alone
 
     def free(self, group: Group, user: str) -> None:
         """Gives a place back; a group whose lease is gone stays gone."""
+        group.is_taken = False
         group.num_sessions_of[user] -= 1
         group.num_sessions_of += Counter()  # forgets users who have none
         if self._groups.pop(group.lease_id, None):

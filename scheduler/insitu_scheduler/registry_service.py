@@ -121,7 +121,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
                 f"the lease of shard group {group.group_id} is gone; register again",
                 groupId=group.group_id,
             )
-        self._dispatcher.groups_changed(group.model)
+        self._dispatcher.heard(group)
 
     def _revoke(self, group: Group, why: str) -> None:
         if self._registry.revoke(group.lease_id) is not None:

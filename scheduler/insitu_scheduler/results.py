@@ -136,6 +136,8 @@ class ResultWriter:
     def _write(self, buffer: list[bytes]) -> None:
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Whoever reads what an attempt before has saved goes on with that.
+            self._path.unlink(missing_ok=True)
             self._file = self._path.open("wb")
         self._file.writelines(buffer)
         self._file.flush()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from insitu_proto.v1.session_pb2 import Session
     from insitu_proto.v1.shard_service_pb2 import RunSegmentResponse, SegmentFinished
     from insitu_scheduler.events import EventBook, EventLog
+    from insitu_scheduler.queue import SessionId
     from insitu_scheduler.results import ResultWriter
     from insitu_scheduler.segments import SegmentRange
     from insitu_scheduler.shards import ShardClient
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _ANNOUNCE_SECONDS = 1.0
 _MAX_TRIES = 5
+_RELEASE_SECONDS = 60.0
 
 
 @dataclass(slots=True)
@@ -43,6 +45,8 @@ class SessionRun:
     uploads: UploadStore
     has_started: bool = field(default=False, init=False)
     """Whether the first RUNNING event has been shown."""
+    num_repeated: int = field(default=0, init=False)
+    """How many messages come that an attempt before has shown."""
     shard_seconds: float | None = field(default=None, init=False)
     """What its segments took of their groups' time so far; None if that is not known."""
     announced_at: float | None = field(default=None, init=False)
@@ -57,7 +61,10 @@ class SessionRun:
         Raises:
             Error: why the session failed. What it had saved before stays.
         """
+        self.num_repeated = self.log.num_logged
         try:
+            if self.log.attempt > 1:
+                await _release(self.log.session_id, shards)
             for segment, transfers in zip(self.segments, self.transfers, strict=True):
                 shard = shards[segment.model] if segment.model else next(iter(shards.values()))
                 imports = [
@@ -118,6 +125,8 @@ class SessionRun:
 
     async def _pass_on(self, response: RunSegmentResponse) -> None:
         match response.WhichOneof("kind"):
+            case "log_line" if self.num_repeated:
+                self.num_repeated -= 1
             case "log_line":
                 self.book.publish(self.log, events.logged(response.log_line.message))
             case "saved_value":
@@ -145,3 +154,9 @@ class SessionRun:
     def _show_running(self, trace_number: int) -> None:
         self.has_started = True
         self.book.publish(self.log, events.running(trace_number, self.num_traces))
+
+
+async def _release(session_id: SessionId, shards: Mapping[str, ShardClient]) -> None:
+    """Frees what an attempt before may have left where the scheduler that ran it died."""
+    for shard in shards.values():
+        await shard.release(session_id, timeout_seconds=_RELEASE_SECONDS)

@@ -29,6 +29,7 @@ from insitu_scheduler.fair_queue import FairQueue
 from insitu_scheduler.journal import Journal
 from insitu_scheduler.metrics import MetricsServer, SchedulerMetrics
 from insitu_scheduler.models import ModelCatalog
+from insitu_scheduler.recovery import take_over
 from insitu_scheduler.registry import Registry
 from insitu_scheduler.registry_service import RegistryServicer
 from insitu_scheduler.results import ResultStore
@@ -102,8 +103,6 @@ class Server:
         await journal.open()
         cleanup.push_async_callback(journal.close)
         book = EventBook(journal)
-        if count := await book.end_interrupted():
-            _log.warning("%d sessions were left unfinished by the last scheduler; ended", count)
         registry = Registry(ttl_seconds=config.lease_ttl_seconds)
         catalog = ModelCatalog(registry)
         results = ResultStore(data_dir.results_path)
@@ -118,8 +117,10 @@ class Server:
             uploads,
             metrics,
             max_queued=config.max_queued_sessions,
+            max_attempts=config.max_attempts,
             orphan_grace_seconds=config.orphan_grace_seconds,
         )
+        await take_over(journal, book, dispatcher, uploads)
         admission = Admission(
             catalog,
             journal,

@@ -27,10 +27,15 @@ class Watchers:
         self._attached: Counter[SessionId] = Counter()
         self._timers: dict[SessionId, asyncio.TimerHandle] = {}
 
-    def attach(self, session_id: SessionId) -> None:
-        """Takes in an attached session, which nobody watches yet."""
+    def attach(self, session_id: SessionId, grace_seconds: float | None = None) -> None:
+        """Takes in an attached session, which nobody watches yet.
+
+        Args:
+            session_id: the session.
+            grace_seconds: how long it may be without its first watcher, if longer than others.
+        """
         self._attached[session_id] = 0
-        self._start_timer(session_id)
+        self._start_timer(session_id, max(grace_seconds or 0.0, self._grace_seconds))
 
     def join(self, session_id: SessionId) -> None:
         """Counts a watcher."""
@@ -43,18 +48,16 @@ class Watchers:
         if session_id in self._attached:
             self._attached[session_id] -= 1
             if self._attached[session_id] == 0:
-                self._start_timer(session_id)
+                self._start_timer(session_id, self._grace_seconds)
 
     def forget(self, session_id: SessionId) -> None:
         """Drops a session that has ended."""
         self._stop_timer(session_id)
         self._attached.pop(session_id, None)
 
-    def _start_timer(self, session_id: SessionId) -> None:
+    def _start_timer(self, session_id: SessionId, seconds: float) -> None:
         loop = asyncio.get_running_loop()
-        self._timers[session_id] = loop.call_later(
-            self._grace_seconds, self._on_orphaned, session_id
-        )
+        self._timers[session_id] = loop.call_later(seconds, self._on_orphaned, session_id)
 
     def _stop_timer(self, session_id: SessionId) -> None:
         if timer := self._timers.pop(session_id, None):

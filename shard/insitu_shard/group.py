@@ -147,6 +147,11 @@ class Leader:
         self._channel.send(Command.RELEASE_SESSION, session_id.encode())
         return self.handles.release(session_id)
 
+    def release_all(self) -> None:
+        """Frees the values of all sessions on every rank; segments that still run go on."""
+        for session_id in self.handles.session_ids:
+            self.release(session_id)
+
     def stop(self) -> None:
         """Ends the followers."""
         self._channel.send(Command.STOP)

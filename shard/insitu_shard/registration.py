@@ -12,7 +12,7 @@ from insitu_proto.v1 import placement_pb2, registry_service_pb2, registry_servic
 from insitu_wire.limits import CHANNEL_OPTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 _log = logging.getLogger(__name__)
 
@@ -23,9 +23,23 @@ _LAST_RETRY_SECONDS = 5.0
 class Registration:
     """A stream to the scheduler, opened again whenever it breaks."""
 
-    def __init__(self, scheduler: str, group: placement_pb2.ShardGroup) -> None:
+    def __init__(
+        self,
+        scheduler: str,
+        group: placement_pb2.ShardGroup,
+        on_lost: Callable[[], Awaitable[object]],
+    ) -> None:
+        """Makes it.
+
+        Args:
+            scheduler: host:port of the scheduler.
+            group: what to register.
+            on_lost: called when the stream has broken, before it is opened again: nobody will ask
+                any more for what sessions have here.
+        """
         self._scheduler = scheduler
         self._group = group
+        self._on_lost = on_lost
         self._keep_alive_seconds = 1.0
         self._draining = asyncio.Event()
 
@@ -46,6 +60,7 @@ class Registration:
                     "the scheduler at %s does not keep us registered: %s; trying again in %.1f s",
                     self._scheduler, rpc_error.details(), delay,
                 )  # fmt: skip
+            await self._on_lost()
             await asyncio.sleep(delay)
             delay = min(delay * 2, _LAST_RETRY_SECONDS)
 

@@ -111,7 +111,9 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
         )
         _log.info("metrics are at http://%s:%d/metrics", config.host, httpd.server_port)
     _stop_on_signals(stopping)
-    registration = Registration(config.scheduler, _shard_group(config, address))
+    registration = Registration(
+        config.scheduler, _shard_group(config, address), on_lost=servicer.release_all
+    )
     registering = asyncio.create_task(registration.run())
     tidying = asyncio.create_task(servicer.tidy(min(config.kept_seconds, _TIDY_SECONDS)))
     _log.info("%s is served at %s over %d rank(s)", model.name, address, config.num_ranks)

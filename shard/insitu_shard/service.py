@@ -118,6 +118,10 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
         num_values = await self._engine.do(lambda: self._leader.release(request.session_id))
         return shard_service_pb2.ReleaseSessionResponse(num_values=num_values)
 
+    async def release_all(self) -> None:
+        """Frees the values of all sessions: the scheduler that would have is gone."""
+        await self._engine.do(self._leader.release_all)
+
     async def tidy(self, interval_seconds: float) -> None:
         """Lets go of kept values that nobody has used for long, now and then."""
         while True:

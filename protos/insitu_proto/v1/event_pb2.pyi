@@ -81,6 +81,7 @@ class Event(_message.Message):
     TRACE_NUMBER_FIELD_NUMBER: _builtins.int
     NUM_TRACES_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Number within the session, from 1, without gaps: a client resumes after the last it has seen."""
     kind: Global___EventKind.ValueType
@@ -93,6 +94,8 @@ class Event(_message.Message):
     """Which trace starts, from 1; 0 except for RUNNING."""
     num_traces: _builtins.int
     """How many traces the session has; 0 except for RUNNING."""
+    attempt: _builtins.int
+    """Which attempt at the session waits, from 2, after one that was lost with its shard group or scheduler; 0 except for QUEUED."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When it happened."""
@@ -112,10 +115,11 @@ class Event(_message.Message):
         trace_number: _builtins.int = ...,
         num_traces: _builtins.int = ...,
         failure: _error_reason_pb2.Failure | None = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "kind", b"kind", "message", b"message", "num_traces", b"num_traces", "queue_position", b"queue_position", "sequence", b"sequence", "time", b"time", "trace_number", b"trace_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "failure", b"failure", "kind", b"kind", "message", b"message", "num_traces", b"num_traces", "queue_position", b"queue_position", "sequence", b"sequence", "time", b"time", "trace_number", b"trace_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,7 +12,8 @@ from insitu_wire.errors import Error, Reason, UnavailableError, error, from_fail
 if TYPE_CHECKING:
     from insitu.backends.remote import RemoteBackend
 
-_MAX_RESUMES = 8
+# A scheduler that is started again is back within a minute.
+_MAX_RESUMES = 16
 _MAX_PAUSE_SECONDS = 5.0
 _TERMINAL_KINDS = frozenset(
     {event_pb2.EVENT_KIND_COMPLETED, event_pb2.EVENT_KIND_ERROR, event_pb2.EVENT_KIND_CANCELLED}

@@ -51,6 +51,11 @@ class HandleStore:
         return len(self._sessions.pop(session_id, {}))
 
     @property
+    def session_ids(self) -> list[SessionId]:
+        """The sessions that have values here."""
+        return list(self._sessions)
+
+    @property
     def num_values(self) -> int:
         """How many values are kept."""
         return sum(len(values) for values in self._all())

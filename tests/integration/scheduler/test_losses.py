@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import shutil
 from typing import TYPE_CHECKING
 
 import grpc
@@ -11,14 +12,16 @@ import pytest
 
 from insitu_proto.v1 import error_reason_pb2
 from insitu_proto.v1 import scheduler_service_pb2 as pb
+from insitu_proto.v1.session_pb2 import Session
 from insitu_scheduler.server import Server
 from insitu_wire.errors import Error, Reason
-from support.fake_shard import FakeShard, saved, saving, trace_started
+from support.fake_shard import FakeShard, as_described, log, log_line, saved, saving, trace_started
 
 from .conftest import Client, names
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
 
     from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest, RunSegmentResponse
     from insitu_scheduler.config import SchedulerConfig
@@ -81,28 +84,105 @@ async def test_a_watched_session_outlives_the_grace_and_a_detached_one_needs_no_
     assert shard.released[0] == detached
 
 
-async def test_a_group_that_dies_ends_its_session_and_keeps_what_was_saved(
+async def test_a_session_whose_group_dies_is_run_again_by_the_next(
     client: Client, server: Server
 ) -> None:
     async with FakeShard(server.address, script=save_and_wait) as shard:
         await shard.ready()
         session_id = await client.submit(saving())
         await client.watch_until(session_id, "RUNNING")
-    events = await client.watch(session_id)
-    assert events[-1].failure.reason == REPLICA_LOST
-    assert await client.fetch(session_id) == {2: b"abc"}
+        watching = asyncio.create_task(client.watch(session_id))
     assert list((await client.call("ListModels", pb.ListModelsRequest())).models) == []
+    async with FakeShard(server.address, group_id="group-2") as next_shard:
+        await next_shard.ready()
+        events = await watching
+    assert [event.attempt for event in events if names([event]) == ["QUEUED"]][-1] == 2
+    assert names(events)[-1] == "COMPLETED"
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    assert await client.fetch(session_id) == {2: bytes([2] * 4)}
 
 
-async def test_a_registration_that_breaks_ends_the_groups_session(
-    client: Client, shard: FakeShard
+async def test_what_was_saved_before_the_loss_is_there_until_the_next_attempt(
+    client: Client, server: Server
 ) -> None:
-    shard.script = save_and_wait
-    session_id = await client.submit(saving())
-    await client.watch_until(session_id, "RUNNING")
-    await shard.leave()
-    assert (await client.watch(session_id))[-1].failure.reason == REPLICA_LOST
-    await _until(lambda: shard.released == [session_id])
+    async with FakeShard(server.address, script=save_and_wait) as shard:
+        await shard.ready()
+        session_id = await client.submit(saving())
+        await client.watch_until(session_id, "RUNNING")
+    async with asyncio.timeout(5):
+        while not (found := await client.fetch(session_id, is_partial=True)):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert found == {2: b"abc"}
+
+
+async def test_messages_of_an_attempt_before_are_not_shown_again(
+    client: Client, server: Server
+) -> None:
+    async def log_and_wait(request: RunSegmentRequest) -> AsyncIterator[RunSegmentResponse]:
+        yield log_line("one")
+        yield log_line("two")
+        await asyncio.Event().wait()
+
+    session = Session(steps=[log("one"), log("two"), log("three")])
+    async with FakeShard(server.address, script=log_and_wait) as shard:
+        await shard.ready()
+        session_id = await client.submit(session)
+        async for event in client.events(session_id):
+            if event.message == "two":
+                break
+    async with FakeShard(server.address, group_id="group-2") as shard:
+        await shard.ready()
+        events = await client.watch(session_id)
+    messages = [event.message for event in events if names([event]) == ["LOG"]]
+    assert messages == ["one", "two", "three"]
+
+
+async def test_a_session_that_is_lost_each_time_is_given_up_and_takes_no_other_with_it(
+    client: Client, server: Server
+) -> None:
+    async def die(request: RunSegmentRequest) -> AsyncIterator[RunSegmentResponse]:
+        yield trace_started(1)
+        running.add(request.session_id)
+        if request.session_id == poison:
+            dying.set()
+        if request.session_id == poison or not number:
+            await asyncio.Event().wait()
+        running.remove(request.session_id)
+        async for response in as_described(request):
+            yield response
+
+    poison, others = "", []
+    for number in range(3):
+        dying, running = asyncio.Event(), set[str]()
+        async with FakeShard(
+            server.address, group_id=f"group-{number}", script=die, max_sessions=4
+        ) as shard:
+            await shard.ready()
+            if not poison:
+                poison = await client.submit(saving())
+                others = [await client.submit(saving()) for _ in range(2)]
+                for session_id in others:
+                    await client.watch_until(session_id, "RUNNING")
+            async with asyncio.timeout(5):
+                await dying.wait()
+            assert number == 0 or running == {poison}
+    async with asyncio.timeout(5):
+        last = (await client.watch(poison))[-1]
+        for session_id in others:
+            assert names(await client.watch(session_id))[-1] == "COMPLETED"
+    assert last.failure.reason == REPLICA_LOST
+    assert "3 attempts" in last.message
+
+
+async def test_a_session_that_is_cancelled_while_its_group_is_gone_does_not_run_again(
+    client: Client, server: Server
+) -> None:
+    async with FakeShard(server.address, script=save_and_wait) as shard:
+        await shard.ready()
+        session_id = await client.submit(saving())
+        await client.watch_until(session_id, "RUNNING")
+    await client.cancel(session_id)
+    assert names(await client.watch(session_id))[-1] == "CANCELLED"
 
 
 async def test_a_silent_group_loses_its_lease(config: SchedulerConfig) -> None:
@@ -142,24 +222,55 @@ async def test_a_group_that_registers_again_replaces_itself(
         assert names(await client.watch(await client.submit(saving())))[-1] == "COMPLETED"
 
 
-async def test_a_server_that_stops_ends_its_sessions_and_says_so(config: SchedulerConfig) -> None:
+async def test_a_server_that_stops_keeps_its_sessions_for_the_next(config: SchedulerConfig) -> None:
     config = dataclasses.replace(config, grace_seconds=0.2)
-    server = Server(config)
-    await server.start()
-    async with FakeShard(server.address, script=save_and_wait) as shard:
+    async with Server(config) as server, FakeShard(server.address, script=save_and_wait) as shard:
         await shard.ready()
         async with grpc.aio.insecure_channel(server.address) as channel:
             client = Client(channel)
             ids = [await client.submit(saving()) for _ in range(2)]
             watching = [asyncio.create_task(client.watch(session_id)) for session_id in ids]
             await shard.running.wait()
-            stopping = asyncio.create_task(server.stop())
-            last = [(await events)[-1] for events in watching]
-            await stopping
-    assert [event.failure.reason for event in last] == [
-        error_reason_pb2.ERROR_REASON_SHUTTING_DOWN
-    ] * 2
+            await server.stop()
+            for events in watching:
+                with pytest.raises(Error) as caught:
+                    await events
+                assert caught.value.reason is Reason.SHUTTING_DOWN
     assert shard.released == [ids[0]]
+    async with Server(config) as server, FakeShard(server.address) as shard:
+        await shard.ready()
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            client = Client(channel)
+            for session_id in ids:
+                events = await client.watch(session_id)
+                assert names(events)[-1] == "COMPLETED"
+                assert all(event.attempt <= 1 for event in events)
+    assert [request.session_id for request in shard.requests] == ids
+
+
+async def test_a_scheduler_that_takes_over_runs_what_waited_and_what_ran(
+    config: SchedulerConfig, tmp_path: Path
+) -> None:
+    async with Server(config) as server, FakeShard(server.address, script=save_and_wait) as shard:
+        await shard.ready()
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            client = Client(channel)
+            ids = [await client.submit(saving(), is_detached=True) for _ in range(3)]
+            seen = await client.watch_until(ids[0], "RUNNING")
+            # What a scheduler that is killed here leaves behind.
+            left = dataclasses.replace(config, data_dir=tmp_path / "left")
+            shutil.copytree(config.data_dir, left.data_dir)
+    async with Server(left) as server, FakeShard(server.address) as shard:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            client = Client(channel)
+            assert [await client.state(session_id) for session_id in ids[1:]] == ["QUEUED"] * 2
+            await shard.ready()
+            for session_id in ids:
+                assert names(await client.watch(session_id))[-1] == "COMPLETED"
+            events = await client.watch(ids[0], after=len(seen))
+    assert events[0].attempt == 2
+    assert events[0].sequence == len(seen) + 1
+    assert [request.session_id for request in shard.requests] == ids
 
 
 async def test_a_server_that_stops_takes_nothing_new(config: SchedulerConfig) -> None:

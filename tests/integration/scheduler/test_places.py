@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-import grpc
 import pytest
 
 from insitu_proto.v1 import error_reason_pb2
@@ -36,9 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest
-    from insitu_scheduler.config import SchedulerConfig
-
-REPLICA_LOST = error_reason_pb2.ERROR_REASON_REPLICA_LOST
 
 
 class Directed:
@@ -141,44 +136,18 @@ async def test_one_that_fails_and_one_that_is_cancelled_leave_the_others_alone(
     await _until(lambda: set(wide.released) == {failing, cancelled, good})
 
 
-async def test_a_group_that_is_lost_ends_all_sessions_that_it_runs(
+async def test_all_sessions_of_a_group_that_is_lost_wait_again(
     client: Client, wide: FakeShard
 ) -> None:
     ids = await _run(client, 3)
     (waiting,) = await _submit(client, 1)
     await wide.leave()
-    for session_id in ids:
-        assert (await client.watch(session_id))[-1].failure.reason == REPLICA_LOST
     await _until(lambda: set(wide.released) == set(ids))
-    assert await client.state(waiting) == "QUEUED"
-
-
-async def test_a_group_that_dies_ends_all_sessions_that_it_runs(
-    client: Client, server: Server, script: Directed
-) -> None:
-    async with FakeShard(server.address, script=script, max_sessions=2) as shard:
-        await shard.ready()
-        ids = await _run(client, 2)
     for session_id in ids:
-        assert (await client.watch(session_id))[-1].failure.reason == REPLICA_LOST
-
-
-async def test_a_server_that_stops_ends_all_sessions_of_a_group(
-    config: SchedulerConfig, script: Directed
-) -> None:
-    server = Server(dataclasses.replace(config, grace_seconds=0.2))
-    await server.start()
-    async with FakeShard(server.address, script=script, max_sessions=2) as shard:
-        await shard.ready()
-        async with grpc.aio.insecure_channel(server.address) as channel:
-            client = Client(channel)
-            ids = await _run(client, 2)
-            watching = [asyncio.create_task(client.watch(session_id)) for session_id in ids]
-            await asyncio.sleep(0.05)
-            await server.stop()
-            last = [(await events)[-1] for events in watching]
-    assert {event.failure.reason for event in last} == {error_reason_pb2.ERROR_REASON_SHUTTING_DOWN}
-    assert set(shard.released) == set(ids)
+        events = await client.watch_until(session_id, "RUNNING")
+        await anext(client.events(session_id, after=len(events)))
+        assert await client.state(session_id) == "QUEUED"
+    assert await client.state(waiting) == "QUEUED"
 
 
 async def test_a_group_that_does_not_tell_takes_one_session(

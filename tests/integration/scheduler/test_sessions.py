@@ -243,7 +243,7 @@ async def test_a_partial_result_has_what_finished_traces_saved(
         while not (found := await client.fetch(session_id, is_partial=True)):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert found == {2: b"abc"}
-    assert await client.state(session_id) == "RUNNING"
+    await client.watch_until(session_id, "RUNNING")
     go_on.set()
     await client.watch(session_id)
     assert await client.fetch(session_id) == {2: b"abc", 4: b"half"}

@@ -7,16 +7,34 @@ import sqlite3
 from typing import TYPE_CHECKING
 
 import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 
+from insitu_proto.v1.event_pb2 import EventKind
 from insitu_scheduler import events
 from insitu_scheduler.events import EventBook, EventLog
-from insitu_scheduler.journal import AcceptedSession, Journal
+from insitu_scheduler.journal import TABLES, AcceptedSession, Journal
 from insitu_scheduler.queue import SessionId
 from insitu_wire.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+
+# As the first release made them.
+_FIRST_VERSION = """
+create table sessions (id varchar primary key, request_id varchar not null, user varchar not null,
+    model varchar, state varchar not null, payload_digest blob not null, payload blob,
+    created_at datetime not null, finished_at datetime, unique (user, request_id));
+create index ix_sessions_state on sessions (state);
+create table events (session_id varchar references sessions (id), sequence integer,
+    kind varchar not null, event blob not null, time datetime not null,
+    primary key (session_id, sequence));
+insert into sessions values ('old', 'r', 'ann', 'a', 'QUEUED', x'00', x'7061796c6f6164',
+    '2026-01-01 00:00:00.000000', null);
+"""
 
 
 @pytest.fixture
@@ -121,15 +139,46 @@ async def test_closing_writes_what_is_pending(tmp_path: Path) -> None:
     assert rows(tmp_path, "select state from sessions") == [("RUNNING",)]
 
 
-async def test_sessions_that_a_restart_interrupted_end_with_an_error(journal: Journal) -> None:
+async def test_what_has_not_ended_is_found_in_the_order_of_acceptance(journal: Journal) -> None:
+    logs = [
+        await accept(journal, accepted(f"s{number}", request_id=f"r{number}"))
+        for number in range(3)
+    ]
+    await EventBook(journal).end(logs[1], events.completed())
+    found = await journal.read_unfinished()
+    assert [(row.session_id, row.payload) for row in found] == [
+        ("s0", b"payload"),
+        ("s2", b"payload"),
+    ]
+    assert found[1].events == logs[2].events
+
+
+async def test_an_event_is_on_disk_before_it_is_shown(journal: Journal, tmp_path: Path) -> None:
+    log = await accept(journal, accepted())
+    EventBook(journal).publish(log, events.running(1, 1))
+    assert log.state.kind != EventKind.EVENT_KIND_RUNNING
+    async for event in log.follow(3):
+        assert rows(tmp_path, "select kind from events where sequence = 4") == [("RUNNING",)]
+        assert event.kind == EventKind.EVENT_KIND_RUNNING
+        break
+
+
+async def test_a_journal_of_an_older_version_is_brought_up_to_date(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "journal.sqlite")
+    connection.executescript(_FIRST_VERSION)
+    connection.close()
+    journal = Journal(tmp_path / "journal.sqlite")
+    await journal.open()
+    (found,) = await journal.read_unfinished()
+    assert (found.session_id, found.payload, found.is_detached) == ("old", b"payload", False)
     await accept(journal, accepted())
-    book = EventBook(journal)
-    assert await book.end_interrupted() == 1
-    assert await book.end_interrupted() == 0
-    log = await book.find(SessionId("s1"))
-    assert log.has_ended
-    assert "the scheduler was restarted" in log.last.message
-    assert log.last.sequence == 4
+    await journal.close()
+
+
+async def test_the_tables_are_what_the_migrations_make(journal: Journal, tmp_path: Path) -> None:
+    with sa.create_engine(f"sqlite:///{tmp_path / 'journal.sqlite'}").connect() as connection:
+        context = MigrationContext.configure(connection)
+        assert compare_metadata(context, TABLES) == []
 
 
 async def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_server_that_stays_away_is_given_up() -> None:
     server = Server([RUNNING])
     with pytest.raises(UnavailableError):
         Watch(server, "s").to_end()  # type: ignore[arg-type]
-    assert len(server.afters) == 9
+    assert len(server.afters) == 17
 
 
 def test_time_that_is_over_is_told_unless_the_session_has_ended() -> None:

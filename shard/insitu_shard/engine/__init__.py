@@ -15,13 +15,9 @@ from insitu_shard.engine.events import (
 )
 from insitu_shard.engine.explain import explain
 from insitu_shard.engine.handles import HandleStore, KeptValues
-from insitu_shard.engine.model import (
-    LoadedModel,
-    check_ranks,
-    load_config,
-    load_model,
-    resolve_model_folder,
-)
+from insitu_shard.engine.loading import check_ranks, load_model
+from insitu_shard.engine.model import LoadedModel
+from insitu_shard.engine.model_folder import load_config, resolve_model_folder
 from insitu_shard.engine.module import LoadedModule
 from insitu_shard.engine.pool import SegmentPool
 from insitu_shard.engine.segment import SegmentRun

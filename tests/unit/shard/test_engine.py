@@ -16,9 +16,10 @@ from insitu_shard.engine import (
 from insitu_shard.engine.graph import Side
 from insitu_shard.engine.inputs import model_inputs
 from insitu_shard.engine.layout import BoundaryLayout, Split, _split
+from insitu_shard.engine.loading import check_ranks
 from insitu_shard.engine.logs import format_values
 from insitu_shard.engine.memory import compact
-from insitu_shard.engine.model import check_ranks, load_config
+from insitu_shard.engine.model_folder import load_config
 from insitu_shard.engine.ranks import Ranks
 from insitu_wire.errors import ConfigurationError, InvalidTraceError
 from support.tiny_models import TinyModels

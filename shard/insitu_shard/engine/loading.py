@@ -1,0 +1,105 @@
+"""Loads a model from safetensors, whole or as this rank's slices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from insitu_shard.engine.describe import measure_fake
+from insitu_shard.engine.layout import Layouts, find_layouts
+from insitu_shard.engine.measure import PROBE_SIZES, measure
+from insitu_shard.engine.model import LoadedModel
+from insitu_shard.engine.model_folder import load_config
+from insitu_shard.engine.ranks import Ranks
+from insitu_wire.errors import Reason, error
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PretrainedConfig
+
+
+def load_model(
+    name: str,
+    folder: Path,
+    *,
+    ranks: Ranks | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> LoadedModel:
+    """Loads a model.
+
+    Args:
+        name: name by which sessions ask for it.
+        folder: folder of its config.json and safetensors files.
+        ranks: this process's place in its group; every rank must call.
+        device: where to put it; by default the CPU.
+        dtype: element type of the weights; by default as stored.
+
+    Raises:
+        ConfigurationError: the folder holds no model, or the model can not be split so.
+    """
+    ranks = ranks or Ranks()
+    device = device or torch.device("cpu")
+    config = load_config(folder)
+    check_ranks(config, ranks.size)
+    options = (
+        {"distributed_config": DistributedConfig(tp_size=ranks.size)} if ranks.size > 1 else {}
+    )
+    module = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", local_files_only=True, **options
+    )
+    module = module.eval().requires_grad_(False)
+    if ranks.size == 1:
+        module = module.to(device)
+    layouts = _layouts(config, module, ranks, device)
+    return LoadedModel(
+        name=name,
+        folder=folder,
+        config=config,
+        module=module,
+        device=device,
+        dtype=module.dtype,
+        layouts=layouts,
+        ranks=ranks,
+    )
+
+
+def _layouts(
+    config: PretrainedConfig, module: torch.nn.Module, ranks: Ranks, device: torch.device
+) -> Layouts:
+    if ranks.size == 1:
+        return Layouts()
+    _, (full, *_) = measure_fake(config, dtype=torch.float32)
+    return find_layouts(full, measure(module, PROBE_SIZES[0], device), ranks)
+
+
+def check_ranks(config: PretrainedConfig, num_ranks: int) -> None:
+    """Refuses a number of ranks that would only fail in the first forward pass.
+
+    Raises:
+        ConfigurationError: the model can not be split so; the message names what is possible.
+    """
+    if num_ranks == 1:
+        return
+    heads: int = config.num_attention_heads
+    kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
+    possible = [n for n in range(1, heads + 1) if heads % n == 0 and kv_heads % n == 0]
+    if num_ranks not in possible:
+        raise error(
+            Reason.INVALID_CONFIGURATION,
+            f"a model of {heads} attention heads and {kv_heads} key-value heads can not be split "
+            f"over {num_ranks} ranks; use one of {', '.join(map(str, possible))}",
+            numRanks=num_ranks,
+            numHeads=heads,
+            numKeyValueHeads=kv_heads,
+        )
+    if not getattr(config, "base_model_tp_plan", None):
+        raise error(
+            Reason.INVALID_CONFIGURATION,
+            f"transformers has no tensor-parallel plan for a {config.model_type} model; use 1 rank",
+            modelType=config.model_type,
+        )

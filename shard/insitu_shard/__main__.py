@@ -115,18 +115,13 @@ def run(
 
             run_rank(config, rank=int(os.environ["RANK"]))
         else:
-            _check_model(config)
+            from insitu_shard.preflight import check_before_start
+
+            check_before_start(config)
             _launch_ranks(config)
     except Error as err:
         typer.echo(f"insitu shard: {err}", err=True)
         raise typer.Exit(1) from err
-
-
-def _check_model(config: ShardConfig) -> None:
-    """Refuses before any rank is started what every rank would refuse."""
-    from insitu_shard.engine import check_ranks, load_config, resolve_model_folder
-
-    check_ranks(load_config(resolve_model_folder(config.model_path)), config.num_ranks)
 
 
 def _launch_ranks(config: ShardConfig) -> None:

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import grpc
-import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
@@ -20,7 +19,7 @@ from prometheus_client import start_http_server
 from insitu_proto.v1 import placement_pb2, shard_service_pb2, shard_service_pb2_grpc
 from insitu_shard.command_channel import CommandChannel, join_group
 from insitu_shard.compiler import Limits
-from insitu_shard.engine import load_model, resolve_model_folder
+from insitu_shard.engine import load_model, parse_dtype, rank_device, resolve_model_folder
 from insitu_shard.engine_thread import EngineThread
 from insitu_shard.group import Leader, follow
 from insitu_shard.metrics import ShardMetrics
@@ -62,11 +61,13 @@ def run_rank(config: ShardConfig, rank: int) -> None:
 
 
 def _load(config: ShardConfig, ranks: Ranks) -> LoadedModel:
+    device = rank_device(ranks.rank)
     return load_model(
         config.model,
         resolve_model_folder(config.model_path),
         ranks=ranks,
-        dtype=getattr(torch, config.dtype) if config.dtype else None,
+        device=device,
+        dtype=parse_dtype(config.dtype, device) if config.dtype else None,
     )
 
 

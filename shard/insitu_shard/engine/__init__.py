@@ -3,8 +3,11 @@
 The shard service drives it on every rank of a group; the SDK's local backend drives it in process.
 """
 
+from insitu_shard.engine.checkpoint import check_checkpoint
 from insitu_shard.engine.describe import describe
 from insitu_shard.engine.describe_module import describe_module
+from insitu_shard.engine.devices import rank_device
+from insitu_shard.engine.element_types import parse_dtype
 from insitu_shard.engine.events import (
     Finished,
     Logged,
@@ -35,11 +38,14 @@ __all__ = [
     "SegmentRun",
     "StepFollows",
     "TraceStarted",
+    "check_checkpoint",
     "check_ranks",
     "describe",
     "describe_module",
     "explain",
     "load_config",
     "load_model",
+    "parse_dtype",
+    "rank_device",
     "resolve_model_folder",
 ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
+from insitu_shard.engine.checkpoint import check_checkpoint
 from insitu_shard.engine.describe import measure_fake
 from insitu_shard.engine.layout import Layouts, find_layouts
 from insitu_shard.engine.measure import PROBE_SIZES, measure
@@ -19,7 +20,7 @@ from insitu_wire.errors import Reason, error
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def load_model(
@@ -46,15 +47,8 @@ def load_model(
     device = device or torch.device("cpu")
     config = load_config(folder)
     check_ranks(config, ranks.size)
-    options = (
-        {"distributed_config": DistributedConfig(tp_size=ranks.size)} if ranks.size > 1 else {}
-    )
-    module = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype or "auto", local_files_only=True, **options
-    )
-    module = module.eval().requires_grad_(False)
-    if ranks.size == 1:
-        module = module.to(device)
+    check_checkpoint(folder)
+    module = _load_module(folder, dtype, _where(ranks, device))
     layouts = _layouts(config, module, ranks, device)
     return LoadedModel(
         name=name,
@@ -66,6 +60,32 @@ def load_model(
         layouts=layouts,
         ranks=ranks,
     )
+
+
+def _where(ranks: Ranks, device: torch.device) -> dict[str, Any]:
+    """Gives what tells transformers which of the weights go where."""
+    if ranks.size > 1:
+        return {"distributed_config": DistributedConfig(tp_size=ranks.size)}
+    return {"device_map": {"": device}} if device.type != "cpu" else {}
+
+
+def _load_module(folder: Path, dtype: torch.dtype | None, where: dict[str, Any]) -> PreTrainedModel:
+    # Its types do not know that it returns a pair.
+    loader: Any = AutoModelForCausalLM
+    module, report = loader.from_pretrained(
+        folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True, **where
+    )
+    # transformers would put random numbers in their place.
+    if absent := sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])}):
+        raise error(
+            Reason.INVALID_CONFIGURATION,
+            f"{folder} lacks {len(absent)} weights of a {type(module).__name__}, or has them in "
+            f"another shape, such as {absent[0]}; its config.json is of another model than its "
+            "weights, or they were not saved whole",
+            folder=folder,
+        )
+    loaded: PreTrainedModel = module.eval().requires_grad_(False)
+    return loaded
 
 
 def _layouts(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import __version__ as version
 
-from insitu_wire.errors import Reason, error
+from insitu_wire.errors import Error, Reason, error
 from insitu_wire.paths import model_cache_folder
 
 if TYPE_CHECKING:
@@ -25,11 +28,19 @@ def resolve_model_folder(name: str) -> Path:
     """Finds a model's folder: a path, insitu's own cache, or the Hugging Face hub and its cache.
 
     Raises:
+        ConfigurationError: there is such a folder, but no model in it.
         NotFoundError: it is in none of them.
     """
-    for folder in (Path(name).expanduser(), model_cache_folder(name)):
+    path = Path(name).expanduser()
+    for folder in (path, model_cache_folder(name)):
         if (folder / "config.json").is_file():
             return folder
+    if path.is_dir():
+        raise error(
+            Reason.INVALID_CONFIGURATION,
+            f"{path} has no config.json; give the folder of a model as transformers writes it",
+            folder=path,
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -50,17 +61,47 @@ def load_config(folder: Path) -> PretrainedConfig:
     """Reads a model's configuration.
 
     Raises:
-        ConfigurationError: the folder holds none that transformers knows.
+        ConfigurationError: the folder holds none that transformers knows, or not of a language
+            model.
     """
+    model_type = _model_type(folder / "config.json")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-        return config
-    except (OSError, ValueError) as exception:
-        raise error(
-            Reason.INVALID_CONFIGURATION,
-            f"{folder} holds no model that transformers can load: {exception}",
-            folder=folder,
+    except (OSError, ValueError, StrictDataclassError) as exception:
+        raise _no_model(
+            folder, f"is not as transformers has it: {one_line(exception)}"
         ) from exception
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _no_model(
+            folder,
+            f"is of a {model_type} model, which does not predict tokens; give a language model",
+        )
+    return config
+
+
+def _model_type(file: Path) -> str:
+    """Reads which architecture a configuration is of."""
+    try:
+        values: Any = json.loads(file.read_text())
+        model_type = values.get("model_type")
+    except (OSError, ValueError, AttributeError) as exception:
+        raise _no_model(file.parent, f"can not be read ({one_line(exception)})") from exception
+    if model_type not in CONFIG_MAPPING:
+        raise _no_model(
+            file.parent,
+            f"has model_type {model_type!r}, an architecture that transformers {version} does not "
+            "know; give a model of one that it knows, or install a newer transformers",
+        )
+    return str(model_type)
+
+
+def _no_model(folder: Path, why: str) -> Error:
+    return error(Reason.INVALID_CONFIGURATION, f"{folder / 'config.json'} {why}", folder=folder)
+
+
+def one_line(exception: BaseException) -> str:
+    """Gives an exception's message without its line breaks."""
+    return " ".join(str(exception).split())
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

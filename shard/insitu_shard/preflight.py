@@ -1,0 +1,61 @@
+"""Refuses before any rank is started what every rank would refuse."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+from insitu_shard.engine import (
+    check_checkpoint,
+    check_ranks,
+    load_config,
+    parse_dtype,
+    rank_device,
+    resolve_model_folder,
+)
+from insitu_wire.errors import Reason, error
+
+if TYPE_CHECKING:
+    from insitu_shard.config import ShardConfig
+
+
+def check_before_start(config: ShardConfig) -> None:
+    """Checks the ports and the model's files; no weights are read.
+
+    Raises:
+        Error: the group could not start; the message is one line that says what to do.
+    """
+    check_port(config.host, config.port, "--port")
+    if config.metrics_port is not None:
+        check_port(config.host, config.metrics_port, "--metrics-port")
+    folder = resolve_model_folder(config.model_path)
+    check_ranks(load_config(folder), config.num_ranks)
+    check_checkpoint(folder)
+    # To ask a GPU would take some of its memory, for as long as the group lives.
+    if config.dtype and (device := rank_device(0)).type == "cpu":
+        parse_dtype(config.dtype, device)
+
+
+def check_port(host: str, port: int, flag: str) -> None:
+    """Refuses an address that nobody can listen on now; port 0 is a free one.
+
+    Raises:
+        ConfigurationError: naming the flag.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # As servers do, so that what a server has just left does not count.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen()
+    except (OSError, OverflowError) as exception:
+        why = getattr(exception, "strerror", None) or exception
+        raise error(
+            Reason.INVALID_CONFIGURATION,
+            f"can not listen on {host}:{port} ({why}); choose a free port with {flag}, or 0",
+            host=host,
+            port=port,
+        ) from exception

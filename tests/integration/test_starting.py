@@ -1,0 +1,71 @@
+"""What can not be served: one line that says what to do, status 1, and nothing left behind."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from support.tiny_models import TinyModels
+from support.up import run_python
+
+
+@pytest.fixture
+def bad(tiny: TinyModels, tmp_path: Path) -> dict[str, str]:
+    """Models that can not be loaded, and a port that somebody listens on."""
+    models = {"good": str(tiny.folder("llama"))}
+    for name in ("missing", "truncated", "unknown", "none"):
+        models[name] = str(tmp_path / name)
+    tiny.module("llama").save_pretrained(models["missing"], max_shard_size="200KB")
+    sorted(Path(models["missing"]).glob("*.safetensors"))[0].unlink()
+    shutil.copytree(models["good"], models["truncated"])
+    weights = Path(models["truncated"], "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    shutil.copytree(models["good"], models["unknown"])
+    Path(models["unknown"], "config.json").write_text('{"model_type": "llama99"}')
+    Path(models["none"]).mkdir()
+    return models
+
+
+@pytest.fixture
+def taken_port() -> str:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield str(listening.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "says"),
+    [
+        ("missing", [], "download the model again"),
+        ("truncated", ["--tp", "2"], "model.safetensors is damaged or cut short"),
+        ("unknown", [], "install a newer transformers"),
+        ("none", [], "has no config.json"),
+        ("good", ["--dtype", "float8_e4m3fn"], "must be one of float32, bfloat16"),
+        ("good", ["--tp", "5"], "can not be split over 5 ranks"),
+        ("good", ["--port", "{port}"], "choose a free port with --port, or 0"),
+        ("good", ["--metrics-port", "{port}"], "choose a free port with --metrics-port, or 0"),
+    ],
+    ids=["missing", "truncated", "unknown", "none", "dtype", "heads", "port", "metrics port"],
+)
+def test_a_shard_group_that_can_not_start_says_what_to_do(
+    model: str, flags: list[str], says: str, bad: dict[str, str], taken_port: str, tmp_path: Path
+) -> None:
+    flags = [flag.replace("{port}", taken_port) for flag in flags]
+    command = [sys.executable, "-m", "insitu_shard", "--model", f"x={bad[model]}", *flags]
+    done = run_python(command, STARTED_BY=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("insitu shard: ")
+    assert says in done.stderr
+    assert not _started_by(tmp_path)
+
+
+def _started_by(mark: Path) -> list[psutil.Process]:
+    running = psutil.process_iter(["environ"])
+    return [p for p in running if (p.info["environ"] or {}).get("STARTED_BY") == str(mark)]

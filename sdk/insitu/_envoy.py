@@ -8,6 +8,7 @@ from insitu._origin import Moment, Origin, check_in_time, latest
 from insitu._proxy import BlockProxy, as_meta, proxies_in, wrap
 from insitu._shapes import Unknown, check_fits, structure
 from insitu._source import user_location
+from insitu._structure import RESIDUAL
 from insitu_proto.v1 import intervention_pb2
 from insitu_wire.errors import Reason, error
 
@@ -134,9 +135,13 @@ class Envoy:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name in RESIDUAL and self._model._tree.is_block(self.path):
+            return self.input if name == "resid_pre" else self.output[0]
         return self.get(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in RESIDUAL and self._model._tree.is_block(self.path):
+            name = RESIDUAL[name]
         if not isinstance(getattr(type(self), name, None), property):
             raise error(
                 Reason.UNKNOWN_MODULE_PATH,
@@ -164,7 +169,7 @@ class Envoy:
         return True
 
     def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *self._model._tree.children(self.path)]
+        return [*super().__dir__(), *self._model._tree.names(self.path)]
 
     def __repr__(self) -> str:
         return self._model._tree.render(self.path)

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     Moment = tuple[str, bool, int]
     """Module path, whether its call begins or else ends, and which call of it this is, from 0."""
 
+RESIDUAL = {"resid_pre": "input", "resid_post": "output"}
+"""Names that every decoder layer gives the hidden state before and after it."""
+# The other common names are the model's.
+_IN_BLOCK = {"attn", "mlp"}
+
 
 class ModuleTree:
     """The modules of a model by path, and who is whose child."""
@@ -47,6 +52,10 @@ class ModuleTree:
                 self._children[parent].append(name)
         self._model = description.name
         self._aliases: dict[str, dict[str, str]] = defaultdict(dict)
+        for module in description.modules:
+            if module.common_name:
+                parent = module.path.rpartition(".")[0] if module.common_name in _IN_BLOCK else ""
+                self._aliases[parent][module.common_name] = module.path
         for old, new in (rename or {}).items():
             self._add_alias(old, new)
         moments = moments or _first_calls(description.modules)
@@ -94,6 +103,15 @@ class ModuleTree:
         """Gives the names of a module's children, in order."""
         return self._children.get(path, [])
 
+    def names(self, path: str) -> list[str]:
+        """Gives all names that stand below a module: its children's, and further ones."""
+        further = [*self._aliases.get(path, ()), *(RESIDUAL if self.is_block(path) else ())]
+        return list(dict.fromkeys([*self.children(path), *further]))
+
+    def is_block(self, path: str) -> bool:
+        """Whether a path is a decoder layer's."""
+        return path in self._modules and self._modules[path].is_block
+
     def place(self, path: str, *, is_input: bool, call_index: int = 0) -> int:
         """Gives the place in the forward pass at which a module is entered or left, from 1.
 
@@ -105,7 +123,7 @@ class ModuleTree:
         """Makes the error for a path that does not exist; names the nearest that do."""
         near = difflib.get_close_matches(path, self._modules, n=3, cutoff=0.6)
         parent = path.rpartition(".")[0]
-        names = ", ".join(self.children(parent)[:12])
+        names = ", ".join(self.names(parent)[:16])
         has = f"; {parent or 'the model'} has {names}" if names else ""
         return error(
             Reason.UNKNOWN_MODULE_PATH,

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from insitu_proto.v1 import tensor_pb2 as insitu__proto_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1binsitu_proto/v1/model.proto\x12\tinsitu.v1\x1a\x1cinsitu_proto/v1/tensor.proto\"\xdc\x01\n\x10ModelDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x02 \x01(\t\x12\x12\n\nclass_name\x18\x03 \x01(\t\x12\"\n\x07modules\x18\x04 \x03(\x0b\x32\x11.insitu.v1.Module\x12\x1f\n\x05\x64type\x18\x05 \x01(\x0e\x32\x10.insitu.v1.Dtype\x12\x16\n\x0enum_parameters\x18\x06 \x01(\x04\x12\x1c\n\x14transformers_version\x18\x07 \x01(\t\x12\x16\n\x0etokenizer_hash\x18\x08 \x01(\t\"\xdc\x01\n\x06Module\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nclass_name\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x10\n\x08is_block\x18\x04 \x01(\x08\x12(\n\x06output\x18\x05 \x01(\x0b\x32\x18.insitu.v1.StructureSpec\x12&\n\x04\x61rgs\x18\x06 \x01(\x0b\x32\x18.insitu.v1.StructureSpec\x12(\n\x06kwargs\x18\x07 \x01(\x0b\x32\x18.insitu.v1.StructureSpec\x12\x12\n\ncall_order\x18\x08 \x01(\r\"\xe8\x01\n\rStructureSpec\x12\'\n\x06tensor\x18\x01 \x01(\x0b\x32\x15.insitu.v1.TensorSpecH\x00\x12)\n\x05tuple\x18\x02 \x01(\x0b\x32\x18.insitu.v1.StructureListH\x00\x12(\n\x04list\x18\x03 \x01(\x0b\x32\x18.insitu.v1.StructureListH\x00\x12(\n\x04\x64ict\x18\x04 \x01(\x0b\x32\x18.insitu.v1.StructureDictH\x00\x12\'\n\x06opaque\x18\x05 \x01(\x0b\x32\x15.insitu.v1.OpaqueSpecH\x00\x42\x06\n\x04kind\"8\n\rStructureList\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.insitu.v1.StructureSpec\"F\n\rStructureDict\x12\x0c\n\x04keys\x18\x01 \x03(\t\x12\'\n\x05items\x18\x02 \x03(\x0b\x32\x18.insitu.v1.StructureSpec\" \n\nOpaqueSpec\x12\x12\n\nclass_name\x18\x01 \x01(\t\"[\n\nTensorSpec\x12\x1f\n\x05\x64type\x18\x01 \x01(\x0e\x32\x10.insitu.v1.Dtype\x12,\n\ndimensions\x18\x02 \x03(\x0b\x32\x18.insitu.v1.DimensionSpec\"J\n\rDimensionSpec\x12\x0e\n\x06\x66\x61\x63tor\x18\x01 \x01(\x04\x12\x13\n\x0b\x62\x61tch_power\x18\x02 \x01(\r\x12\x14\n\x0clength_power\x18\x03 \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1binsitu_proto/v1/model.proto\x12\tinsitu.v1\x1a\x1cinsitu_proto/v1/tensor.proto\"\xdc\x01\n\x10ModelDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x02 \x01(\t\x12\x12\n\nclass_name\x18\x03 \x01(\t\x12\"\n\x07modules\x18\x04 \x03(\x0b\x32\x11.insitu.v1.Module\x12\x1f\n\x05\x64type\x18\x05 \x01(\x0e\x32\x10.insitu.v1.Dtype\x12\x16\n\x0enum_parameters\x18\x06 \x01(\x04\x12\x1c\n\x14transformers_version\x18\x07 \x01(\t\x12\x16\n\x0etokenizer_hash\x18\x08 \x01(\t\"\x83\x02\n\x06Module\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nclass_name\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x10\n\x08is_block\x18\x04 \x01(\x08\x12(\n\x06output\x18\x05 \x01(\x0b\x32\x18.insitu.v1.StructureSpec\x12&\n\x04\x61rgs\x18\x06 \x01(\x0b\x32\x18.insitu.v1.StructureSpec\x12(\n\x06kwargs\x18\x07 \x01(\x0b\x32\x18.insitu.v1.StructureSpec\x12\x12\n\ncall_order\x18\x08 \x01(\r\x12\x13\n\x0b\x63ommon_name\x18\t \x01(\t\x12\x10\n\x08is_point\x18\n \x01(\x08\"\xe8\x01\n\rStructureSpec\x12\'\n\x06tensor\x18\x01 \x01(\x0b\x32\x15.insitu.v1.TensorSpecH\x00\x12)\n\x05tuple\x18\x02 \x01(\x0b\x32\x18.insitu.v1.StructureListH\x00\x12(\n\x04list\x18\x03 \x01(\x0b\x32\x18.insitu.v1.StructureListH\x00\x12(\n\x04\x64ict\x18\x04 \x01(\x0b\x32\x18.insitu.v1.StructureDictH\x00\x12\'\n\x06opaque\x18\x05 \x01(\x0b\x32\x15.insitu.v1.OpaqueSpecH\x00\x42\x06\n\x04kind\"8\n\rStructureList\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.insitu.v1.StructureSpec\"F\n\rStructureDict\x12\x0c\n\x04keys\x18\x01 \x03(\t\x12\'\n\x05items\x18\x02 \x03(\x0b\x32\x18.insitu.v1.StructureSpec\" \n\nOpaqueSpec\x12\x12\n\nclass_name\x18\x01 \x01(\t\"[\n\nTensorSpec\x12\x1f\n\x05\x64type\x18\x01 \x01(\x0e\x32\x10.insitu.v1.Dtype\x12,\n\ndimensions\x18\x02 \x03(\x0b\x32\x18.insitu.v1.DimensionSpec\"J\n\rDimensionSpec\x12\x0e\n\x06\x66\x61\x63tor\x18\x01 \x01(\x04\x12\x13\n\x0b\x62\x61tch_power\x18\x02 \x01(\r\x12\x14\n\x0clength_power\x18\x03 \x01(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,17 +35,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELDESCRIPTION']._serialized_start=73
   _globals['_MODELDESCRIPTION']._serialized_end=293
   _globals['_MODULE']._serialized_start=296
-  _globals['_MODULE']._serialized_end=516
-  _globals['_STRUCTURESPEC']._serialized_start=519
-  _globals['_STRUCTURESPEC']._serialized_end=751
-  _globals['_STRUCTURELIST']._serialized_start=753
-  _globals['_STRUCTURELIST']._serialized_end=809
-  _globals['_STRUCTUREDICT']._serialized_start=811
-  _globals['_STRUCTUREDICT']._serialized_end=881
-  _globals['_OPAQUESPEC']._serialized_start=883
-  _globals['_OPAQUESPEC']._serialized_end=915
-  _globals['_TENSORSPEC']._serialized_start=917
-  _globals['_TENSORSPEC']._serialized_end=1008
-  _globals['_DIMENSIONSPEC']._serialized_start=1010
-  _globals['_DIMENSIONSPEC']._serialized_end=1084
+  _globals['_MODULE']._serialized_end=555
+  _globals['_STRUCTURESPEC']._serialized_start=558
+  _globals['_STRUCTURESPEC']._serialized_end=790
+  _globals['_STRUCTURELIST']._serialized_start=792
+  _globals['_STRUCTURELIST']._serialized_end=848
+  _globals['_STRUCTUREDICT']._serialized_start=850
+  _globals['_STRUCTUREDICT']._serialized_end=920
+  _globals['_OPAQUESPEC']._serialized_start=922
+  _globals['_OPAQUESPEC']._serialized_end=954
+  _globals['_TENSORSPEC']._serialized_start=956
+  _globals['_TENSORSPEC']._serialized_end=1047
+  _globals['_DIMENSIONSPEC']._serialized_start=1049
+  _globals['_DIMENSIONSPEC']._serialized_end=1123
 # @@protoc_insertion_point(module_scope)

@@ -85,6 +85,8 @@ class Module(_message.Message):
     ARGS_FIELD_NUMBER: _builtins.int
     KWARGS_FIELD_NUMBER: _builtins.int
     CALL_ORDER_FIELD_NUMBER: _builtins.int
+    COMMON_NAME_FIELD_NUMBER: _builtins.int
+    IS_POINT_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Path as in named_modules(); empty for the model itself."""
     class_name: _builtins.str
@@ -95,6 +97,12 @@ class Module(_message.Message):
     """Whether it is a decoder layer (a block), whose output is always its hidden state."""
     call_order: _builtins.int
     """Place in the order in which a forward pass first calls the modules, from 1; 0 if never called."""
+    common_name: _builtins.str
+    """Name that it has in every family beside its own: "attn" or "mlp" in a block; "blocks", "embed", "ln_f" or "unembed"
+    in the model. Empty if it has none.
+    """
+    is_point: _builtins.bool
+    """Whether it is no module of the model's own but a place inside of one, whose output is the value there."""
     @_builtins.property
     def output(self) -> Global___StructureSpec:
         """What the module returns; unset where it is not called, or its shapes are not known."""
@@ -118,10 +126,12 @@ class Module(_message.Message):
         args: Global___StructureSpec | None = ...,
         kwargs: Global___StructureSpec | None = ...,
         call_order: _builtins.int = ...,
+        common_name: _builtins.str = ...,
+        is_point: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["args", b"args", "kwargs", b"kwargs", "output", b"output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["args", b"args", "call_order", b"call_order", "class_name", b"class_name", "detail", b"detail", "is_block", b"is_block", "kwargs", b"kwargs", "output", b"output", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["args", b"args", "call_order", b"call_order", "class_name", b"class_name", "common_name", b"common_name", "detail", b"detail", "is_block", b"is_block", "is_point", b"is_point", "kwargs", b"kwargs", "output", b"output", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

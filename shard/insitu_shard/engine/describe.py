@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 from transformers import __version__ as transformers_version
 
 from insitu_proto.v1 import model_pb2
+from insitu_shard.engine.common_names import add_common_names
 from insitu_shard.engine.measure import PROBE_SIZES, Measurement, block_paths, measure
 from insitu_wire.torch_codec import dtype_to_pb
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def _describe(config: PretrainedConfig, dtype: torch.dtype) -> model_pb2.ModelDe
         transformers_version=transformers_version,
     )
     add_modules(description, module, measurements)
+    add_common_names(description, module)
     return description
 
 
@@ -77,7 +79,7 @@ def add_modules(
 
 def measure_fake(
     config: PretrainedConfig, *, dtype: torch.dtype
-) -> tuple[torch.nn.Module, list[Measurement]]:
+) -> tuple[PreTrainedModel, list[Measurement]]:
     """Builds the whole model without memory and measures it, once a probe size.
 
     Returns:
@@ -85,7 +87,7 @@ def measure_fake(
         values.
     """
     with init_empty_weights(include_buffers=True):
-        module = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        module: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     if hasattr(module, "set_experts_implementation"):
         # The grouped kernel has a fake version in bfloat16 only.
         module.set_experts_implementation("batched_mm")

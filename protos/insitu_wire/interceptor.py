@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
@@ -22,8 +24,27 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a call ended."""
+
+    method: str
+    """Name of the method, such as "SubmitSession"."""
+    code: str
+    """Name of the gRPC status, such as "OK"."""
+    seconds: float
+
+
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Answers our errors with their status, and anything else as INTERNAL with a log id only."""
+
+    def __init__(self, on_answered: Callable[[Answer], None] | None = None) -> None:
+        """Makes it.
+
+        Args:
+            on_answered: called after each call of a method of ours.
+        """
+        self._on_answered = on_answered
 
     async def intercept_service(
         self,
@@ -46,8 +67,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 if handler.request_streaming
                 else grpc.unary_stream_rpc_method_handler
             )
-            return make(_guard_stream(cast("Any", stream)), **serializers)
-        guarded = _guard_unary(cast("Any", handler.unary_unary or handler.stream_unary))
+            return make(self._guard_stream(cast("Any", stream), method), **serializers)
+        guarded = self._guard_unary(
+            cast("Any", handler.unary_unary or handler.stream_unary), method
+        )
         make_unary = (
             grpc.stream_unary_rpc_method_handler
             if handler.request_streaming
@@ -55,22 +78,46 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         )
         return make_unary(guarded, **serializers)
 
+    def _guard_unary(
+        self, method: Callable[..., Awaitable[Any]], path: str
+    ) -> Callable[..., Awaitable[Any]]:
+        async def guarded(request: Any, context: Context) -> Any:
+            async with self._answering(context, path):
+                return await method(request, context)
 
-def _guard_unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    async def guarded(request: Any, context: Context) -> Any:
-        async with _mapped(context):
-            return await method(request, context)
+        return guarded
 
-    return guarded
+    def _guard_stream(
+        self, method: Callable[..., AsyncIterator[Any]], path: str
+    ) -> Callable[..., AsyncIterator[Any]]:
+        async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
+            async with self._answering(context, path):
+                async for response in method(request, context):
+                    yield response
+
+        return guarded
+
+    @asynccontextmanager
+    async def _answering(self, context: Context, path: str) -> AsyncIterator[None]:
+        started, code = time.perf_counter(), grpc.StatusCode.CANCELLED
+        try:
+            async with _mapped(context):
+                yield
+            code = grpc.StatusCode.OK
+        except grpc.aio.AbortError:
+            code = _code(context)
+            raise
+        finally:
+            if self._on_answered is not None:
+                seconds = time.perf_counter() - started
+                self._on_answered(Answer(path.rpartition("/")[2], code.name, seconds))
 
 
-def _guard_stream(method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-    async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
-        async with _mapped(context):
-            async for response in method(request, context):
-                yield response
-
-    return guarded
+def _code(context: Context) -> grpc.StatusCode:
+    """Gives the status that a call was ended with."""
+    code: Any = context.code()
+    by_number = {status.value[0]: status for status in grpc.StatusCode}
+    return code if isinstance(code, grpc.StatusCode) else by_number[code]
 
 
 @asynccontextmanager

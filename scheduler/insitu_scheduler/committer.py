@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import sqlalchemy as sa
 
@@ -18,6 +19,14 @@ _T = TypeVar("_T")
 _WRITE_BEHIND_SECONDS = 0.02
 
 
+class OnCommit(Protocol):
+    """Is told of a commit."""
+
+    def __call__(self, seconds: float, *, has_failed: bool) -> None:
+        """Takes note of how long it took, and whether it failed."""
+        ...
+
+
 class Committer:
     """Owns the one connection to a SQLite file, on a thread of its own.
 
@@ -25,7 +34,8 @@ class Committer:
     commit is shared by all who wait for it. If it fails, it fails for all of them.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, on_commit: OnCommit | None = None) -> None:
+        self._on_commit = on_commit
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._engine = sa.create_engine(f"sqlite:///{path}", poolclass=sa.NullPool)
         sa.event.listen(self._engine, "connect", _make_durable)
@@ -109,8 +119,15 @@ class Committer:
     def _commit(self, operations: Sequence[Callable[[sa.Connection], Any]]) -> list[Any]:
         if self._connection is None:
             raise RuntimeError("the journal is not open")
-        with self._connection.begin():
-            return [operation(self._connection) for operation in operations]
+        started, has_failed = time.perf_counter(), True
+        try:
+            with self._connection.begin():
+                results = [operation(self._connection) for operation in operations]
+            has_failed = False
+            return results
+        finally:
+            if self._on_commit is not None:
+                self._on_commit(time.perf_counter() - started, has_failed=has_failed)
 
 
 def _log_failure(written: asyncio.Future[None]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from insitu_proto.v1.event_pb2 import EventKind
@@ -220,8 +221,9 @@ class Dispatcher:
 
     def groups_changed(self, model: str) -> None:
         """Takes note that groups of a model came, went, or changed their state."""
-        ready = sum(group.model == model for group in self._registry.ready())
-        self._metrics.groups_changed(model, ready)
+        groups = [group for group in self._registry if group.model == model]
+        states = Counter(group.state.value for group in groups)
+        self._metrics.groups_changed(model, states, sum(group.num_sessions for group in groups))
 
     def count(self, model: str) -> tuple[int, int]:
         """Counts the sessions that wait and that run on a model's groups."""
@@ -357,6 +359,8 @@ class Dispatcher:
         """Charges the user what the session did cost; what it was expected to, if not known."""
         cost = waiting.estimated_cost if seconds is None else seconds
         self._queue.settle(waiting, cost)
+        model = waiting.model or ""
+        self._metrics.charged(model, expected=waiting.estimated_cost, seconds=cost)
         if seconds is not None and not waiting.others:
             self._costs.learn(waiting.model, work_of(live.session), seconds)
 
@@ -392,7 +396,10 @@ class Dispatcher:
         for model in waiting.models:
             oldest = self._queue.oldest(model)
             self._metrics.queue_changed(
-                model or "", self._queue.num_waiting(model), oldest.enqueued_at if oldest else None
+                model or "",
+                self._queue.num_waiting(model),
+                oldest.enqueued_at if oldest else None,
+                self._queue.backlog(model),
             )
 
 

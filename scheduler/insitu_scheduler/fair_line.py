@@ -44,6 +44,8 @@ class FairLine:
                 whatever the tag says: an estimate that was far off must not lock anybody out.
         """
         self.clock = 0.0
+        self.backlog = 0.0
+        """What the sessions that wait are expected to cost."""
         self.last_turn = 0
         """Number of the turn, over all lines, in which it was served last."""
         self._max_wait_seconds = max_wait_seconds
@@ -60,6 +62,7 @@ class FairLine:
         """Adds a session behind its user's own."""
         share = self._share(waiting.user)
         self._arrivals[waiting.session_id] = waiting
+        self.backlog += waiting.estimated_cost
         share.waiting[waiting.session_id] = waiting
         if len(share.waiting) == 1:
             share.tag = max(share.tag, self.clock)
@@ -162,6 +165,8 @@ class FairLine:
     def _withdraw(self, waiting: WaitingSession) -> None:
         share = self._shares[waiting.user]
         del self._arrivals[waiting.session_id]
+        # Nothing waits: nothing is left of rounding, either.
+        self.backlog = self.backlog - waiting.estimated_cost if self._arrivals else 0.0
         del share.waiting[waiting.session_id]
         if not share.waiting:
             self._order.remove((share.tag, share.turn, waiting.user))

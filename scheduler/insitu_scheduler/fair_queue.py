@@ -101,6 +101,10 @@ class FairQueue:
         """Counts the sessions that wait for a model (None: for any group)."""
         return len(self._line(model))
 
+    def backlog(self, model: str | None) -> float:
+        """Gives the seconds that the sessions are expected to take that wait for a model."""
+        return self._line(model).backlog
+
     def oldest(self, model: str | None) -> WaitingSession | None:
         """Gives the session that has waited longest for a model."""
         return self._line(model).oldest

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from insitu_scheduler.committer import OnCommit
+
 TABLES = sa.MetaData()
 _sessions = sa.Table(
     "sessions",
@@ -86,9 +88,15 @@ class JournalledSession:
 class Journal:
     """The sessions and their events, in a SQLite file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, on_commit: OnCommit | None = None) -> None:
+        """Makes it; nothing is opened yet.
+
+        Args:
+            path: the file.
+            on_commit: told of each commit, on a thread of the journal's.
+        """
         self._path = path
-        self._committer = Committer(path)
+        self._committer = Committer(path, on_commit)
 
     async def open(self) -> None:
         """Opens the file, making it if it is missing, with the newest version of the tables.

@@ -12,9 +12,11 @@ from insitu_scheduler.config import endpoint
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from threading import Thread
     from wsgiref.simple_server import WSGIServer
+
+    from insitu_wire.interceptor import Answer
 
 _SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600,
@@ -41,6 +43,48 @@ class SchedulerMetrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self._cost_ratio = Histogram(
+            "insitu_cost_ratio",
+            "What sessions cost, divided by what they were expected to cost.",
+            ["model"],
+            buckets=(0.1, 0.25, 0.5, 0.8, 1, 1.25, 2, 4, 10),
+            registry=self.registry,
+        )
+        self._shard_seconds = Counter(
+            "insitu_shard_seconds_total",
+            "Time of shard groups that sessions were charged.",
+            ["model"],
+            registry=self.registry,
+        )
+        self._commit_seconds = Histogram(
+            "insitu_journal_commit_seconds",
+            "Time that a commit of the journal took.",
+            buckets=_SECONDS[:15],
+            registry=self.registry,
+        )
+        self._commit_failures = Counter(
+            "insitu_journal_errors_total",
+            "Commits of the journal that failed.",
+            registry=self.registry,
+        )
+        self._rpc_seconds = Histogram(
+            "insitu_rpc_seconds",
+            "Time that a call of a method took, streams to their end.",
+            ["method"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._rpcs = Counter(
+            "insitu_rpcs_total",
+            "Calls that ended.",
+            ["method", "code"],
+            registry=self.registry,
+        )
+        self._result_bytes = Counter(
+            "insitu_result_bytes_total",
+            "Bytes of saved values that clients downloaded.",
+            registry=self.registry,
+        )
         self._accepted = self._counter("accepted", "Sessions that were accepted.", "model")
         self._finished = self._counter("finished", "Sessions that ended.", "model", "outcome")
         self._ran_again = self._counter(
@@ -50,6 +94,14 @@ class SchedulerMetrics:
         self._queue_length = self._gauge("insitu_queue_sessions", "Sessions that wait.")
         self._oldest_age = self._gauge(
             "insitu_queue_oldest_age_seconds", "How long the session has waited that waits longest."
+        )
+        self._running = self._gauge("insitu_sessions_running", "Sessions that run.")
+        self._backlog = self._gauge(
+            "insitu_queue_backlog_seconds",
+            "Time of a shard group that the waiting sessions are expected to take.",
+        )
+        self._groups = Gauge(
+            "insitu_groups", "Shard groups.", ["model", "state"], registry=self.registry
         )
         self._ready_groups = self._gauge(
             "insitu_ready_groups", "Shard groups that could take a session."
@@ -86,9 +138,32 @@ class SchedulerMetrics:
         """Counts a session that ended; outcome is "completed", "error" or "cancelled"."""
         self._finished.labels(model, outcome).inc()
 
-    def queue_changed(self, model: str, num_waiting: int, oldest_at: float | None) -> None:
-        """Records a queue's length, and since when (monotonic) its oldest session waits."""
+    def charged(self, model: str, *, expected: float, seconds: float) -> None:
+        """Records what a session cost."""
+        self._shard_seconds.labels(model).inc(seconds)
+        self._cost_ratio.labels(model).observe(seconds / expected)
+
+    def committed(self, seconds: float, *, has_failed: bool) -> None:
+        """Records a commit of the journal; called on its thread."""
+        self._commit_seconds.observe(seconds)
+        if has_failed:
+            self._commit_failures.inc()
+
+    def answered(self, answer: Answer) -> None:
+        """Records a call."""
+        self._rpcs.labels(answer.method, answer.code).inc()
+        self._rpc_seconds.labels(answer.method).observe(answer.seconds)
+
+    def downloaded(self, num_bytes: int) -> None:
+        """Counts bytes of saved values."""
+        self._result_bytes.inc(num_bytes)
+
+    def queue_changed(
+        self, model: str, num_waiting: int, oldest_at: float | None, backlog_seconds: float
+    ) -> None:
+        """Records a queue's length, since when (monotonic) its oldest session waits, and its cost."""
         self._queue_length.labels(model).set(num_waiting)
+        self._backlog.labels(model).set(backlog_seconds)
         if model not in self._oldest:
             self._oldest_age.labels(model).set_function(lambda: self._age(model))
         self._oldest[model] = oldest_at
@@ -97,9 +172,12 @@ class SchedulerMetrics:
         """Shows how much disk the uploads take; asked at each scrape, on its thread."""
         self._upload_bytes.set_function(num_bytes)
 
-    def groups_changed(self, model: str, num_ready: int) -> None:
-        """Records how many groups of a model have room."""
-        self._ready_groups.labels(model).set(num_ready)
+    def groups_changed(self, model: str, states: Mapping[str, int], num_sessions: int) -> None:
+        """Records how many groups of a model are in each state, and how many sessions they run."""
+        for state in ("READY", "BUSY", "DRAINING"):
+            self._groups.labels(model, state.lower()).set(states.get(state, 0))
+        self._ready_groups.labels(model).set(states.get("READY", 0))
+        self._running.labels(model).set(num_sessions)
 
     def _age(self, model: str) -> float:
         """Gives the age at the time of a scrape, on the scraping thread."""

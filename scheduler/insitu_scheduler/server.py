@@ -99,7 +99,7 @@ class Server:
             metrics_server = MetricsServer(metrics, config.host, config.metrics_port)
             cleanup.push_async_callback(metrics_server.stop)
             self.metrics_address = metrics_server.address
-        journal = Journal(data_dir.journal_path)
+        journal = Journal(data_dir.journal_path, on_commit=metrics.committed)
         await journal.open()
         cleanup.push_async_callback(journal.close)
         book = EventBook(journal)
@@ -143,7 +143,7 @@ class Server:
             max_session_bytes=config.max_session_bytes,
         )
         registry_servicer = RegistryServicer(registry, catalog, dispatcher)
-        await self._serve(cleanup, scheduler_servicer, registry_servicer, dispatcher)
+        await self._serve(cleanup, scheduler_servicer, registry_servicer, dispatcher, metrics)
         data_dir.publish(self.address, self.metrics_address)
 
     async def _serve(
@@ -152,8 +152,11 @@ class Server:
         scheduler_servicer: SchedulerServicer,
         registry_servicer: RegistryServicer,
         dispatcher: Dispatcher,
+        metrics: SchedulerMetrics,
     ) -> None:
-        server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        server = grpc.aio.server(
+            interceptors=[ErrorInterceptor(metrics.answered)], options=SERVER_OPTIONS
+        )
         health_servicer = health_aio.HealthServicer()
         scheduler_service_pb2_grpc.add_SchedulerServiceServicer_to_server(
             scheduler_servicer, server

@@ -134,6 +134,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         yield pb.FetchResultResponse(summary=summary)
         async for part in self._results.read(log.session_id, values):
             if isinstance(part, bytes):
+                self._metrics.downloaded(len(part))
                 yield pb.FetchResultResponse(data=part)
             else:
                 yield pb.FetchResultResponse(saved_value=part)

@@ -135,6 +135,7 @@ class EngineThread:
         tell: Callable[[SegmentEvent | Error], None],
     ) -> None:
         self._segments[key] = _Segment(tell, started_at=time.monotonic())
+        self._metrics.segments_running(len(self._segments))
         try:
             self._leader.begin(key, request)
         except Error as err:
@@ -177,3 +178,4 @@ class EngineThread:
     def _end(self, key: str, outcome: str) -> None:
         seconds = time.monotonic() - self._segments.pop(key).started_at
         self._metrics.segment_ended(outcome, seconds)
+        self._metrics.segments_running(len(self._segments))

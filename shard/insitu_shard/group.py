@@ -17,13 +17,14 @@ from insitu_wire.dtypes import num_bytes
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import torch
 
     from insitu_shard.command_channel import CommandChannel
     from insitu_shard.compiler import Limits
     from insitu_shard.engine import LoadedModel, SegmentEvent
+    from insitu_shard.engine.pool import PassReport
     from insitu_shard.upload_cache import UploadCache
 
 
@@ -56,6 +57,10 @@ class Leader:
         self._lifetimes = Lifetimes(kept_seconds)
         self._channel = channel
         self._pool = SegmentPool(limits)
+
+    def watch_passes(self, on_pass: Callable[[PassReport], None]) -> None:
+        """Has somebody told of each pass."""
+        self._pool.on_pass = on_pass
 
     def begin(self, key: str, request: shard_service_pb2.RunSegmentRequest) -> None:
         """Adds a segment on every rank; it runs from the next round on.

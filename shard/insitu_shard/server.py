@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import signal
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -81,7 +82,9 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     # as long on two cores.
     thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
     loop = asyncio.get_running_loop()
+    started = time.monotonic()
     model = await loop.run_in_executor(thread, _load, config, ranks)
+    load_seconds = time.monotonic() - started
     description = await loop.run_in_executor(thread, model.describe)
     # What is there now stays: looking through it takes longer than a session.
     gc.collect()
@@ -95,6 +98,8 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
         limits=_limits(config),
     )
     metrics = ShardMetrics(model.name, leader.handles, leader.uploads)
+    metrics.loaded(load_seconds)
+    leader.watch_passes(metrics.pass_ran)
     stopping = asyncio.Event()
     is_lost = False
 

@@ -32,7 +32,16 @@ class Pending:
     """Whether it may use a value of an earlier step now."""
 
 
-def run_next_pass(pending: Sequence[Pending], limits: Limits) -> list[tuple[Pending, int]]:
+@dataclass(frozen=True, slots=True)
+class RanPass:
+    """A pass that has run."""
+
+    plan: Pass
+    members: list[Pending]
+    """Its traces, in the plan's order."""
+
+
+def run_next_pass(pending: Sequence[Pending], limits: Limits) -> RanPass | None:
     """Runs the pass of the first of the traces, with those that fit into it.
 
     Args:
@@ -40,18 +49,18 @@ def run_next_pass(pending: Sequence[Pending], limits: Limits) -> list[tuple[Pend
         limits: how large the pass may be.
 
     Returns:
-        The traces that it ran, and what each of them cost, in units that compare.
+        The pass; None if the first of the traces needs none.
     """
     model = pending[0].trace.model
     candidates = [at for at in pending if at.trace.model is model and at.trace.facts is not None]
     facts = [at.trace.facts for at in candidates if at.trace.facts is not None]
     if pending[0].trace.facts is None:
-        return []
+        return None
     limits = model.pass_memory.within(limits)
     plan = next(plan_passes(facts, model.outline, limits))
     members = [candidates[place] for place in plan.members]
     _run(plan, members)
-    return list(zip(members, plan.costs, strict=True))
+    return RanPass(plan, members)
 
 
 def _run(plan: Pass, members: Sequence[Pending]) -> None:

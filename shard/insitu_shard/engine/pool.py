@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from insitu_shard.compiler import Limits
@@ -13,13 +13,23 @@ from insitu_shard.engine.turns import Turns
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
+    from insitu_shard.compiler import Pass
     from insitu_shard.engine.pass_run import Pending
     from insitu_shard.engine.segment import SegmentRun
 
 # A segment that computes on and on without a pass lets the others have theirs.
 _MAX_STEPS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """What a pass took, and for how many."""
+
+    seconds: float
+    num_segments: int
+    plan: Pass
 
 
 class SegmentPool:
@@ -38,6 +48,8 @@ class SegmentPool:
         self._limits = limits or Limits()
         self._running: dict[str, _Running] = {}
         self._turns = Turns()
+        self.on_pass: Callable[[PassReport], None] | None = None
+        """Called after each pass."""
 
     def add(self, key: str, run: SegmentRun, *, user: str = "") -> None:
         """Takes in a segment; it runs from the next round on.
@@ -85,12 +97,16 @@ class SegmentPool:
         pending = [at for key in keys for at in self._running[key].pending]
         started = time.perf_counter()
         ran = run_next_pass(pending, self._limits)
-        seconds, total = time.perf_counter() - started, sum(cost for _, cost in ran)
+        seconds = time.perf_counter() - started
         self._turns.took(keys[0])
-        for member, cost in ran:
-            key = owners[id(member)]
+        if ran is None:
+            return
+        costs, sessions = ran.plan.costs, [owners[id(member)] for member in ran.members]
+        for key, cost in zip(sessions, costs, strict=True):
             self._turns.charge(key, cost)
-            self._running[key].seconds += seconds * cost / total
+            self._running[key].seconds += seconds * cost / sum(costs)
+        if self.on_pass is not None:
+            self.on_pass(PassReport(seconds, len(set(sessions)), ran.plan))
 
     def _go_on(self) -> Iterator[tuple[str, SegmentEvent | Error]]:
         for key, running in list(self._running.items()):

@@ -161,7 +161,7 @@ class SchedulerMetrics:
     def queue_changed(
         self, model: str, num_waiting: int, oldest_at: float | None, backlog_seconds: float
     ) -> None:
-        """Records a queue's length, since when (monotonic) its oldest session waits, and its cost."""
+        """Records a queue: its length, since when (monotonic) its oldest waits, its cost."""
         self._queue_length.labels(model).set(num_waiting)
         self._backlog.labels(model).set(backlog_seconds)
         if model not in self._oldest:

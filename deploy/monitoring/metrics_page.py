@@ -1,0 +1,61 @@
+"""Writes docs/metrics.md from the metrics that the programs register.
+
+`python deploy/monitoring/metrics_page.py` writes it; the tests see that it is current.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from insitu_scheduler.metrics import SchedulerMetrics
+from insitu_shard.engine import HandleStore
+from insitu_shard.metrics import ShardMetrics
+from insitu_shard.upload_cache import UploadCache
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prometheus_client import CollectorRegistry
+
+PAGE = Path(__file__).parents[2] / "docs/metrics.md"
+_HEAD = """# Metrics
+
+Served at `/metrics` by the scheduler (`--metrics-port`) and by the leader of each shard group. How long people wait is
+`insitu_queue_latency_seconds`; a queue that is stuck shows in `insitu_queue_oldest_age_seconds`, for what waits has no latency
+yet. No label holds a user, a session or a key.
+
+Labels: `model` as sessions name it (empty for sessions that need none), `outcome` of a session (`completed`, `error`,
+`cancelled`, or `interrupted` where it is run again) or of a segment (`completed`, `failed`, `cancelled`), `reason` as in
+[errors](errors/README.md), `state` of a group (`ready`, `busy`, `draining`), `method` and `code` as in gRPC.
+This page is written by `deploy/monitoring/metrics_page.py`.
+"""
+
+
+def registries() -> dict[str, CollectorRegistry]:
+    """Gives the registries of the programs, by the program's name."""
+    shard = ShardMetrics("", HandleStore(), UploadCache(0))
+    return {"scheduler": SchedulerMetrics("").registry, "shard group": shard.registry}
+
+
+def page() -> str:
+    """Gives the page."""
+    return "".join([_HEAD, *_sections()])
+
+
+def _sections() -> Iterator[str]:
+    for program, registry in registries().items():
+        yield f"\n## Of the {program}\n\n"
+        yield "| name | type | labels | what it tells |\n|---|---|---|---|\n"
+        for collector in sorted(set(registry._names_to_collectors.values()), key=_name):
+            labels = ", ".join(f"`{label}`" for label in collector._labelnames) or "-"
+            yield f"| `{_name(collector)}` | {collector._type} | {labels} | {collector._documentation} |\n"
+
+
+def _name(collector: Any) -> str:
+    suffix = {"counter": "_total", "info": "_info"}.get(collector._type, "")
+    return f"{collector._name}{suffix}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

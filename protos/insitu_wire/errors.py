@@ -352,3 +352,8 @@ def from_failure(failure: error_reason_pb2.Failure) -> Error:
         trace_number=failure.trace_number,
         remote_traceback=failure.traceback,
     )
+
+
+def one_line(exception: BaseException) -> str:
+    """Gives an exception's message without its line breaks."""
+    return " ".join(str(exception).split())

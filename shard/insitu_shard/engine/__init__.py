@@ -17,6 +17,7 @@ from insitu_shard.engine.events import (
     TraceStarted,
 )
 from insitu_shard.engine.explain import explain
+from insitu_shard.engine.gguf import convert
 from insitu_shard.engine.handles import HandleStore, KeptValues
 from insitu_shard.engine.loading import check_ranks, load_model
 from insitu_shard.engine.model import LoadedModel
@@ -40,6 +41,7 @@ __all__ = [
     "TraceStarted",
     "check_checkpoint",
     "check_ranks",
+    "convert",
     "describe",
     "describe_module",
     "explain",

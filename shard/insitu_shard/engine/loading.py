@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from insitu_shard.engine.checkpoint import check_checkpoint
@@ -14,13 +13,14 @@ from insitu_shard.engine.layout import Layouts, find_layouts
 from insitu_shard.engine.measure import PROBE_SIZES, measure
 from insitu_shard.engine.model import LoadedModel
 from insitu_shard.engine.model_folder import load_config
+from insitu_shard.engine.pretrained import from_pretrained
 from insitu_shard.engine.ranks import Ranks
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 
 def load_model(
@@ -48,7 +48,7 @@ def load_model(
     config = load_config(folder)
     check_ranks(config, ranks.size)
     check_checkpoint(folder)
-    module = _load_module(folder, dtype, _where(ranks, device))
+    module = from_pretrained(folder, dtype=dtype, **_where(ranks, device))
     layouts = _layouts(config, module, ranks, device)
     return LoadedModel(
         name=name,
@@ -67,25 +67,6 @@ def _where(ranks: Ranks, device: torch.device) -> dict[str, Any]:
     if ranks.size > 1:
         return {"distributed_config": DistributedConfig(tp_size=ranks.size)}
     return {"device_map": {"": device}} if device.type != "cpu" else {}
-
-
-def _load_module(folder: Path, dtype: torch.dtype | None, where: dict[str, Any]) -> PreTrainedModel:
-    # Its types do not know that it returns a pair.
-    loader: Any = AutoModelForCausalLM
-    module, report = loader.from_pretrained(
-        folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True, **where
-    )
-    # transformers would put random numbers in their place.
-    if absent := sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])}):
-        raise error(
-            Reason.INVALID_CONFIGURATION,
-            f"{folder} lacks {len(absent)} weights of a {type(module).__name__}, or has them in "
-            f"another shape, such as {absent[0]}; its config.json is of another model than its "
-            "weights, or they were not saved whole",
-            folder=folder,
-        )
-    loaded: PreTrainedModel = module.eval().requires_grad_(False)
-    return loaded
 
 
 def _layouts(

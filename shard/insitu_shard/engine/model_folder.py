@@ -12,7 +12,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers import __version__ as version
 
-from insitu_wire.errors import Error, Reason, error
+from insitu_shard.engine.gguf import converted, find_gguf
+from insitu_wire.errors import Error, Reason, error, one_line
 from insitu_wire.paths import model_cache_folder
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ _TOKENIZER_FILE = re.compile(
 def resolve_model_folder(name: str) -> Path:
     """Finds a model's folder: a path, insitu's own cache, or the Hugging Face hub and its cache.
 
+    A GGUF file, or a folder that has one, is converted once, and stands for what that gives.
+
     Raises:
         ConfigurationError: there is such a folder, but no model in it.
         NotFoundError: it is in none of them.
@@ -35,10 +38,13 @@ def resolve_model_folder(name: str) -> Path:
     for folder in (path, model_cache_folder(name)):
         if (folder / "config.json").is_file():
             return folder
+    if gguf := find_gguf(path):
+        return converted(gguf)
     if path.is_dir():
         raise error(
             Reason.INVALID_CONFIGURATION,
-            f"{path} has no config.json; give the folder of a model as transformers writes it",
+            f"{path} has no config.json and no GGUF file; give the folder of a model as "
+            "transformers writes it, or a GGUF file",
             folder=path,
         )
     from huggingface_hub import snapshot_download
@@ -97,11 +103,6 @@ def _model_type(file: Path) -> str:
 
 def _no_model(folder: Path, why: str) -> Error:
     return error(Reason.INVALID_CONFIGURATION, f"{folder / 'config.json'} {why}", folder=folder)
-
-
-def one_line(exception: BaseException) -> str:
-    """Gives an exception's message without its line breaks."""
-    return " ".join(str(exception).split())
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -21,13 +21,17 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).parents[2] / "docs/metrics.md"
 _HEAD = """# Metrics
 
-Served at `/metrics` by the scheduler (`--metrics-port`) and by the leader of each shard group. How long people wait is
-`insitu_queue_latency_seconds`; a queue that is stuck shows in `insitu_queue_oldest_age_seconds`, for what waits has no latency
-yet. No label holds a user, a session or a key.
+Served at `/metrics` by the scheduler (`--metrics-port`) and by the leader of each shard group. How
+long people wait is `insitu_queue_latency_seconds`; a queue that is stuck shows in
+`insitu_queue_oldest_age_seconds`, for what waits has no latency yet. No label holds a user, a
+session or a key.
 
-Labels: `model` as sessions name it (empty for sessions that need none), `outcome` of a session (`completed`, `error`,
-`cancelled`, or `interrupted` where it is run again) or of a segment (`completed`, `failed`, `cancelled`), `reason` as in
-[errors](errors/README.md), `state` of a group (`ready`, `busy`, `draining`), `method` and `code` as in gRPC.
+Labels: `model` as sessions name it (empty for sessions that need none), `outcome` of a session
+(`completed`, `error`, `cancelled`, or `interrupted` where it is run again) or of a segment
+(`completed`, `failed`, `cancelled`), `reason` as in [errors](errors/README.md), `state` of a group
+(`ready`, `busy`, `draining`), `method` and `code` as in gRPC. Both programs also tell
+their memory, CPU time and open files as `process_...`; a shard group those of its leader.
+
 This page is written by `deploy/monitoring/metrics_page.py`.
 """
 
@@ -47,9 +51,15 @@ def _sections() -> Iterator[str]:
     for program, registry in registries().items():
         yield f"\n## Of the {program}\n\n"
         yield "| name | type | labels | what it tells |\n|---|---|---|---|\n"
-        for collector in sorted(set(registry._names_to_collectors.values()), key=_name):
+        ours = {
+            collector
+            for name, collector in registry._names_to_collectors.items()
+            if name.startswith("insitu")
+        }
+        for collector in sorted(ours, key=_name):
             labels = ", ".join(f"`{label}`" for label in collector._labelnames) or "-"
-            yield f"| `{_name(collector)}` | {collector._type} | {labels} | {collector._documentation} |\n"
+            name, kind, text = _name(collector), collector._type, collector._documentation
+            yield f"| `{name}` | {kind} | {labels} | {text} |\n"
 
 
 def _name(collector: Any) -> str:

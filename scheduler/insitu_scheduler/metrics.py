@@ -6,7 +6,15 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    start_http_server,
+)
 
 from insitu_scheduler.config import endpoint
 from insitu_wire.errors import Reason, error
@@ -29,6 +37,7 @@ class SchedulerMetrics:
 
     def __init__(self, version: str) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self._queue_latency = Histogram(
             "insitu_queue_latency_seconds",
             "Time from a session's acceptance to its dispatch to a shard group.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 if TYPE_CHECKING:
     from insitu_shard.engine import HandleStore
@@ -20,6 +20,7 @@ class ShardMetrics:
 
     def __init__(self, model: str, handles: HandleStore, uploads: UploadCache) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self._model = model
         self.segment_seconds = Histogram(
             "insitu_shard_segment_seconds",

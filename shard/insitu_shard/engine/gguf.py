@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from insitu_shard.engine.pretrained import from_pretrained
+from insitu_shard.engine.progress import progress_shown
 from insitu_wire.errors import Reason, error, one_line
 from insitu_wire.made_once import made_once
 from insitu_wire.paths import cache_folder
@@ -83,7 +84,8 @@ def convert(file: Path, folder: Path) -> None:
 
 def _write_model(file: Path, folder: Path) -> None:
     # Its types do not know what transformers puts there.
-    model: Any = from_pretrained(file.parent, gguf_file=file.name, dtype=_stored_dtype(file))
+    with progress_shown(file.name):
+        model: Any = from_pretrained(file.parent, gguf_file=file.name, dtype=_stored_dtype(file))
     # transformers takes the weights for quantised still, and would refuse to write them.
     model.hf_quantizer = None
     model.is_quantized = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +16,7 @@ from insitu_shard.engine.measure import PROBE_SIZES, measure
 from insitu_shard.engine.model import LoadedModel
 from insitu_shard.engine.model_folder import load_config
 from insitu_shard.engine.pretrained import from_pretrained
+from insitu_shard.engine.progress import progress_shown
 from insitu_shard.engine.ranks import Ranks
 from insitu_wire.errors import Reason, error
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PretrainedConfig
+
+_log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -48,8 +53,11 @@ def load_model(
     config = load_config(folder)
     check_ranks(config, ranks.size)
     check_checkpoint(folder)
-    module = from_pretrained(folder, dtype=dtype, **_where(ranks, device))
+    started_at = time.monotonic()
+    with progress_shown(name, is_shown=ranks.is_leader):
+        module = from_pretrained(folder, dtype=dtype, **_where(ranks, device))
     layouts = _layouts(config, module, ranks, device)
+    _log.info("%s is loaded, in %.1f s", name, time.monotonic() - started_at)
     return LoadedModel(
         name=name,
         folder=folder,

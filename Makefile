@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PROTOS := $(sort $(wildcard protos/insitu_proto/v1/*.proto))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench fmt lint types arch protos protos-check clean
+.PHONY: help setup demo test check k8s bench fmt lint types arch protos protos-check clean
 
 help: ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ demo: setup ## Starts a server with a small real model, runs the first session a
 
 test: setup ## Runs all tests.
 	$(BIN)/python -m pytest
+
+k8s: setup ## Renders and checks the Kubernetes manifests, and runs them as processes.
+	$(BIN)/python -m pytest tests/deploy
 
 bench: setup .venv-nnsight/.installed ## Measures, beside plain transformers and nnsight; a smoke run with BENCH_FLAGS=--quick.
 	$(BIN)/python benchmarks/first_session.py $(BENCH_FLAGS)

@@ -80,7 +80,10 @@ def _cacheable(tree: ModuleTree) -> list[str]:
     return [
         module.path
         for module in tree.modules
-        if module.path and module.call_order and _returns_tensors(module.output)
+        if module.path
+        and module.call_order
+        and not module.is_point
+        and _returns_tensors(module.output)
     ]
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from insitu._recorder import BlockRecorder
     from insitu_wire.errors import Location
 
+# Of an attention that shows its heads.
+_SIZES = {"num_heads": 0, "head_dim": 1}
 _SIDES = {
     "input": intervention_pb2.HOOK_SIDE_INPUT,
     "inputs": intervention_pb2.HOOK_SIDE_INPUTS,
@@ -137,11 +139,17 @@ class Envoy:
             raise AttributeError(name)
         if name in RESIDUAL and self._model._tree.is_block(self.path):
             return self.input if name == "resid_pre" else self.output[0]
-        return self.get(name)
+        if name in _SIZES and (sizes := self._model._tree.head_sizes(self.path)):
+            return sizes[_SIZES[name]]
+        envoy = self.get(name)
+        return envoy.output if self._model._tree[envoy.path].is_point else envoy
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in RESIDUAL and self._model._tree.is_block(self.path):
             name = RESIDUAL[name]
+        elif point := self._model._tree.point(self.path, name):
+            Envoy(self._model, point).output = value
+            return
         if not isinstance(getattr(type(self), name, None), property):
             raise error(
                 Reason.UNKNOWN_MODULE_PATH,

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 RESIDUAL = {"resid_pre": "input", "resid_post": "output"}
 """Names that every decoder layer gives the hidden state before and after it."""
+_WHY = {
+    "heads": "; heads are shown where transformers lets the kernel of an attention be chosen, and "
+    "of this module it does not; read its projections",
+    "resid_mid": "; it is there in blocks whose MLP takes the sum of resid_pre and what attention "
+    "returns",
+}
 # The other common names are the model's.
 _IN_BLOCK = {"attn", "mlp"}
 
@@ -112,6 +118,24 @@ class ModuleTree:
         """Whether a path is a decoder layer's."""
         return path in self._modules and self._modules[path].is_block
 
+    def point(self, parent: str, name: str) -> str | None:
+        """Gives the path of a place inside of a module, if the name is one's."""
+        path = self.find(parent, name)
+        return path if path is not None and self._modules[path].is_point else None
+
+    def head_sizes(self, path: str) -> tuple[int, int] | None:
+        """Gives how many heads an attention has, and the size of each; None if it shows none."""
+        if f"{path}.heads.z" not in self._modules:
+            return None
+        # [batch, head, query, head_dim]
+        dimensions = self._modules[f"{path}.heads.z"].output.tensor.dimensions
+        return dimensions[1].factor, dimensions[3].factor
+
+    def _holds_points(self, path: str) -> bool:
+        children = self.children(path)
+        points = [f"{path}.{name}" for name in children] or [path]
+        return all(point in self._modules and self._modules[point].is_point for point in points)
+
     def place(self, path: str, *, is_input: bool, call_index: int = 0) -> int:
         """Gives the place in the forward pass at which a module is entered or left, from 1.
 
@@ -128,16 +152,18 @@ class ModuleTree:
         return error(
             Reason.UNKNOWN_MODULE_PATH,
             f"{self._model} has no module {path!r}; the nearest are "
-            f"{', '.join(near) or 'none'}{has}",
+            f"{', '.join(near) or 'none'}{has}{_WHY.get(path.rpartition('.')[2], '')}",
             location=location,
             modulePath=path,
             model=self._model,
         )
 
     def render(self, path: str = "") -> str:
-        """Draws the tree below a module, as torch does."""
+        """Draws the tree below a module, as torch does; points are drawn below what holds them."""
         module = self._modules[path]
-        names = self.children(path)
+        children = self.children(path)
+        own = [name for name in children if not self._holds_points(f"{path}.{name}".lstrip("."))]
+        names = own or children
         if not names:
             return f"{module.class_name}({module.detail})"
         lines = [

@@ -79,6 +79,34 @@ def test_two_ranks_show_and_take_whole_tensors_everywhere(
         torch.testing.assert_close(actual[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
+def _heads(model: LanguageModel, *, remote: bool) -> dict[str, torch.Tensor]:
+    """Reads everything in the heads of one layer, and writes in those of all ranks."""
+    saved = {}
+    names = ("q", "k", "q_rotary", "k_rotary", "v", "scores", "pattern", "z")
+    with model.session(remote=remote):
+        with model.trace([IDS, IDS[::-1]]):
+            heads = model.blocks[1].attn.heads
+            saved.update({name: getattr(heads, name).save() for name in names})
+            saved["mid"] = model.blocks[1].resid_mid.save()
+        for name in names:
+            with model.trace(IDS):
+                value = getattr(model.blocks[1].attn.heads, name)
+                value[:, 3] = value[:, 0] * 0.5
+                model.blocks[2].resid_mid[:, -1] += value[0, 2, 0, 0]
+                saved[f"written {name}"] = model.lm_head.output.save()
+    return saved
+
+
+def test_two_ranks_show_and_take_all_heads(
+    two_ranks: Up, tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _heads(LanguageModel(str(tiny.folder("llama"))), remote=False)
+    actual = _heads(_model(two_ranks, "tiny/llama", monkeypatch), remote=True)
+    assert actual["pattern"].shape == (2, 4, len(IDS), len(IDS))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
 def test_a_failing_trace_leaves_the_group_alive(
     two_ranks: Up, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {**_GROUPED, "num_local_experts": 4}),
     "opt": ("opt", {**_COMMON, "ffn_dim": 128, "word_embed_proj_dim": 64}),
     "phi": ("phi", {**_COMMON, "intermediate_size": 128}),
+    "phi3": ("phi3", {**_GROUPED, "sliding_window": None}),
+}
+# Only for tests that ask for them.
+_OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptj": ("gptj", {**_GPT2, "rotary_dim": 8, "n_inner": 128}),
 }
 
 
@@ -42,7 +47,7 @@ class TinyModels:
         """Gives the folder of a family's model."""
         folder = self._root / family
         if not folder.exists():
-            kind, values = CONFIGS[family]
+            kind, values = {**CONFIGS, **_OTHERS}[family]
             torch.manual_seed(0)
             module = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**values))
             with torch.no_grad():

@@ -46,7 +46,9 @@ class Outline:
         if not blocks or parts is None or not all(_is_hidden(modules[path]) for path in blocks):
             return Outline(modules=modules)
         head_path = _head_path(called, parts, len(blocks))
-        inside = (module for module in called if _is_below(module.path, blocks[0]))
+        # What is inside of modules is there only for who looks at it.
+        own = (module for module in called if not module.is_point)
+        inside = (module for module in own if _is_below(module.path, blocks[0]))
         block_bytes = sum(_bytes_per_token(module.output) for module in inside)
         return Outline(blocks, head_path, modules, block_bytes, parts)
 

@@ -15,6 +15,9 @@ from transformers import __version__ as transformers_version
 from insitu_proto.v1 import model_pb2
 from insitu_shard.engine.common_names import add_common_names
 from insitu_shard.engine.measure import PROBE_SIZES, Measurement, block_paths, measure
+from insitu_shard.engine.point_plan import PointPlan, attach_points, find_points
+from insitu_shard.engine.points import Point
+from insitu_wire.errors import Reason, error
 from insitu_wire.torch_codec import dtype_to_pb
 
 if TYPE_CHECKING:
@@ -24,28 +27,44 @@ _log = logging.getLogger(__name__)
 
 # Running a model without weights takes seconds, and both the client's side and the engine's ask.
 _MAX_DESCRIBED = 8
-_DESCRIBED: dict[tuple[str, torch.dtype], model_pb2.ModelDescription] = {}
+_DESCRIBED: dict[tuple[str, torch.dtype], tuple[model_pb2.ModelDescription, PointPlan]] = {}
 
 
 def describe(
     config: PretrainedConfig, *, name: str, dtype: torch.dtype, tokenizer_hash: str = ""
 ) -> model_pb2.ModelDescription:
     """Describes the module tree, with shapes for any input size where they can be known."""
-    config_json = json.dumps(config.to_dict(), default=str)
-    key = (config_json, dtype)
-    if key not in _DESCRIBED:
-        while len(_DESCRIBED) >= _MAX_DESCRIBED:
-            del _DESCRIBED[next(iter(_DESCRIBED))]
-        _DESCRIBED[key] = _describe(config, dtype)
     description = model_pb2.ModelDescription()
-    description.CopyFrom(_DESCRIBED[key])
-    description.name, description.config_json = name, config_json
+    description.CopyFrom(_described(config, dtype)[0])
+    description.name, description.config_json = name, _as_json(config)
     description.tokenizer_hash = tokenizer_hash
     return description
 
 
-def _describe(config: PretrainedConfig, dtype: torch.dtype) -> model_pb2.ModelDescription:
-    module, measurements = measure_fake(config, dtype=dtype)
+def point_plan(config: PretrainedConfig, *, dtype: torch.dtype) -> PointPlan:
+    """Tells where the model shows what is inside of its modules."""
+    return _described(config, dtype)[1]
+
+
+def _described(
+    config: PretrainedConfig, dtype: torch.dtype
+) -> tuple[model_pb2.ModelDescription, PointPlan]:
+    key = (_as_json(config), dtype)
+    if key not in _DESCRIBED:
+        while len(_DESCRIBED) >= _MAX_DESCRIBED:
+            del _DESCRIBED[next(iter(_DESCRIBED))]
+        _DESCRIBED[key] = _describe(config, dtype)
+    return _DESCRIBED[key]
+
+
+def _as_json(config: PretrainedConfig) -> str:
+    return json.dumps(config.to_dict(), default=str)
+
+
+def _describe(
+    config: PretrainedConfig, dtype: torch.dtype
+) -> tuple[model_pb2.ModelDescription, PointPlan]:
+    module, measurements, plan = _measured(config, dtype)
     description = model_pb2.ModelDescription(
         class_name=type(module).__name__,
         dtype=dtype_to_pb(dtype),
@@ -54,7 +73,7 @@ def _describe(config: PretrainedConfig, dtype: torch.dtype) -> model_pb2.ModelDe
     )
     add_modules(description, module, measurements)
     add_common_names(description, module)
-    return description
+    return description, plan
 
 
 def add_modules(
@@ -72,31 +91,66 @@ def add_modules(
             detail=part.extra_repr(),
             is_block=path in blocks,
             call_order=order.get(path, 0),
+            is_point=isinstance(part, Point),
         )
         if path in order:
             _add_structures(entry, measurements)
 
 
-def measure_fake(
-    config: PretrainedConfig, *, dtype: torch.dtype
-) -> tuple[PreTrainedModel, list[Measurement]]:
+def measure_whole(config: PretrainedConfig, *, dtype: torch.dtype) -> Measurement:
+    """Measures the whole model without its weights, over the first probe size.
+
+    Raises:
+        ConfigurationError: its forward pass depends on values.
+    """
+    module, measurements, _ = _measured(config, dtype)
+    if not measurements:
+        raise error(
+            Reason.INVALID_CONFIGURATION,
+            f"the shapes in a {type(module).__name__} can not be known without its weights, and so "
+            "it can not be split over ranks; use 1 rank",
+        )
+    return measurements[0]
+
+
+def _measured(
+    config: PretrainedConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, list[Measurement], PointPlan]:
     """Builds the whole model without memory and measures it, once a probe size.
 
     Returns:
-        The model on the meta device and its measurements; none where its forward pass depends on
-        values.
+        The model on the meta device, its measurements, none where its forward pass depends on
+        values, and where it has points.
     """
+    plan = PointPlan()
+    module = _built(config, dtype)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            plan = find_points(module)
+            attach_points(module, plan)
+            return module, _probed(module), plan
+    except Exception as exception:  # noqa: BLE001 - any model file may do anything
+        _log.warning("%s shows nothing inside its modules: %s", type(module).__name__, exception)
+    module = _built(config, dtype)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return module, _probed(module), PointPlan()
+    except Exception as exception:  # noqa: BLE001 - as above
+        _log.warning("%s has no known shapes: %s", type(module).__name__, exception)
+        return module, [], PointPlan()
+
+
+def _probed(module: torch.nn.Module) -> list[Measurement]:
+    return [measure(module, size, torch.device("meta")) for size in PROBE_SIZES]
+
+
+def _built(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     with init_empty_weights(include_buffers=True):
         module: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     if hasattr(module, "set_experts_implementation"):
         # The grouped kernel has a fake version in bfloat16 only.
         module.set_experts_implementation("batched_mm")
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            return module, [measure(module, size, torch.device("meta")) for size in PROBE_SIZES]
-    except Exception as exception:  # noqa: BLE001 - any model file may do anything
-        _log.warning("%s has no known shapes: %s", type(module).__name__, exception)
-        return module, []
+    return module
 
 
 def _add_structures(entry: model_pb2.Module, measurements: list[Measurement]) -> None:

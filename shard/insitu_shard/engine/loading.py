@@ -10,11 +10,12 @@ import torch
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from insitu_shard.engine.checkpoint import check_checkpoint
-from insitu_shard.engine.describe import measure_fake
+from insitu_shard.engine.describe import measure_whole, point_plan
 from insitu_shard.engine.layout import Layouts, find_layouts
 from insitu_shard.engine.measure import PROBE_SIZES, measure
 from insitu_shard.engine.model import LoadedModel
 from insitu_shard.engine.model_folder import load_config
+from insitu_shard.engine.point_plan import attach_points
 from insitu_shard.engine.pretrained import from_pretrained
 from insitu_shard.engine.progress import progress_shown
 from insitu_shard.engine.ranks import Ranks
@@ -56,6 +57,7 @@ def load_model(
     started_at = time.monotonic()
     with progress_shown(name, is_shown=ranks.is_leader):
         module = from_pretrained(folder, dtype=dtype, **_where(ranks, device))
+    attach_points(module, point_plan(config, dtype=module.dtype))
     layouts = _layouts(config, module, ranks, device)
     _log.info("%s is loaded, in %.1f s", name, time.monotonic() - started_at)
     return LoadedModel(
@@ -82,7 +84,7 @@ def _layouts(
 ) -> Layouts:
     if ranks.size == 1:
         return Layouts()
-    _, (full, *_) = measure_fake(config, dtype=torch.float32)
+    full = measure_whole(config, dtype=torch.float32)
     return find_layouts(full, measure(module, PROBE_SIZES[0], device), ranks)
 
 

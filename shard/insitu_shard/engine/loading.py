@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -16,7 +16,7 @@ from insitu_shard.engine.measure import PROBE_SIZES, measure
 from insitu_shard.engine.model import LoadedModel
 from insitu_shard.engine.model_folder import load_config
 from insitu_shard.engine.point_plan import attach_points
-from insitu_shard.engine.pretrained import from_pretrained
+from insitu_shard.engine.pretrained import from_pretrained, from_slices
 from insitu_shard.engine.progress import progress_shown
 from insitu_shard.engine.ranks import Ranks
 from insitu_wire.errors import Reason, error
@@ -24,7 +24,7 @@ from insitu_wire.errors import Reason, error
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def load_model(
     check_checkpoint(folder)
     started_at = time.monotonic()
     with progress_shown(name, is_shown=ranks.is_leader):
-        module = from_pretrained(folder, dtype=dtype, **_where(ranks, device))
+        module = _load_module(config, folder, dtype=dtype, ranks=ranks, device=device)
     attach_points(module, point_plan(config, dtype=module.dtype))
     layouts = _layouts(config, module, ranks, device)
     _log.info("%s is loaded, in %.1f s", name, time.monotonic() - started_at)
@@ -72,11 +72,19 @@ def load_model(
     )
 
 
-def _where(ranks: Ranks, device: torch.device) -> dict[str, Any]:
-    """Gives what tells transformers which of the weights go where."""
+def _load_module(
+    config: PretrainedConfig,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    ranks: Ranks,
+    device: torch.device,
+) -> PreTrainedModel:
     if ranks.size > 1:
-        return {"distributed_config": DistributedConfig(tp_size=ranks.size)}
-    return {"device_map": {"": device}} if device.type != "cpu" else {}
+        distributed = DistributedConfig(tp_size=ranks.size)
+        return from_slices(config, folder, dtype=dtype, distributed_config=distributed)
+    where = {"device_map": {"": device}} if device.type != "cpu" else {}
+    return from_pretrained(folder, dtype=dtype, **where)
 
 
 def _layouts(

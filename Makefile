@@ -32,6 +32,7 @@ bench: setup .venv-nnsight/.installed ## Measures, beside plain transformers and
 	$(BIN)/python benchmarks/recording.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/sweep.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/logit_lens.py $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/attention.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/many_clients.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/fairness.py $(BENCH_FLAGS)
 

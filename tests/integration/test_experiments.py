@@ -27,10 +27,14 @@ Hooks = list[tuple[torch.nn.Module, "Callable[..., Any]"]]
 class Plain:
     """Plain transformers with hand-written hooks."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, attention: str | None = None) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
+            .eval()
+            .requires_grad_(False)
+        )
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.layers = self.model.model.layers
 
@@ -64,6 +68,11 @@ class Plain:
 @pytest.fixture(scope="module")
 def plain(demo_folder: Path) -> Plain:
     return Plain(demo_folder)
+
+
+@pytest.fixture(scope="module")
+def eager(demo_folder: Path) -> Plain:
+    return Plain(demo_folder, "eager")
 
 
 @pytest.fixture
@@ -196,6 +205,53 @@ def test_the_logit_lens_is_what_hooks_give(
         expected = plain.model.lm_head(plain.model.model.norm(states)).softmax(-1).max(-1)
     assert torch.equal(found["tokens"], expected.indices)
     _assert_close(found["probabilities"], expected.values, PROBABILITIES_ATOL)
+
+
+def test_induction_heads_are_those_of_eager_attention(
+    run_example: Callable[..., dict[str, Any]], eager: Plain, tmp_path: Path
+) -> None:
+    found = run_example("induction_heads", "--length", "12")
+    assert (tmp_path / "induction_heads.png").read_bytes().startswith(b"\x89PNG")
+    with torch.no_grad():
+        patterns = eager.model(input_ids=found["tokens"], output_attentions=True).attentions
+    # [layer, head]
+    expected = torch.stack(
+        [
+            torch.stack([pattern[0, :, query, query - 11] for query in range(12, 24)]).mean(0)
+            for pattern in patterns
+        ]
+    )
+    _assert_close(found["scores"], expected, PROBABILITIES_ATOL)
+    assert expected.max() > 0.5  # the model has such heads
+    _assert_close(found["pattern"], patterns[found["layer"]][0, found["head"]], PROBABILITIES_ATOL)
+
+
+def test_direct_logit_attribution_is_what_hooks_give(
+    run_example: Callable[..., dict[str, Any]], eager: Plain, tmp_path: Path
+) -> None:
+    found = run_example("direct_logit_attribution")
+    assert (tmp_path / "direct_logit_attribution.png").read_bytes().startswith(b"\x89PNG")
+    ids = eager.ids(found["arguments"].prompt)
+    seen: dict[int, torch.Tensor] = {}
+    hidden = eager.hidden_states(ids)[-1][0, -1]
+    logits = eager.logits(
+        ids,
+        before=[
+            (layer.self_attn.o_proj, lambda _, args, n=n: seen.__setitem__(n, args[0][0, -1]))
+            for n, layer in enumerate(eager.layers)
+        ],
+    )
+    norm = eager.model.model.norm
+    scale = norm.weight / (hidden.pow(2).mean() + norm.variance_epsilon).sqrt()
+    head = eager.model.lm_head.weight
+    direction = (head[found["answer"]] - head[found["other"]]) * scale
+    for layer, arriving in seen.items():
+        weights = eager.layers[layer].self_attn.o_proj.weight  # [hidden, head * head_dim]
+        parts = (direction @ weights * arriving).reshape(found["num_heads"], -1).sum(-1)
+        _assert_close(found["heads"][layer], parts, LOGITS_ATOL)
+    total = logits[0, found["answer"]] - logits[0, found["other"]]
+    _assert_close(found["total"], total, LOGITS_ATOL)
+    _assert_close(found["parts"], total, 1e-3)
 
 
 def _hidden(output: Any) -> torch.Tensor:

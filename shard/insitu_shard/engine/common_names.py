@@ -49,8 +49,9 @@ def _names_in_block(path: str, block: torch.nn.Module) -> Iterator[tuple[str, st
     }
     attention = [name for name, child in with_weights.items() if is_attention(child)]
     others = [name for name in with_weights if name not in attention]
-    if len(attention) == 1:
-        yield f"{path}.{attention[0]}", "attn"
+    if len(attention) != 1:
+        return
+    yield f"{path}.{attention[0]}", "attn"
     # OPT's has several, and no module that holds them.
     if len(others) == 1:
         yield f"{path}.{others[0]}", "mlp"

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from insitu_shard.config import ShardConfig, parse_model
+from insitu_shard.config import Placement, ShardConfig, parse_model
 from insitu_wire.errors import Error, Reason, error
 
 
@@ -67,6 +67,22 @@ def run(
         str,
         typer.Option(envvar="INSITU_DTYPE", help="Element type of weights; default: as stored."),
     ] = "",
+    placement: Annotated[
+        Placement,
+        typer.Option(
+            envvar="INSITU_PLACEMENT",
+            help="How devices share the model: tp splits it over ranks, spread puts its layers on "
+            "them one after the other in one rank, auto takes the first that is possible.",
+        ),
+    ] = Placement.AUTO,
+    max_memory: Annotated[
+        str,
+        typer.Option(
+            envvar="INSITU_MAX_MEMORY",
+            help="How much of a spread model goes where, as 0=20GiB,cpu=64GiB with the numbers of "
+            "GPUs; the rest stays on disk. Default: what is free.",
+        ),
+    ] = "",
     kept_bytes: Annotated[
         int,
         typer.Option(
@@ -105,11 +121,16 @@ def run(
             max_sessions=max_sessions,
             max_pass_tokens=max_pass_tokens,
             max_pass_bytes=max_pass_bytes,
+            placement=placement,
+            max_memory=max_memory,
             dtype=dtype,
             upload_cache_bytes=upload_cache_bytes,
             kept_bytes=kept_bytes,
             kept_seconds=kept_seconds,
         )
+        from insitu_shard.placing import with_placement
+
+        config = with_placement(config)
         if "RANK" in os.environ:
             from insitu_shard.server import run_rank
 

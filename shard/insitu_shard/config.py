@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from insitu_wire.errors import Reason, error
+
+if TYPE_CHECKING:
+    from insitu_shard.engine import Spread
+
+
+class Placement(StrEnum):
+    """How the devices of a group share its model."""
+
+    AUTO = "auto"
+    """As TP where the model can be split so, else as SPREAD if there are several GPUs."""
+    TP = "tp"
+    """Split over ranks, one a device: tensor parallelism."""
+    SPREAD = "spread"
+    """One rank with layers on all devices, one after the other, in memory and on disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +49,12 @@ class ShardConfig:
     """How many tokens, over all rows, go through a layer at once."""
     max_pass_bytes: int = 2 * 1024**3
     """Memory that a forward pass may take beside the weights, by estimate."""
+    placement: Placement = Placement.AUTO
+    """How the devices share the model."""
+    max_memory: str = ""
+    """Limits of a spread model, such as "0=20GiB,cpu=64GiB"; by default what is free."""
+    spread: Spread | None = None
+    """What `with_placement` has decided, for a model that is spread."""
     dtype: str = ""
     """Element type of the weights, such as "bfloat16"; by default as stored."""
     upload_cache_bytes: int = 8 * 1024**3
@@ -67,6 +89,13 @@ class ShardConfig:
                     f"--{name.replace('_', '-')} is {value}; it must be 1 or more",
                     value=value,
                 )
+        if self.max_memory and self.placement is Placement.TP:
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                f"--max-memory is {self.max_memory!r}, which is for --placement spread; leave one "
+                "of the two out",
+                maxMemory=self.max_memory,
+            )
         if self.num_ranks < 1:
             raise error(
                 Reason.INVALID_CONFIGURATION,

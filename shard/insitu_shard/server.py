@@ -69,6 +69,7 @@ def _load(config: ShardConfig, ranks: Ranks) -> LoadedModel:
         ranks=ranks,
         device=device,
         dtype=parse_dtype(config.dtype, device) if config.dtype else None,
+        spread=config.spread,
     )
 
 

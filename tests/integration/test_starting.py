@@ -9,9 +9,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from insitu import CONFIG, LanguageModel
+from support.judge import with_hooks, with_insitu
 from support.tiny_models import TinyModels
-from support.up import run_python
+from support.up import Up, run_python
 
 
 @pytest.fixture
@@ -48,10 +51,21 @@ def taken_port() -> str:
         ("none", [], "has no config.json"),
         ("good", ["--dtype", "float8_e4m3fn"], "must be one of float32, bfloat16"),
         ("good", ["--tp", "5"], "can not be split over 5 ranks"),
+        ("good", ["--max-memory", "cpu=lots"], "must be like 0=20GiB,cpu=64GiB"),
         ("good", ["--port", "{port}"], "choose a free port with --port, or 0"),
         ("good", ["--metrics-port", "{port}"], "choose a free port with --metrics-port, or 0"),
     ],
-    ids=["missing", "truncated", "unknown", "none", "dtype", "heads", "port", "metrics port"],
+    ids=[
+        "missing",
+        "truncated",
+        "unknown",
+        "none",
+        "dtype",
+        "heads",
+        "memory",
+        "port",
+        "metrics port",
+    ],
 )
 def test_a_shard_group_that_can_not_start_says_what_to_do(
     model: str, flags: list[str], says: str, bad: dict[str, str], taken_port: str, tmp_path: Path
@@ -69,3 +83,18 @@ def test_a_shard_group_that_can_not_start_says_what_to_do(
 def _started_by(mark: Path) -> list[psutil.Process]:
     running = psutil.process_iter(["environ"])
     return [p for p in running if (p.info["environ"] or {}).get("STARTED_BY") == str(mark)]
+
+
+def test_a_model_that_memory_does_not_hold_is_served_from_disk(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tiny.module("gpt2")
+    num_bytes = sum(weight.nbytes for weight in module.parameters())
+    monkeypatch.setenv("INSITU_MAX_MEMORY", f"cpu={num_bytes * 6 // 10}")
+    monkeypatch.setattr(CONFIG, "_api_key", "tests")
+    with Up(tmp_path, [f"tiny/gpt2={tiny.folder('gpt2')}"], ["--tp", "2"]) as up:
+        monkeypatch.setenv("INSITU_ENDPOINT", up.endpoint)
+        actual = with_insitu(LanguageModel("tiny/gpt2"), remote=True)
+        assert "over 1 rank(s)" in up.log
+    for name, expected in with_hooks(module).items():
+        assert torch.equal(actual[name], expected), name

@@ -25,6 +25,7 @@ from insitu_shard.engine.model_folder import load_config, resolve_model_folder
 from insitu_shard.engine.module import LoadedModule
 from insitu_shard.engine.pool import SegmentPool
 from insitu_shard.engine.segment import SegmentRun
+from insitu_shard.engine.spread import Spread
 
 __all__ = [
     "Finished",
@@ -37,6 +38,7 @@ __all__ = [
     "SegmentEvent",
     "SegmentPool",
     "SegmentRun",
+    "Spread",
     "StepFollows",
     "TraceStarted",
     "check_checkpoint",

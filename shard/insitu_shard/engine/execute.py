@@ -248,7 +248,8 @@ class Executor:
             self.is_calling_module = False
         # Some modules return their argument, or a part of their weights.
         owned = storages((args, kwargs)) | self._model.storages
-        return copied_if_in(owned, layouts.at(path, is_input=False).gather(result))
+        whole = layouts.at(path, is_input=False).gather(result)
+        return copied_if_in(owned, self._model.brought(whole))
 
     def _keep(self, values: dict[NodeId, object], node_id: NodeId, value: object) -> None:
         values[node_id] = value

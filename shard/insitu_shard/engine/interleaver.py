@@ -13,7 +13,7 @@ from insitu_shard.engine.graph import Boundary, Skip
 from insitu_shard.engine.memory import copied_if_in, storages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from insitu_shard.engine.block_run import BlockRun
     from insitu_shard.engine.inputs import ForwardInputs
@@ -74,8 +74,7 @@ class Interleaver:
             for node in run.plan.nodes.values()
             if isinstance(node.operation, Skip)
         }
-        for path in skipping:
-            self._install_skip(path)
+        replaced = [self._install_skip(path) for path in skipping]
         try:
             with torch.no_grad():
                 self._model.module(*inputs.args, **inputs.kwargs)
@@ -89,8 +88,8 @@ class Interleaver:
         finally:
             for hook in hooks:
                 hook.remove()
-            for path in skipping:
-                del self._model.modules[path].forward
+            for undo in replaced:
+                undo()
 
     def _install_hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         places = {(at.module_path, at.is_input) for at in self._at}
@@ -103,8 +102,12 @@ class Interleaver:
             else:
                 yield module.register_forward_hook(self._output_hook(path))
 
-    def _install_skip(self, path: str) -> None:
-        """Puts a function before a module's own that gives what the call is to return."""
+    def _install_skip(self, path: str) -> Callable[[], None]:
+        """Puts a function before a module's own that gives what the call is to return.
+
+        Returns:
+            What undoes it: tensor parallelism and accelerate have functions there, too.
+        """
         module = self._model.modules[path]
         run = module.forward
         layout = self._model.layouts.at(path, is_input=False)
@@ -116,7 +119,16 @@ class Interleaver:
                 return run(*args, **kwargs)
             return layout.scatter(block.skips[call])
 
+        is_own = "forward" in module.__dict__
         module.forward = forward
+
+        def undo() -> None:
+            if is_own:
+                module.forward = run
+            else:
+                del module.forward
+
+        return undo
 
     def _input_hook(self, path: str) -> Any:
         layout = self._model.layouts.at(path, is_input=True)
@@ -129,9 +141,10 @@ class Interleaver:
                 changed = self._rows.enter(boundary, (args, kwargs))
                 args, kwargs = changed or (args, kwargs)
             if boundary in self._at:
-                whole = InputValue(*self._writable(boundary, layout.gather((args, kwargs))))
+                value = self._model.brought(layout.gather((args, kwargs)))
+                whole = InputValue(*self._writable(boundary, value))
                 if (written := self._run_blocks(boundary, whole)) is not None:
-                    changed = layout.scatter(written)
+                    changed = self._model.sent_back(layout.scatter(written), (args, kwargs))
             if self._rows is not None:
                 changed = self._rows.trim(boundary, changed or (args, kwargs)) or changed
             return changed
@@ -150,10 +163,12 @@ class Interleaver:
                 changed = self._rows.fork(boundary, result)
                 result = result if changed is None else changed
             if boundary in self._at:
-                value = self._writable(boundary, layout.gather(result))
+                value = self._model.brought(layout.gather(result))
+                value = self._writable(boundary, value)
                 written = self._run_blocks(boundary, OutputValue(value, is_block))
                 if written is not None:
-                    changed = result = layout.scatter(written)
+                    written = layout.scatter(written)
+                    changed = result = self._model.sent_back(written, result)
             if self._rows is not None:
                 dropped = self._rows.drop(boundary, result)
                 changed = changed if dropped is None else dropped

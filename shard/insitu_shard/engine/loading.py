@@ -19,6 +19,7 @@ from insitu_shard.engine.point_plan import attach_points
 from insitu_shard.engine.pretrained import from_pretrained, from_slices
 from insitu_shard.engine.progress import progress_shown
 from insitu_shard.engine.ranks import Ranks
+from insitu_shard.engine.spread import Spread, load_spread
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def load_model(
     ranks: Ranks | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    spread: Spread | None = None,
 ) -> LoadedModel:
     """Loads a model.
 
@@ -45,6 +47,7 @@ def load_model(
         ranks: this process's place in its group; every rank must call.
         device: where to put it; by default the CPU.
         dtype: element type of the weights; by default as stored.
+        spread: over which devices to place it in this process, in the place of one device.
 
     Raises:
         ConfigurationError: the folder holds no model, or the model can not be split so.
@@ -56,7 +59,10 @@ def load_model(
     check_checkpoint(folder)
     started_at = time.monotonic()
     with progress_shown(name, is_shown=ranks.is_leader):
-        module = _load_module(config, folder, dtype=dtype, ranks=ranks, device=device)
+        if spread is not None:
+            module = load_spread(folder, spread, dtype=dtype)
+        else:
+            module = _load_module(config, folder, dtype=dtype, ranks=ranks, device=device)
     attach_points(module, point_plan(config, dtype=module.dtype))
     layouts = _layouts(config, module, ranks, device)
     _log.info("%s is loaded, in %.1f s", name, time.monotonic() - started_at)
@@ -69,6 +75,7 @@ def load_model(
         dtype=module.dtype,
         layouts=layouts,
         ranks=ranks,
+        is_spread=spread is not None,
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from insitu_proto.v1 import model_pb2
 from insitu_shard.compiler import Outline
+from insitu_shard.engine.devices import brought, sent_back
 from insitu_shard.engine.inputs import ForwardInputs
 from insitu_shard.engine.layout import Layouts
 from insitu_shard.engine.memory import StorageKey, copied, storages
@@ -34,6 +35,8 @@ class LoadedModule:
     layouts: Layouts = field(default_factory=Layouts)
     ranks: Ranks = field(default_factory=Ranks)
     pass_memory: PassMemory = field(default_factory=PassMemory)
+    is_spread: bool = False
+    """Whether modules may be on other devices than its own, where sessions compute."""
 
     @cached_property
     def modules(self) -> Mapping[str, torch.nn.Module]:
@@ -44,6 +47,14 @@ class LoadedModule:
     def storages(self) -> frozenset[StorageKey]:
         """The memory of its weights and buffers, which no session may write to."""
         return storages([*self.module.parameters(), *self.module.buffers()])
+
+    def brought(self, value: Any) -> Any:
+        """Gives a value of any module on the device where sessions compute."""
+        return brought(value, self.device) if self.is_spread else value
+
+    def sent_back(self, written: Any, original: Any) -> Any:
+        """Gives a value for a module where the one that it replaces was."""
+        return sent_back(written, original) if self.is_spread else written
 
     @property
     def block_paths(self) -> frozenset[str]:

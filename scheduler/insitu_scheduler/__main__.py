@@ -65,6 +65,13 @@ def run(
             help="How long a user may wait for a turn, however much the user has had.",
         ),
     ] = 600.0,
+    retention_seconds: Annotated[
+        float,
+        typer.Option(
+            envvar="INSITU_RETENTION_SECONDS",
+            help="How long a session that has ended is kept, with what it saved.",
+        ),
+    ] = 7 * 24 * 3600.0,
     lease_ttl_seconds: Annotated[
         float,
         typer.Option(
@@ -100,6 +107,7 @@ def run(
             max_queued_sessions=max_queued_sessions,
             max_attempts=max_attempts,
             max_wait_seconds=max_wait_seconds,
+            retention_seconds=retention_seconds,
             lease_ttl_seconds=lease_ttl_seconds,
             orphan_grace_seconds=orphan_grace_seconds,
             grace_seconds=grace_seconds,

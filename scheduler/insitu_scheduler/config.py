@@ -37,6 +37,8 @@ class SchedulerConfig:
     """How often a session is run at most, if what runs it is lost each time."""
     max_wait_seconds: float = 600.0
     """How long a user may wait for a turn, however much more than the others the user has had."""
+    retention_seconds: float = 7 * 24 * 3600.0
+    """How long a session that has ended is kept, with what it saved."""
     lease_ttl_seconds: float = 10.0
     """How long a shard group may be silent before it is given up."""
     orphan_grace_seconds: float = 5.0
@@ -62,6 +64,7 @@ class SchedulerConfig:
         for flag, seconds in (
             ("--lease-ttl-seconds", self.lease_ttl_seconds),
             ("--max-wait-seconds", self.max_wait_seconds),
+            ("--retention-seconds", self.retention_seconds),
         ):
             _check(flag, seconds, "more than 0", seconds > 0)
         for flag, seconds in (

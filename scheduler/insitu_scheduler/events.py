@@ -13,7 +13,7 @@ from insitu_wire.errors import Error, Reason, error, to_failure
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from insitu_scheduler.journal import Journal
+    from insitu_scheduler.journal import Journal, SessionRow
     from insitu_scheduler.queue import SessionId
 
 TERMINAL_KINDS = frozenset(
@@ -250,6 +250,16 @@ class EventBook:
         log = EventLog(session_id, row.user, row.events)
         self._remember(log)
         return log
+
+    def forget(self, session_id: SessionId) -> None:
+        """Forgets a session that has ended, and that the journal has forgotten."""
+        self._ended.pop(session_id, None)
+
+    async def list_sessions(
+        self, user: str, *, limit: int, after: SessionId | None
+    ) -> list[SessionRow]:
+        """Gives a user's sessions, the newest first, from the one after another on."""
+        return await self._journal.list_sessions(user, limit=limit, after=after)
 
     def shut(self) -> None:
         """Sends all who follow a session away: it goes on with the next scheduler."""

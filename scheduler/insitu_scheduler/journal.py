@@ -85,6 +85,18 @@ class JournalledSession:
     events: list[Event]
 
 
+@dataclass(frozen=True, slots=True)
+class SessionRow:
+    """What a list shows of a session."""
+
+    session_id: SessionId
+    model: str | None
+    state: str
+    """Name of its newest event that is no LOG, such as "QUEUED"."""
+    created_at: datetime.datetime
+    finished_at: datetime.datetime | None
+
+
 class Journal:
     """The sessions and their events, in a SQLite file."""
 
@@ -151,6 +163,39 @@ class Journal:
         found = await self._committer.run(lambda connection: _load(connection, query))
         return found[0] if found else None
 
+    async def list_sessions(
+        self, user: str, *, limit: int, after: SessionId | None = None
+    ) -> list[SessionRow]:
+        """Gives a user's sessions, the newest first, from the one after another on."""
+        query = (
+            sa.select(_sessions)
+            .where(_sessions.c.user == user)
+            .order_by(_sessions.c.created_at.desc(), _sessions.c.id)
+            .limit(limit)
+        )
+        if after is not None:
+            last = sa.select(_sessions.c.created_at, _sessions.c.id).where(_sessions.c.id == after)
+            time, id_ = last.subquery().c
+            older = sa.select(time).scalar_subquery() > _sessions.c.created_at
+            beside = sa.and_(
+                sa.select(time).scalar_subquery() == _sessions.c.created_at,
+                sa.select(id_).scalar_subquery() < _sessions.c.id,
+            )
+            query = query.where(sa.or_(older, beside))
+        return await self._committer.run(lambda connection: _rows(connection, query))
+
+    async def forget(self, ended_before: datetime.datetime) -> list[SessionId]:
+        """Forgets the sessions that ended before a time, and gives their ids."""
+
+        def delete(connection: sa.Connection) -> list[SessionId]:
+            old = sa.select(_sessions.c.id).where(_sessions.c.finished_at < ended_before)
+            ids = [SessionId(found) for found in connection.scalars(old)]
+            connection.execute(sa.delete(_events).where(_events.c.session_id.in_(old)))
+            connection.execute(sa.delete(_sessions).where(_sessions.c.finished_at < ended_before))
+            return ids
+
+        return await self._committer.run(delete)
+
     async def read_unfinished(self) -> list[JournalledSession]:
         """Gives the sessions that have not ended, in the order in which they were accepted."""
         query = (
@@ -159,6 +204,13 @@ class Journal:
             .order_by(_sessions.c.created_at)
         )
         return await self._committer.run(lambda connection: _load(connection, query))
+
+
+def _rows(connection: sa.Connection, query: sa.Select[Any]) -> list[SessionRow]:
+    return [
+        SessionRow(SessionId(row.id), row.model, row.state, row.created_at, row.finished_at)
+        for row in connection.execute(query).all()
+    ]
 
 
 def _find(connection: sa.Connection, user: str, request_id: str) -> KnownRequest | None:

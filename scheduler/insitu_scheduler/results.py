@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import struct
 import zlib
 from dataclasses import dataclass
@@ -61,6 +62,11 @@ class ResultStore:
         while (batch := await asyncio.to_thread(next, batches, None)) is not None:
             for part in batch:
                 yield part
+
+    async def delete(self, session_id: SessionId) -> None:
+        """Deletes what a session has saved."""
+        folder = self._path(session_id).parent
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     def _path(self, session_id: SessionId) -> Path:
         return self._folder / session_id / "values.bin"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import logging
 import socket
@@ -26,6 +27,7 @@ from insitu_scheduler.data_dir import DataDir
 from insitu_scheduler.dispatch import Dispatcher
 from insitu_scheduler.events import EventBook
 from insitu_scheduler.fair_queue import FairQueue
+from insitu_scheduler.housekeeping import keep_house
 from insitu_scheduler.journal import Journal
 from insitu_scheduler.metrics import MetricsServer, SchedulerMetrics
 from insitu_scheduler.models import ModelCatalog
@@ -106,6 +108,10 @@ class Server:
         registry = Registry(ttl_seconds=config.lease_ttl_seconds)
         catalog = ModelCatalog(registry)
         results = ResultStore(data_dir.results_path)
+        housekeeping = asyncio.create_task(
+            keep_house(journal, book, results, retention_seconds=config.retention_seconds)
+        )
+        cleanup.callback(housekeeping.cancel)
         uploads = UploadStore(data_dir.uploads_path, max_bytes=config.upload_store_bytes)
         await uploads.open()
         metrics.watch_uploads(lambda: uploads.num_bytes)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from insitu_scheduler.auth import Authenticator
     from insitu_scheduler.dispatch import Dispatcher
     from insitu_scheduler.events import EventBook, EventLog
+    from insitu_scheduler.journal import SessionRow
     from insitu_scheduler.metrics import SchedulerMetrics
     from insitu_scheduler.models import ModelCatalog
     from insitu_scheduler.registry import Group, Registry
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from insitu_scheduler.uploads import UploadStore
 
     Context = grpc.aio.ServicerContext[Any, Any]
+
+
+_PAGE_SIZE = 100
+_MAX_PAGE_SIZE = 1000
 
 
 class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
@@ -148,6 +153,18 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         await self._dispatcher.cancel(log.session_id)
         return pb.CancelSessionResponse(had_ended=had_ended)
 
+    async def ListSessions(
+        self, request: pb.ListSessionsRequest, context: Context
+    ) -> pb.ListSessionsResponse:
+        """Lists the caller's sessions."""
+        user = self._authenticate(context)
+        size = min(request.page_size or _PAGE_SIZE, _MAX_PAGE_SIZE)
+        after = SessionId(request.page_token) if request.page_token else None
+        rows = await self._book.list_sessions(user, limit=size + 1, after=after)
+        token = rows[size - 1].session_id if len(rows) > size else ""
+        summaries = [_summary(row) for row in rows[:size]]
+        return pb.ListSessionsResponse(sessions=summaries, next_page_token=token)
+
     async def ReleaseKeptValue(
         self, request: pb.ReleaseKeptValueRequest, context: Context
     ) -> pb.ReleaseKeptValueResponse:
@@ -249,3 +266,16 @@ def _group_state(group: Group) -> pb.GroupState:
         ),
         state=ShardGroupState.Value(f"SHARD_GROUP_STATE_{group.state.value}"),
     )
+
+
+def _summary(row: SessionRow) -> pb.SessionSummary:
+    summary = pb.SessionSummary(
+        session_id=row.session_id,
+        model=row.model or "",
+        state=EventKind.Value(f"EVENT_KIND_{row.state}"),
+    )
+    # The journal's times are UTC, and SQLite does not say so.
+    summary.created_at.FromDatetime(row.created_at)
+    if row.finished_at is not None:
+        summary.finished_at.FromDatetime(row.finished_at)
+    return summary

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from insitu._model import LanguageModel
     from insitu._module_model import Model
     from insitu._session import Session
-    from insitu._submission import SessionState, Submission, attach
+    from insitu._submission import SessionState, SessionSummary, Submission, attach, sessions
     from insitu._trace import Tracer
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "Session",
     "SessionState",
     "SessionStateError",
+    "SessionSummary",
     "Submission",
     "Tracer",
     "UnavailableError",
@@ -76,6 +77,7 @@ __all__ = [
     "attach",
     "dict",
     "list",
+    "sessions",
     "variable",
 ]
 
@@ -91,9 +93,11 @@ _LAZY = {
     "Model": "insitu._module_model",
     "Session": "insitu._session",
     "SessionState": "insitu._submission",
+    "SessionSummary": "insitu._submission",
     "Submission": "insitu._submission",
     "Tracer": "insitu._trace",
     "attach": "insitu._submission",
+    "sessions": "insitu._submission",
 }
 
 

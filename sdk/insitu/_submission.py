@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from insitu._config import CONFIG
 from insitu._names import by_name
-from insitu.backends._watch import kind_name
+from insitu.backends._watch import kind_name, state_name
 from insitu.backends.remote import RemoteBackend
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from insitu_proto.v1 import scheduler_service_pb2
     from insitu_proto.v1.session_pb2 import Session
 
 
@@ -120,6 +123,47 @@ def submit(
 ) -> Submission:
     """Submits a session that goes on when nobody watches it."""
     return Submission(backend, backend.submit(session, tensors, is_detached=True), receive)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSummary:
+    """What the server's list tells of a session."""
+
+    id: str
+    """Names it; `insitu.attach` takes it."""
+    model: str
+    """The model that it used first; empty if none."""
+    state: SessionState
+    created_at: datetime.datetime
+    """When the server accepted it, in UTC."""
+    finished_at: datetime.datetime | None
+    """When it ended, in UTC; None while it has not."""
+
+
+def sessions(limit: int = 100) -> list[SessionSummary]:
+    """Lists the user's sessions on the server, the newest first.
+
+    A session that has ended is kept, with what it saved, as long as the server says (a week).
+
+    Args:
+        limit: how many at most.
+    """
+    backend = RemoteBackend(CONFIG)
+    try:
+        return [_summary(found) for found in backend.sessions(limit)]
+    finally:
+        backend.close()
+
+
+def _summary(message: scheduler_service_pb2.SessionSummary) -> SessionSummary:
+    has_ended = message.HasField("finished_at")
+    return SessionSummary(
+        id=message.session_id,
+        model=message.model,
+        state=SessionState(state_name(message.state)),
+        created_at=message.created_at.ToDatetime(tzinfo=datetime.UTC),
+        finished_at=message.finished_at.ToDatetime(tzinfo=datetime.UTC) if has_ended else None,
+    )
 
 
 def attach(session_id: str) -> Submission:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import insitu
 from insitu import (
@@ -26,6 +27,7 @@ from insitu import (
 )
 from support.tiny_models import TinyModels
 from support.up import Up, interruptible, run_python
+from support.up import insitu as run_insitu
 
 IDS = [5, 9, 17, 23]
 KEY = "a-secret-of-ada"
@@ -263,3 +265,23 @@ def test_ctrl_c_while_waiting_for_a_submission_leaves_it_alone(
         client.send_signal(signal.SIGINT)
         assert "KeyboardInterrupt" in client.stderr.read()
     insitu.attach(session_id).wait(timeout=60)
+
+
+def test_the_command_line_lists_fetches_and_cancels_ones_own_sessions(
+    up: Up, model: LanguageModel, tmp_path: Path
+) -> None:
+    with model.session(remote=True, blocking=False) as session:
+        with model.trace(IDS):
+            token = model.lm_head.output.argmax(-1).save()
+    session.submission.wait()
+    server = {"INSITU_ENDPOINT": up.endpoint, "INSITU_API_KEY": KEY, "COLUMNS": "150"}
+    listed = run_insitu("sessions", **server).stdout
+    assert session.submission.id in listed
+    assert "completed" in listed
+    output = tmp_path / "saved.safetensors"
+    run_insitu("sessions", "fetch", session.submission.id, "--output", str(output), **server)
+    assert torch.equal(load_file(output)["token"], token)
+    slow = _slow(model)
+    assert "cancelled" in run_insitu("sessions", "cancel", slow.submission.id, **server).stdout
+    others = run_insitu("sessions", **{**server, "INSITU_API_KEY": "a-secret-of-bob"}).stdout
+    assert session.submission.id not in others

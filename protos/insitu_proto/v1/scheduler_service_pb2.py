@@ -22,6 +22,7 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from insitu_proto.v1 import event_pb2 as insitu__proto_dot_v1_dot_event__pb2
 from insitu_proto.v1 import model_pb2 as insitu__proto_dot_v1_dot_model__pb2
 from insitu_proto.v1 import placement_pb2 as insitu__proto_dot_v1_dot_placement__pb2
@@ -30,69 +31,75 @@ from insitu_proto.v1 import session_pb2 as insitu__proto_dot_v1_dot_session__pb2
 from insitu_proto.v1 import tensor_pb2 as insitu__proto_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'insitu_proto/v1/scheduler_service.proto\x12\tinsitu.v1\x1a\x1binsitu_proto/v1/event.proto\x1a\x1binsitu_proto/v1/model.proto\x1a\x1finsitu_proto/v1/placement.proto\x1a\x1cinsitu_proto/v1/result.proto\x1a\x1dinsitu_proto/v1/session.proto\x1a\x1cinsitu_proto/v1/tensor.proto\"d\n\x14SubmitSessionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x07session\x18\x02 \x01(\x0b\x32\x12.insitu.v1.Session\x12\x13\n\x0bis_detached\x18\x03 \x01(\x08\"+\n\x15SubmitSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\"3\n\x19\x46indMissingUploadsRequest\x12\x16\n\x0e\x63ontent_hashes\x18\x01 \x03(\t\"4\n\x1a\x46indMissingUploadsResponse\x12\x16\n\x0e\x63ontent_hashes\x18\x01 \x03(\t\"R\n\x13UploadTensorRequest\x12#\n\x06tensor\x18\x01 \x01(\x0b\x32\x11.insitu.v1.TensorH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04kind\"\x16\n\x14UploadTensorResponse\"A\n\x13WatchSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x04\"7\n\x14WatchSessionResponse\x12\x1f\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Event\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"5\n\x12GetSessionResponse\x12\x1f\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Event\"N\n\x12\x46\x65tchResultRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08node_ids\x18\x02 \x03(\x04\x12\x12\n\nis_partial\x18\x03 \x01(\x08\"\x88\x01\n\x13\x46\x65tchResultResponse\x12+\n\x07summary\x18\x01 \x01(\x0b\x32\x18.insitu.v1.ResultSummaryH\x00\x12,\n\x0bsaved_value\x18\x02 \x01(\x0b\x32\x15.insitu.v1.SavedValueH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04kind\"6\n\rResultSummary\x12\x12\n\nnum_values\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"*\n\x14\x43\x61ncelSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"*\n\x15\x43\x61ncelSessionResponse\x12\x11\n\thad_ended\x18\x01 \x01(\x08\",\n\x17ReleaseKeptValueRequest\x12\x11\n\thandle_id\x18\x01 \x01(\t\"-\n\x18ReleaseKeptValueResponse\x12\x11\n\thad_value\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.insitu.v1.ServedModel\"1\n\x0bServedModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cnum_replicas\x18\x02 \x01(\r\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"D\n\x10GetModelResponse\x12\x30\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1b.insitu.v1.ModelDescription\"(\n\x18\x44ownloadTokenizerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x19\x44ownloadTokenizerResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x17\n\x15GetServerStateRequest\"\xae\x01\n\x16GetServerStateResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x1a\n\x12operations_version\x18\x02 \x01(\r\x12\x19\n\x11max_session_bytes\x18\x03 \x01(\x04\x12%\n\x06groups\x18\x04 \x03(\x0b\x32\x15.insitu.v1.GroupState\x12%\n\x06queues\x18\x05 \x03(\x0b\x32\x15.insitu.v1.QueueState\"]\n\nGroupState\x12$\n\x05group\x18\x01 \x01(\x0b\x32\x15.insitu.v1.ShardGroup\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.insitu.v1.ShardGroupState\"E\n\nQueueState\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x13\n\x0bnum_running\x18\x03 \x01(\r2\x84\x08\n\x10SchedulerService\x12R\n\rSubmitSession\x12\x1f.insitu.v1.SubmitSessionRequest\x1a .insitu.v1.SubmitSessionResponse\x12\x61\n\x12\x46indMissingUploads\x12$.insitu.v1.FindMissingUploadsRequest\x1a%.insitu.v1.FindMissingUploadsResponse\x12Q\n\x0cUploadTensor\x12\x1e.insitu.v1.UploadTensorRequest\x1a\x1f.insitu.v1.UploadTensorResponse(\x01\x12Q\n\x0cWatchSession\x12\x1e.insitu.v1.WatchSessionRequest\x1a\x1f.insitu.v1.WatchSessionResponse0\x01\x12I\n\nGetSession\x12\x1c.insitu.v1.GetSessionRequest\x1a\x1d.insitu.v1.GetSessionResponse\x12N\n\x0b\x46\x65tchResult\x12\x1d.insitu.v1.FetchResultRequest\x1a\x1e.insitu.v1.FetchResultResponse0\x01\x12R\n\rCancelSession\x12\x1f.insitu.v1.CancelSessionRequest\x1a .insitu.v1.CancelSessionResponse\x12[\n\x10ReleaseKeptValue\x12\".insitu.v1.ReleaseKeptValueRequest\x1a#.insitu.v1.ReleaseKeptValueResponse\x12I\n\nListModels\x12\x1c.insitu.v1.ListModelsRequest\x1a\x1d.insitu.v1.ListModelsResponse\x12\x43\n\x08GetModel\x12\x1a.insitu.v1.GetModelRequest\x1a\x1b.insitu.v1.GetModelResponse\x12`\n\x11\x44ownloadTokenizer\x12#.insitu.v1.DownloadTokenizerRequest\x1a$.insitu.v1.DownloadTokenizerResponse0\x01\x12U\n\x0eGetServerState\x12 .insitu.v1.GetServerStateRequest\x1a!.insitu.v1.GetServerStateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'insitu_proto/v1/scheduler_service.proto\x12\tinsitu.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1binsitu_proto/v1/event.proto\x1a\x1binsitu_proto/v1/model.proto\x1a\x1finsitu_proto/v1/placement.proto\x1a\x1cinsitu_proto/v1/result.proto\x1a\x1dinsitu_proto/v1/session.proto\x1a\x1cinsitu_proto/v1/tensor.proto\"d\n\x14SubmitSessionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x07session\x18\x02 \x01(\x0b\x32\x12.insitu.v1.Session\x12\x13\n\x0bis_detached\x18\x03 \x01(\x08\"+\n\x15SubmitSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\"3\n\x19\x46indMissingUploadsRequest\x12\x16\n\x0e\x63ontent_hashes\x18\x01 \x03(\t\"4\n\x1a\x46indMissingUploadsResponse\x12\x16\n\x0e\x63ontent_hashes\x18\x01 \x03(\t\"R\n\x13UploadTensorRequest\x12#\n\x06tensor\x18\x01 \x01(\x0b\x32\x11.insitu.v1.TensorH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04kind\"\x16\n\x14UploadTensorResponse\"A\n\x13WatchSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x04\"7\n\x14WatchSessionResponse\x12\x1f\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Event\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"5\n\x12GetSessionResponse\x12\x1f\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Event\"N\n\x12\x46\x65tchResultRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08node_ids\x18\x02 \x03(\x04\x12\x12\n\nis_partial\x18\x03 \x01(\x08\"\x88\x01\n\x13\x46\x65tchResultResponse\x12+\n\x07summary\x18\x01 \x01(\x0b\x32\x18.insitu.v1.ResultSummaryH\x00\x12,\n\x0bsaved_value\x18\x02 \x01(\x0b\x32\x15.insitu.v1.SavedValueH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04kind\"6\n\rResultSummary\x12\x12\n\nnum_values\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"*\n\x14\x43\x61ncelSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"*\n\x15\x43\x61ncelSessionResponse\x12\x11\n\thad_ended\x18\x01 \x01(\x08\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"\\\n\x14ListSessionsResponse\x12+\n\x08sessions\x18\x01 \x03(\x0b\x32\x19.insitu.v1.SessionSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xb9\x01\n\x0eSessionSummary\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.insitu.v1.EventKind\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\",\n\x17ReleaseKeptValueRequest\x12\x11\n\thandle_id\x18\x01 \x01(\t\"-\n\x18ReleaseKeptValueResponse\x12\x11\n\thad_value\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.insitu.v1.ServedModel\"1\n\x0bServedModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cnum_replicas\x18\x02 \x01(\r\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"D\n\x10GetModelResponse\x12\x30\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1b.insitu.v1.ModelDescription\"(\n\x18\x44ownloadTokenizerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x19\x44ownloadTokenizerResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x17\n\x15GetServerStateRequest\"\xae\x01\n\x16GetServerStateResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x1a\n\x12operations_version\x18\x02 \x01(\r\x12\x19\n\x11max_session_bytes\x18\x03 \x01(\x04\x12%\n\x06groups\x18\x04 \x03(\x0b\x32\x15.insitu.v1.GroupState\x12%\n\x06queues\x18\x05 \x03(\x0b\x32\x15.insitu.v1.QueueState\"]\n\nGroupState\x12$\n\x05group\x18\x01 \x01(\x0b\x32\x15.insitu.v1.ShardGroup\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.insitu.v1.ShardGroupState\"E\n\nQueueState\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x13\n\x0bnum_running\x18\x03 \x01(\r2\xd5\x08\n\x10SchedulerService\x12R\n\rSubmitSession\x12\x1f.insitu.v1.SubmitSessionRequest\x1a .insitu.v1.SubmitSessionResponse\x12\x61\n\x12\x46indMissingUploads\x12$.insitu.v1.FindMissingUploadsRequest\x1a%.insitu.v1.FindMissingUploadsResponse\x12Q\n\x0cUploadTensor\x12\x1e.insitu.v1.UploadTensorRequest\x1a\x1f.insitu.v1.UploadTensorResponse(\x01\x12Q\n\x0cWatchSession\x12\x1e.insitu.v1.WatchSessionRequest\x1a\x1f.insitu.v1.WatchSessionResponse0\x01\x12I\n\nGetSession\x12\x1c.insitu.v1.GetSessionRequest\x1a\x1d.insitu.v1.GetSessionResponse\x12N\n\x0b\x46\x65tchResult\x12\x1d.insitu.v1.FetchResultRequest\x1a\x1e.insitu.v1.FetchResultResponse0\x01\x12R\n\rCancelSession\x12\x1f.insitu.v1.CancelSessionRequest\x1a .insitu.v1.CancelSessionResponse\x12O\n\x0cListSessions\x12\x1e.insitu.v1.ListSessionsRequest\x1a\x1f.insitu.v1.ListSessionsResponse\x12[\n\x10ReleaseKeptValue\x12\".insitu.v1.ReleaseKeptValueRequest\x1a#.insitu.v1.ReleaseKeptValueResponse\x12I\n\nListModels\x12\x1c.insitu.v1.ListModelsRequest\x1a\x1d.insitu.v1.ListModelsResponse\x12\x43\n\x08GetModel\x12\x1a.insitu.v1.GetModelRequest\x1a\x1b.insitu.v1.GetModelResponse\x12`\n\x11\x44ownloadTokenizer\x12#.insitu.v1.DownloadTokenizerRequest\x1a$.insitu.v1.DownloadTokenizerResponse0\x01\x12U\n\x0eGetServerState\x12 .insitu.v1.GetServerStateRequest\x1a!.insitu.v1.GetServerStateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'insitu_proto.v1.scheduler_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SUBMITSESSIONREQUEST']._serialized_start=236
-  _globals['_SUBMITSESSIONREQUEST']._serialized_end=336
-  _globals['_SUBMITSESSIONRESPONSE']._serialized_start=338
-  _globals['_SUBMITSESSIONRESPONSE']._serialized_end=381
-  _globals['_FINDMISSINGUPLOADSREQUEST']._serialized_start=383
-  _globals['_FINDMISSINGUPLOADSREQUEST']._serialized_end=434
-  _globals['_FINDMISSINGUPLOADSRESPONSE']._serialized_start=436
-  _globals['_FINDMISSINGUPLOADSRESPONSE']._serialized_end=488
-  _globals['_UPLOADTENSORREQUEST']._serialized_start=490
-  _globals['_UPLOADTENSORREQUEST']._serialized_end=572
-  _globals['_UPLOADTENSORRESPONSE']._serialized_start=574
-  _globals['_UPLOADTENSORRESPONSE']._serialized_end=596
-  _globals['_WATCHSESSIONREQUEST']._serialized_start=598
-  _globals['_WATCHSESSIONREQUEST']._serialized_end=663
-  _globals['_WATCHSESSIONRESPONSE']._serialized_start=665
-  _globals['_WATCHSESSIONRESPONSE']._serialized_end=720
-  _globals['_GETSESSIONREQUEST']._serialized_start=722
-  _globals['_GETSESSIONREQUEST']._serialized_end=761
-  _globals['_GETSESSIONRESPONSE']._serialized_start=763
-  _globals['_GETSESSIONRESPONSE']._serialized_end=816
-  _globals['_FETCHRESULTREQUEST']._serialized_start=818
-  _globals['_FETCHRESULTREQUEST']._serialized_end=896
-  _globals['_FETCHRESULTRESPONSE']._serialized_start=899
-  _globals['_FETCHRESULTRESPONSE']._serialized_end=1035
-  _globals['_RESULTSUMMARY']._serialized_start=1037
-  _globals['_RESULTSUMMARY']._serialized_end=1091
-  _globals['_CANCELSESSIONREQUEST']._serialized_start=1093
-  _globals['_CANCELSESSIONREQUEST']._serialized_end=1135
-  _globals['_CANCELSESSIONRESPONSE']._serialized_start=1137
-  _globals['_CANCELSESSIONRESPONSE']._serialized_end=1179
-  _globals['_RELEASEKEPTVALUEREQUEST']._serialized_start=1181
-  _globals['_RELEASEKEPTVALUEREQUEST']._serialized_end=1225
-  _globals['_RELEASEKEPTVALUERESPONSE']._serialized_start=1227
-  _globals['_RELEASEKEPTVALUERESPONSE']._serialized_end=1272
-  _globals['_LISTMODELSREQUEST']._serialized_start=1274
-  _globals['_LISTMODELSREQUEST']._serialized_end=1293
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1295
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1355
-  _globals['_SERVEDMODEL']._serialized_start=1357
-  _globals['_SERVEDMODEL']._serialized_end=1406
-  _globals['_GETMODELREQUEST']._serialized_start=1408
-  _globals['_GETMODELREQUEST']._serialized_end=1439
-  _globals['_GETMODELRESPONSE']._serialized_start=1441
-  _globals['_GETMODELRESPONSE']._serialized_end=1509
-  _globals['_DOWNLOADTOKENIZERREQUEST']._serialized_start=1511
-  _globals['_DOWNLOADTOKENIZERREQUEST']._serialized_end=1551
-  _globals['_DOWNLOADTOKENIZERRESPONSE']._serialized_start=1553
-  _globals['_DOWNLOADTOKENIZERRESPONSE']._serialized_end=1613
-  _globals['_GETSERVERSTATEREQUEST']._serialized_start=1615
-  _globals['_GETSERVERSTATEREQUEST']._serialized_end=1638
-  _globals['_GETSERVERSTATERESPONSE']._serialized_start=1641
-  _globals['_GETSERVERSTATERESPONSE']._serialized_end=1815
-  _globals['_GROUPSTATE']._serialized_start=1817
-  _globals['_GROUPSTATE']._serialized_end=1910
-  _globals['_QUEUESTATE']._serialized_start=1912
-  _globals['_QUEUESTATE']._serialized_end=1981
-  _globals['_SCHEDULERSERVICE']._serialized_start=1984
-  _globals['_SCHEDULERSERVICE']._serialized_end=3012
+  _globals['_SUBMITSESSIONREQUEST']._serialized_start=269
+  _globals['_SUBMITSESSIONREQUEST']._serialized_end=369
+  _globals['_SUBMITSESSIONRESPONSE']._serialized_start=371
+  _globals['_SUBMITSESSIONRESPONSE']._serialized_end=414
+  _globals['_FINDMISSINGUPLOADSREQUEST']._serialized_start=416
+  _globals['_FINDMISSINGUPLOADSREQUEST']._serialized_end=467
+  _globals['_FINDMISSINGUPLOADSRESPONSE']._serialized_start=469
+  _globals['_FINDMISSINGUPLOADSRESPONSE']._serialized_end=521
+  _globals['_UPLOADTENSORREQUEST']._serialized_start=523
+  _globals['_UPLOADTENSORREQUEST']._serialized_end=605
+  _globals['_UPLOADTENSORRESPONSE']._serialized_start=607
+  _globals['_UPLOADTENSORRESPONSE']._serialized_end=629
+  _globals['_WATCHSESSIONREQUEST']._serialized_start=631
+  _globals['_WATCHSESSIONREQUEST']._serialized_end=696
+  _globals['_WATCHSESSIONRESPONSE']._serialized_start=698
+  _globals['_WATCHSESSIONRESPONSE']._serialized_end=753
+  _globals['_GETSESSIONREQUEST']._serialized_start=755
+  _globals['_GETSESSIONREQUEST']._serialized_end=794
+  _globals['_GETSESSIONRESPONSE']._serialized_start=796
+  _globals['_GETSESSIONRESPONSE']._serialized_end=849
+  _globals['_FETCHRESULTREQUEST']._serialized_start=851
+  _globals['_FETCHRESULTREQUEST']._serialized_end=929
+  _globals['_FETCHRESULTRESPONSE']._serialized_start=932
+  _globals['_FETCHRESULTRESPONSE']._serialized_end=1068
+  _globals['_RESULTSUMMARY']._serialized_start=1070
+  _globals['_RESULTSUMMARY']._serialized_end=1124
+  _globals['_CANCELSESSIONREQUEST']._serialized_start=1126
+  _globals['_CANCELSESSIONREQUEST']._serialized_end=1168
+  _globals['_CANCELSESSIONRESPONSE']._serialized_start=1170
+  _globals['_CANCELSESSIONRESPONSE']._serialized_end=1212
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1214
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1274
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1276
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1368
+  _globals['_SESSIONSUMMARY']._serialized_start=1371
+  _globals['_SESSIONSUMMARY']._serialized_end=1556
+  _globals['_RELEASEKEPTVALUEREQUEST']._serialized_start=1558
+  _globals['_RELEASEKEPTVALUEREQUEST']._serialized_end=1602
+  _globals['_RELEASEKEPTVALUERESPONSE']._serialized_start=1604
+  _globals['_RELEASEKEPTVALUERESPONSE']._serialized_end=1649
+  _globals['_LISTMODELSREQUEST']._serialized_start=1651
+  _globals['_LISTMODELSREQUEST']._serialized_end=1670
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1672
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1732
+  _globals['_SERVEDMODEL']._serialized_start=1734
+  _globals['_SERVEDMODEL']._serialized_end=1783
+  _globals['_GETMODELREQUEST']._serialized_start=1785
+  _globals['_GETMODELREQUEST']._serialized_end=1816
+  _globals['_GETMODELRESPONSE']._serialized_start=1818
+  _globals['_GETMODELRESPONSE']._serialized_end=1886
+  _globals['_DOWNLOADTOKENIZERREQUEST']._serialized_start=1888
+  _globals['_DOWNLOADTOKENIZERREQUEST']._serialized_end=1928
+  _globals['_DOWNLOADTOKENIZERRESPONSE']._serialized_start=1930
+  _globals['_DOWNLOADTOKENIZERRESPONSE']._serialized_end=1990
+  _globals['_GETSERVERSTATEREQUEST']._serialized_start=1992
+  _globals['_GETSERVERSTATEREQUEST']._serialized_end=2015
+  _globals['_GETSERVERSTATERESPONSE']._serialized_start=2018
+  _globals['_GETSERVERSTATERESPONSE']._serialized_end=2192
+  _globals['_GROUPSTATE']._serialized_start=2194
+  _globals['_GROUPSTATE']._serialized_end=2287
+  _globals['_QUEUESTATE']._serialized_start=2289
+  _globals['_QUEUESTATE']._serialized_end=2358
+  _globals['_SCHEDULERSERVICE']._serialized_start=2361
+  _globals['_SCHEDULERSERVICE']._serialized_end=3470
 # @@protoc_insertion_point(module_scope)

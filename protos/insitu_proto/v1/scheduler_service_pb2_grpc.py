@@ -71,6 +71,11 @@ class SchedulerServiceStub:
                 request_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.CancelSessionRequest.SerializeToString,
                 response_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.CancelSessionResponse.FromString,
                 _registered_method=True)
+        self.ListSessions = channel.unary_unary(
+                '/insitu.v1.SchedulerService/ListSessions',
+                request_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.ListSessionsRequest.SerializeToString,
+                response_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.ListSessionsResponse.FromString,
+                _registered_method=True)
         self.ReleaseKeptValue = channel.unary_unary(
                 '/insitu.v1.SchedulerService/ReleaseKeptValue',
                 request_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.ReleaseKeptValueRequest.SerializeToString,
@@ -160,6 +165,13 @@ class SchedulerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSessions(self, request, context):
+        """Lists the caller's sessions, the newest first, as long as the server keeps them. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReleaseKeptValue(self, request, context):
         """Lets go of a value that one of the caller's sessions kept. Idempotent.
         """
@@ -232,6 +244,11 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.CancelSession,
                     request_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.CancelSessionRequest.FromString,
                     response_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.CancelSessionResponse.SerializeToString,
+            ),
+            'ListSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSessions,
+                    request_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.ListSessionsRequest.FromString,
+                    response_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.ListSessionsResponse.SerializeToString,
             ),
             'ReleaseKeptValue': grpc.unary_unary_rpc_method_handler(
                     servicer.ReleaseKeptValue,
@@ -450,6 +467,33 @@ class SchedulerService:
             '/insitu.v1.SchedulerService/CancelSession',
             insitu__proto_dot_v1_dot_scheduler__service__pb2.CancelSessionRequest.SerializeToString,
             insitu__proto_dot_v1_dot_scheduler__service__pb2.CancelSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/insitu.v1.SchedulerService/ListSessions',
+            insitu__proto_dot_v1_dot_scheduler__service__pb2.ListSessionsRequest.SerializeToString,
+            insitu__proto_dot_v1_dot_scheduler__service__pb2.ListSessionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

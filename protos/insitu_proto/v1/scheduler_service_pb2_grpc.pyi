@@ -61,6 +61,8 @@ class SchedulerServiceStub:
     """
     CancelSession: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.CancelSessionRequest, _scheduler_service_pb2.CancelSessionResponse]
     """Cancels a session in any state. Idempotent; a session that has ended stays as it is."""
+    ListSessions: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListSessionsRequest, _scheduler_service_pb2.ListSessionsResponse]
+    """Lists the caller's sessions, the newest first, as long as the server keeps them. Idempotent."""
     ReleaseKeptValue: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ReleaseKeptValueRequest, _scheduler_service_pb2.ReleaseKeptValueResponse]
     """Lets go of a value that one of the caller's sessions kept. Idempotent."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListModelsRequest, _scheduler_service_pb2.ListModelsResponse]
@@ -105,6 +107,8 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     """
     CancelSession: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.CancelSessionRequest, _scheduler_service_pb2.CancelSessionResponse]  # type: ignore[assignment]
     """Cancels a session in any state. Idempotent; a session that has ended stays as it is."""
+    ListSessions: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListSessionsRequest, _scheduler_service_pb2.ListSessionsResponse]  # type: ignore[assignment]
+    """Lists the caller's sessions, the newest first, as long as the server keeps them. Idempotent."""
     ReleaseKeptValue: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ReleaseKeptValueRequest, _scheduler_service_pb2.ReleaseKeptValueResponse]  # type: ignore[assignment]
     """Lets go of a value that one of the caller's sessions kept. Idempotent."""
     ListModels: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListModelsRequest, _scheduler_service_pb2.ListModelsResponse]  # type: ignore[assignment]
@@ -188,6 +192,14 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_service_pb2.CancelSessionResponse, _abc.Awaitable[_scheduler_service_pb2.CancelSessionResponse]]:
         """Cancels a session in any state. Idempotent; a session that has ended stays as it is."""
+
+    @_abc_1.abstractmethod
+    def ListSessions(
+        self,
+        request: _scheduler_service_pb2.ListSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.ListSessionsResponse, _abc.Awaitable[_scheduler_service_pb2.ListSessionsResponse]]:
+        """Lists the caller's sessions, the newest first, as long as the server keeps them. Idempotent."""
 
     @_abc_1.abstractmethod
     def ReleaseKeptValue(

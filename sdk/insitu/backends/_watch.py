@@ -104,4 +104,9 @@ class Watch:
 
 def kind_name(event: event_pb2.Event) -> str:
     """Gives the name of what happened, such as "QUEUED"."""
-    return event_pb2.EventKind.Name(event.kind).removeprefix("EVENT_KIND_")
+    return state_name(event.kind)
+
+
+def state_name(kind: event_pb2.EventKind.ValueType) -> str:
+    """Gives the name of a kind of event, such as "QUEUED"."""
+    return event_pb2.EventKind.Name(kind).removeprefix("EVENT_KIND_")

@@ -142,6 +142,18 @@ class RemoteBackend:
         with self._connection.call() as (stub, metadata):
             yield from download(stub.FetchResult(request, metadata=metadata))
 
+    def sessions(self, limit: int) -> Iterator[scheduler_service_pb2.SessionSummary]:
+        """Yields the user's sessions, the newest first."""
+        token, left = "", limit
+        while left > 0:
+            request = scheduler_service_pb2.ListSessionsRequest(page_size=left, page_token=token)
+            with self._connection.call() as (stub, metadata):
+                answer = stub.ListSessions(request, metadata=metadata, timeout=_TIMEOUT_SECONDS)
+            yield from answer.sessions
+            token, left = answer.next_page_token, left - len(answer.sessions)
+            if not token:
+                return
+
     def release_handle(self, handle_id: str) -> None:
         """Lets go of a value that a session kept."""
         request = scheduler_service_pb2.ReleaseKeptValueRequest(handle_id=handle_id)

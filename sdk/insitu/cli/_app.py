@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from insitu._config import CONFIG, DEFAULT_ENDPOINT
+from insitu.cli._sessions import app as sessions_app
 from insitu_wire.errors import Error
 from insitu_wire.paths import state_folder
 
@@ -116,6 +117,9 @@ def show(file: _File) -> None:
 
     for line in dump(read_session(file)):
         print(line)
+
+
+app.add_typer(sessions_app, name="sessions")
 
 
 @app.command()

@@ -49,7 +49,7 @@ def run_file(path: Path, *, remote: bool, output: Path | None) -> None:
             saved.append((names[node_id], value))
     finally:
         backend.close()
-        _deliver(by_name(saved), output)
+        deliver(by_name(saved), output)
 
 
 def _local_backend(session: Session) -> Backend:
@@ -65,7 +65,8 @@ def _local_backend(session: Session) -> Backend:
     return LocalBackend(model)
 
 
-def _deliver(values: dict[str, Any], output: Path | None) -> None:
+def deliver(values: dict[str, Any], output: Path | None) -> None:
+    """Shows saved values by name, and writes them to a file if there is to be one."""
     leaves = _leaves(values)
     width = max(map(len, leaves), default=0)
     for name, leaf in leaves.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sqlite3
 import time
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import pytest
 
 from insitu_proto.v1 import error_reason_pb2, event_pb2
 from insitu_proto.v1 import scheduler_service_pb2 as pb
+from insitu_proto.v1.event_pb2 import EventKind
 from insitu_proto.v1.session_pb2 import Exit, Session, Step
 from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest, RunSegmentResponse
 from insitu_scheduler.server import Server
@@ -35,7 +37,7 @@ from support.fake_shard import (
 from .conftest import Client, names
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from insitu_scheduler.config import SchedulerConfig
@@ -360,3 +362,41 @@ async def test_the_server_adds_little_time_to_a_session(client: Client, shard: F
         seconds.append(time.perf_counter() - started)
     # Generous, for busy machines; the benchmark measures it properly.
     assert min(seconds) < 0.05
+
+
+async def test_a_user_lists_own_sessions_page_by_page(
+    client: Client, shard: FakeShard, connect: Callable[[str], Client]
+) -> None:
+    ids = [await client.submit(saving()) for _ in range(3)]
+    for session_id in ids:
+        await client.watch(session_id)
+    await connect("bob-key").submit(saving(), is_detached=True)
+    first = await client.call("ListSessions", pb.ListSessionsRequest(page_size=2))
+    token = first.next_page_token
+    second = await client.call(
+        "ListSessions", pb.ListSessionsRequest(page_size=2, page_token=token)
+    )
+    listed = [*first.sessions, *second.sessions]
+    assert [found.session_id for found in listed] == ids[::-1]
+    assert second.next_page_token == ""
+    assert {EventKind.Name(found.state) for found in listed} == {"EVENT_KIND_COMPLETED"}
+    assert all(found.created_at.ToDatetime() <= found.finished_at.ToDatetime() for found in listed)
+    assert {found.model for found in listed} == {MODEL}
+
+
+async def test_a_session_that_ended_long_ago_is_forgotten(config: SchedulerConfig) -> None:
+    config = dataclasses.replace(config, retention_seconds=0.4)
+    async with Server(config) as server, FakeShard(server.address) as shard:
+        await shard.ready()
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            client = Client(channel)
+            session_id = await client.submit(saving())
+            assert names(await client.watch(session_id))[-1] == "COMPLETED"
+            async with asyncio.timeout(5):
+                while (await client.call("ListSessions", pb.ListSessionsRequest())).sessions:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+                while any(config.data_dir.glob("results/*")):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            with pytest.raises(Error) as caught:
+                await client.fetch(session_id)
+            assert caught.value.reason is Reason.SESSION_NOT_FOUND

@@ -22,8 +22,9 @@ def _model(up: Up, name: str, monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
     return LanguageModel(name)
 
 
-def test_three_ranks_give_the_tokens_of_one(
-    demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_several_ranks_give_the_tokens_of_one(
+    num_ranks: int, demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(model: LanguageModel, *, remote: bool) -> list[torch.Tensor]:
         with model.session(remote=remote):
@@ -36,8 +37,8 @@ def test_three_ranks_give_the_tokens_of_one(
         return [t1, t2]
 
     expected = run(LanguageModel(str(demo_folder)), remote=False)
-    with Up(tmp_path, [f"{NAME}={demo_folder}"], ["--tp", "3"]) as up:
-        assert sum("RANK" in p.environ() for p in up.descendants()) == 3
+    with Up(tmp_path, [f"{NAME}={demo_folder}"], ["--tp", str(num_ranks)]) as up:
+        assert sum("RANK" in p.environ() for p in up.descendants()) == num_ranks
         actual = run(_model(up, NAME, monkeypatch), remote=True)
     assert all(map(torch.equal, actual, expected))
 
@@ -150,16 +151,16 @@ def test_a_write_that_the_model_can_not_take_leaves_the_group_alive(
     assert tokens.shape == (1, len(IDS))
 
 
-def test_ranks_that_do_not_divide_the_heads_are_refused_before_anything_runs(
+def test_more_ranks_than_heads_are_refused_before_anything_runs(
     demo_folder: Path, tmp_path: Path
 ) -> None:
     done = insitu(
-        "up", "--model", f"{NAME}={demo_folder}", "--tp", "2",
+        "up", "--model", f"{NAME}={demo_folder}", "--tp", "10",
         "--port", "0", "--data-dir", str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 1
-    assert "9 attention heads and 3 key-value heads" in done.stderr
-    assert "use one of 1, 3" in done.stderr
+    assert "a model of 9 attention heads can not be split over 10 ranks" in done.stderr
+    assert "use at most 9 (each rank has heads of its own with 1, 3)" in done.stderr
     assert "is ready" not in done.stdout
     assert "Traceback" not in done.stderr
 

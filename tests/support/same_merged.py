@@ -107,7 +107,7 @@ def _check_equal(name: str, actual: Any, expected: Any, tolerance: float) -> Non
     assert is_there(actual) == is_there(expected), f"{name} is there only once"
     if not is_there(expected):
         return
-    ours, theirs = (pytree.tree_leaves(_plain(value)) for value in (actual, expected))
+    ours, theirs = (pytree.tree_leaves(plain(value)) for value in (actual, expected))
     assert len(ours) == len(theirs), name
     for one, other in zip(ours, theirs, strict=True):
         if not isinstance(other, torch.Tensor):
@@ -123,9 +123,10 @@ def _check_equal(name: str, actual: Any, expected: Any, tolerance: float) -> Non
         )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Gives a saved container as plain lists and dicts."""
     if isinstance(value, torch.Tensor) or not hasattr(value, "__iter__"):
         return value
     if hasattr(value, "keys"):
-        return {key: _plain(value[key]) for key in value}
-    return [_plain(item) for item in value] if not isinstance(value, str) else value
+        return {key: plain(value[key]) for key in value}
+    return [plain(item) for item in value] if not isinstance(value, str) else value

@@ -35,6 +35,24 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("gptj", {**_GPT2, "rotary_dim": 8, "n_inner": 128}),
 }
+# Those that matter where a model is split over ranks: what the number of ranks does not divide.
+SPLIT_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama of 9 heads": (
+        "llama",
+        {**_GROUPED, "hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3},
+    ),
+    "gemma3 of 1 kv head": (
+        "gemma3_text",
+        {**_GROUPED, "head_dim": 16, "sliding_window": 8, "num_key_value_heads": 1},
+    ),
+    "gpt_neox of 3 heads": (
+        "gpt_neox",
+        {**_COMMON, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 128},
+    ),
+    "llama of odd widths": ("llama", {**_GROUPED, "vocab_size": 251, "intermediate_size": 127}),
+    "gpt2 of odd widths": ("gpt2", {**_GPT2, "vocab_size": 251, "n_inner": 127}),
+    "gpt2 of 3 heads": ("gpt2", {**_GPT2, "n_embd": 48, "n_head": 3}),
+}
 
 
 class TinyModels:
@@ -47,7 +65,7 @@ class TinyModels:
         """Gives the folder of a family's model."""
         folder = self._root / family
         if not folder.exists():
-            kind, values = {**CONFIGS, **_OTHERS}[family]
+            kind, values = {**CONFIGS, **_OTHERS, **SPLIT_CONFIGS}[family]
             torch.manual_seed(0)
             module = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**values))
             with torch.no_grad():

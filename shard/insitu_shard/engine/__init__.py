@@ -19,13 +19,14 @@ from insitu_shard.engine.events import (
 from insitu_shard.engine.explain import explain
 from insitu_shard.engine.gguf import convert
 from insitu_shard.engine.handles import HandleStore, KeptValues
-from insitu_shard.engine.loading import check_ranks, load_model
+from insitu_shard.engine.loading import load_model
 from insitu_shard.engine.model import LoadedModel
 from insitu_shard.engine.model_folder import load_config, resolve_model_folder
 from insitu_shard.engine.module import LoadedModule
 from insitu_shard.engine.pool import SegmentPool
 from insitu_shard.engine.segment import SegmentRun
 from insitu_shard.engine.spread import Spread
+from insitu_shard.engine.tensor_plan import check_ranks
 
 __all__ = [
     "Finished",

@@ -123,7 +123,7 @@ def _measured(
         values, and where it has points.
     """
     plan = PointPlan()
-    module = _built(config, dtype)
+    module = empty_model(config, dtype)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             plan = find_points(module)
@@ -131,7 +131,7 @@ def _measured(
             return module, _probed(module), plan
     except Exception as exception:  # noqa: BLE001 - any model file may do anything
         _log.warning("%s shows nothing inside its modules: %s", type(module).__name__, exception)
-    module = _built(config, dtype)
+    module = empty_model(config, dtype)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             return module, _probed(module), PointPlan()
@@ -144,7 +144,8 @@ def _probed(module: torch.nn.Module) -> list[Measurement]:
     return [measure(module, size, torch.device("meta")) for size in PROBE_SIZES]
 
 
-def _built(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Builds the whole model on the meta device, without memory."""
     with init_empty_weights(include_buffers=True):
         module: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     if hasattr(module, "set_experts_implementation"):

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.pytorch_utils import Conv1D
+
+from insitu_shard.engine.transformers_internals import Conv1D
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

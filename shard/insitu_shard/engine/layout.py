@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils import _pytree as pytree
 
 from insitu_wire.errors import Reason, error
@@ -23,10 +24,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Along which dimension a tensor is split, and its whole size there."""
+    """Along which dimension a tensor is split, and how.
+
+    Of a packed tensor, such as queries, keys and values beside each other, each part is split.
+    """
 
     dim: int
+    """Counted from the last, which is -1."""
     full_size: int
+    num_parts: int = 1
+
+    def gather(self, local: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        """Gives the whole tensor, joined from all ranks. Every rank must call it."""
+        size = self.full_size // self.num_parts
+        if self.num_parts == 1:
+            return ranks.gather(local, dim=self.dim, full_size=size)
+        parts = local.unflatten(self.dim, (self.num_parts, -1))
+        return ranks.gather(parts, dim=self.dim, full_size=size).flatten(self.dim - 1, self.dim)
+
+    def scatter(self, full: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        """Gives this rank's part of a whole tensor."""
+        if self.num_parts == 1:
+            return ranks.local_chunk(full, dim=self.dim)
+        parts = full.unflatten(self.dim, (self.num_parts, -1))
+        return ranks.local_chunk(parts, dim=self.dim).flatten(self.dim - 1, self.dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +75,13 @@ class BoundaryLayout:
         split = self._split(path, leaf)
         if split is None or self.ranks is None or not isinstance(leaf, torch.Tensor):
             return leaf
-        return self.ranks.gather(leaf, dim=split.dim, full_size=split.full_size)
+        return split.gather(leaf, self.ranks)
 
     def _scatter_leaf(self, path: pytree.KeyPath, leaf: object) -> object:
         split = self._split(path, leaf)
         if split is None or self.ranks is None or not isinstance(leaf, torch.Tensor):
             return leaf
-        return self.ranks.local_chunk(leaf, dim=split.dim)
+        return split.scatter(leaf, self.ranks)
 
     def _split(self, path: pytree.KeyPath, leaf: object) -> Split | None:
         key = pytree.keystr(path)
@@ -91,23 +112,47 @@ class Layouts:
         return (self.inputs if is_input else self.outputs).get(module_path, _WHOLE)
 
 
-def find_layouts(full: Measurement, local: Measurement, ranks: Ranks) -> Layouts:
-    """Compares what a rank sees with the whole model, both measured over the same probe."""
+def find_layouts(
+    full: Measurement, local: Measurement, ranks: Ranks, packed: Mapping[str, int]
+) -> Layouts:
+    """Compares what a rank sees with the whole model, both measured over the same probe.
 
-    def compare(full_values: Mapping[str, Any], local_values: Mapping[str, Any]) -> dict[str, Any]:
+    Args:
+        full: of the whole model.
+        local: of this rank.
+        ranks: this rank's place.
+        packed: of how many parts the output of a module is packed, by path; shapes do not tell.
+    """
+
+    def compare(
+        full_values: Mapping[str, Any], local_values: Mapping[str, Any], packed: Mapping[str, int]
+    ) -> dict[str, Any]:
         found = {}
         for path, value in local_values.items():
-            splits = _splits(full_values[path], value, ranks) if path in full_values else {}
-            if splits:
+            num_parts = packed.get(path, 1)
+            whole = full_values.get(path)
+            if splits := _splits(whole, value, ranks, num_parts):
                 found[path] = BoundaryLayout(splits, ranks)
         return found
 
     return Layouts(
-        inputs=compare(full.inputs, local.inputs), outputs=compare(full.outputs, local.outputs)
+        inputs=compare(full.inputs, local.inputs, {}),
+        outputs=compare(full.outputs, local.outputs, packed),
     )
 
 
-def _splits(full: Any, local: Any, ranks: Ranks) -> dict[str, Split | None]:
+def packed_outputs(module: torch.nn.Module) -> dict[str, int]:
+    """Gives of how many parts the outputs of modules are packed, by path, where it is several."""
+    found: dict[str, int] = {}
+    for path, part in module.named_modules():
+        weight = getattr(part, "weight", None)
+        for placement in getattr(weight, "placements", ()):
+            if isinstance(placement, _StridedShard):
+                found[path] = int(placement.split_factor)
+    return found
+
+
+def _splits(full: Any, local: Any, ranks: Ranks, num_parts: int) -> dict[str, Split | None]:
     full_leaves = dict(pytree.tree_flatten_with_path(full)[0])
     found: dict[str, Split | None] = {}
     for path, leaf in pytree.tree_flatten_with_path(local)[0]:
@@ -115,17 +160,17 @@ def _splits(full: Any, local: Any, ranks: Ranks) -> dict[str, Split | None]:
         if not isinstance(leaf, torch.Tensor) or not isinstance(whole, torch.Tensor):
             continue
         if leaf.shape != whole.shape:
-            found[pytree.keystr(path)] = _split(whole.shape, leaf.shape, ranks)
+            found[pytree.keystr(path)] = _split(whole.shape, leaf.shape, ranks, num_parts)
     return found
 
 
-def _split(full: torch.Size, local: torch.Size, ranks: Ranks) -> Split | None:
+def _split(full: torch.Size, local: torch.Size, ranks: Ranks, num_parts: int) -> Split | None:
     dims = [
         dim for dim, (whole, part) in enumerate(zip(full, local, strict=False)) if whole != part
     ]
     if len(full) != len(local) or len(dims) != 1:
         return None
     (dim,) = dims
-    if local[dim] != ranks.chunk_size(full[dim]):
+    if local[dim] != num_parts * ranks.chunk_size(full[dim] // num_parts):
         return None
-    return Split(dim - len(full), full[dim])
+    return Split(dim - len(full), full[dim], num_parts)

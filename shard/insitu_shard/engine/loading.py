@@ -7,11 +7,10 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.distributed.configuration_utils import DistributedConfig
 
 from insitu_shard.engine.checkpoint import check_checkpoint
-from insitu_shard.engine.describe import measure_whole, point_plan
-from insitu_shard.engine.layout import Layouts, find_layouts
+from insitu_shard.engine.describe import empty_model, measure_whole, point_plan
+from insitu_shard.engine.layout import Layouts, find_layouts, packed_outputs
 from insitu_shard.engine.measure import PROBE_SIZES, measure
 from insitu_shard.engine.model import LoadedModel
 from insitu_shard.engine.model_folder import load_config
@@ -20,7 +19,8 @@ from insitu_shard.engine.pretrained import from_pretrained, from_slices
 from insitu_shard.engine.progress import progress_shown
 from insitu_shard.engine.ranks import Ranks
 from insitu_shard.engine.spread import Spread, load_spread
-from insitu_wire.errors import Reason, error
+from insitu_shard.engine.tensor_plan import check_ranks, describe_plan, tensor_plan
+from insitu_shard.engine.transformers_internals import DistributedConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,8 +88,12 @@ def _load_module(
     device: torch.device,
 ) -> PreTrainedModel:
     if ranks.size > 1:
-        distributed = DistributedConfig(tp_size=ranks.size)
-        return from_slices(config, folder, dtype=dtype, distributed_config=distributed)
+        plan = tensor_plan(empty_model(config), ranks.size)
+        if ranks.is_leader:
+            _log.info("%s", describe_plan(config, plan, ranks.size))
+        if plan:
+            distributed = DistributedConfig(tp_size=ranks.size, tp_plan=plan)
+            return from_slices(config, folder, dtype=dtype, distributed_config=distributed)
     where = {"device_map": {"": device}} if device.type != "cpu" else {}
     return from_pretrained(folder, dtype=dtype, **where)
 
@@ -100,32 +104,5 @@ def _layouts(
     if ranks.size == 1:
         return Layouts()
     full = measure_whole(config, dtype=torch.float32)
-    return find_layouts(full, measure(module, PROBE_SIZES[0], device), ranks)
-
-
-def check_ranks(config: PretrainedConfig, num_ranks: int) -> None:
-    """Refuses a number of ranks that would only fail in the first forward pass.
-
-    Raises:
-        ConfigurationError: the model can not be split so; the message names what is possible.
-    """
-    if num_ranks == 1:
-        return
-    heads: int = config.num_attention_heads
-    kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
-    possible = [n for n in range(1, heads + 1) if heads % n == 0 and kv_heads % n == 0]
-    if num_ranks not in possible:
-        raise error(
-            Reason.INVALID_CONFIGURATION,
-            f"a model of {heads} attention heads and {kv_heads} key-value heads can not be split "
-            f"over {num_ranks} ranks; use one of {', '.join(map(str, possible))}",
-            numRanks=num_ranks,
-            numHeads=heads,
-            numKeyValueHeads=kv_heads,
-        )
-    if not getattr(config, "base_model_tp_plan", None):
-        raise error(
-            Reason.INVALID_CONFIGURATION,
-            f"transformers has no tensor-parallel plan for a {config.model_type} model; use 1 rank",
-            modelType=config.model_type,
-        )
+    local = measure(module, PROBE_SIZES[0], device)
+    return find_layouts(full, local, ranks, packed_outputs(module))

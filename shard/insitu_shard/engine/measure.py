@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from insitu_shard.engine.transformers_internals import GradientCheckpointingLayer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,26 @@ class Ranks:
         return joined.tolist()
 
     def gather(self, local: torch.Tensor, *, dim: int, full_size: int) -> torch.Tensor:
-        """Joins the ranks' chunks of a tensor along a dimension. Every rank must call it."""
+        """Joins the ranks' chunks of a tensor along a dimension. Every rank must call it.
+
+        What is done to the whole is done on every rank alike: a rank's part of the gradient is the
+        gradient of its chunk.
+        """
+        if torch.is_grad_enabled() and local.requires_grad:
+            function: Any = _Gather
+            whole: torch.Tensor = function.apply(local, self, dim, full_size)
+            return whole
+        return self._gathered(local, dim, full_size)
+
+    def local_chunk(self, full: torch.Tensor, *, dim: int) -> torch.Tensor:
+        """Gives this rank's chunk of a whole tensor; its gradient is joined from all ranks."""
+        if torch.is_grad_enabled() and full.requires_grad:
+            function: Any = _Scatter
+            part: torch.Tensor = function.apply(full, self, dim)
+            return part
+        return self._chunk(full, dim)
+
+    def _gathered(self, local: torch.Tensor, dim: int, full_size: int) -> torch.Tensor:
         sizes = _chunk_sizes(full_size, self.size)
         widest = max(sizes)
         padded = local.movedim(dim, 0).contiguous()
@@ -45,8 +65,7 @@ class Ranks:
         full = torch.cat([chunk[:size] for chunk, size in zip(chunks, sizes, strict=True)])
         return full.movedim(0, dim)
 
-    def local_chunk(self, full: torch.Tensor, *, dim: int) -> torch.Tensor:
-        """Gives this rank's chunk of a whole tensor."""
+    def _chunk(self, full: torch.Tensor, dim: int) -> torch.Tensor:
         sizes = _chunk_sizes(full.shape[dim], self.size)
         start = sum(sizes[: self.rank])
         return full.narrow(dim, start, sizes[self.rank]).contiguous()
@@ -54,6 +73,30 @@ class Ranks:
     def chunk_size(self, full_size: int) -> int:
         """Gives the size of this rank's chunk."""
         return _chunk_sizes(full_size, self.size)[self.rank]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, local: torch.Tensor, ranks: Ranks, dim: int, full_size: int
+    ) -> torch.Tensor:
+        ctx.ranks, ctx.dim = ranks, dim
+        return ranks._gathered(local, dim, full_size)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return ctx.ranks.local_chunk(gradient, dim=ctx.dim), None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, full: torch.Tensor, ranks: Ranks, dim: int) -> torch.Tensor:
+        ctx.ranks, ctx.dim, ctx.full_size = ranks, dim, full.shape[dim]
+        return ranks._chunk(full, dim)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return ctx.ranks.gather(gradient, dim=ctx.dim, full_size=ctx.full_size), None, None
 
 
 def _chunk_sizes(full_size: int, num_ranks: int) -> list[int]:

@@ -1,0 +1,148 @@
+"""What a rank of a group does to see whether a model that is split shows itself as a whole one.
+
+Every rank records and runs the same sessions on a model that is split and on one that is not.
+"""
+
+from __future__ import annotations
+
+import random
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from insitu import LanguageModel
+from insitu_shard import engine
+from support.judge import with_insitu
+from support.random_sessions import run
+from support.same_merged import is_there, plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from insitu_shard.engine.ranks import Ranks
+
+IDS = [5, 9, 17, 23, 42, 61, 7]
+TOLERANCE = 2e-5
+WHOLE_ON_EACH_RANK = ("opt", "gptj")
+
+
+def split_model(folder: Path, ranks: Ranks) -> LanguageModel:
+    """Gives a model that is split over the ranks, in this process."""
+    model = LanguageModel(str(folder))
+    model._local.__dict__["_model"] = engine.load_model(str(folder), folder, ranks=ranks)
+    return model
+
+
+def differences(
+    ranks: Ranks, folders: dict[str, Path], sessions: dict[str, list[Any]]
+) -> dict[str, list[str]]:
+    """Runs all cases on all models; gives what differed of each, by model."""
+    found = {}
+    for name, folder in folders.items():
+        whole, split = LanguageModel(str(folder)), split_model(folder, ranks)
+        found[name] = _of_model(whole, split, sessions[name])
+        if name not in WHOLE_ON_EACH_RANK and _share(whole, split) > 0.75:
+            found[name].append(f"a rank has {_share(whole, split)} of the weights")
+    return found
+
+
+def _share(whole: LanguageModel, split: LanguageModel) -> float:
+    """Gives how much of the weights a rank has."""
+    of_rank, of_all = (
+        sum(_local(parameter).numel() for parameter in model._local._model.module.parameters())
+        for model in (split, whole)
+    )
+    return of_rank / of_all
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _of_model(whole: LanguageModel, split: LanguageModel, sessions: list[Any]) -> list[str]:
+    found = _compared("everywhere", everywhere, whole, split)
+    found += _compared("the judge's experiment", with_insitu, whole, split)
+    for number, description in enumerate(sessions):
+        for options in ({}, {"exact": True}):
+
+            def run_one(model: LanguageModel, d: Any = description, o: Any = options) -> Any:
+                outcome = run(model, d, **o)
+                return {**outcome.values, "error": str(outcome.error)}
+
+            found += _compared(f"session {number} {options}: {description}", run_one, whole, split)
+    return found
+
+
+def _compared(
+    name: str, use: Callable[[LanguageModel], Any], whole: LanguageModel, split: LanguageModel
+) -> list[str]:
+    try:
+        actual, expected = use(split), use(whole)
+    except Exception:  # noqa: BLE001 - it is told by the test
+        return [f"{name}: {traceback.format_exc(limit=-6)}"]
+    if actual.keys() != expected.keys():
+        return [f"{name}: {actual.keys() ^ expected.keys()}"]
+    return [
+        f"{name}, {key}: {difference}"
+        for key, value in expected.items()
+        if (difference := _difference(actual[key], value))
+    ]
+
+
+def _difference(actual: Any, expected: Any) -> str:
+    if is_there(actual) != is_there(expected):
+        return "it is there on one of them only"
+    if not is_there(expected):
+        return ""
+    ours, theirs = (pytree.tree_leaves(plain(value)) for value in (actual, expected))
+    if len(ours) != len(theirs):
+        return f"{len(ours)} are not {len(theirs)}"
+    for one, other in zip(ours, theirs, strict=True):
+        if not isinstance(other, torch.Tensor):
+            if one != other:
+                return f"{one!r} is not {other!r}"
+        elif one.shape != other.shape:
+            return f"{one.shape} is not {other.shape}"
+        elif not torch.allclose(one.double(), other.double(), rtol=TOLERANCE, atol=TOLERANCE,
+                                equal_nan=True):  # fmt: skip
+            return f"off by {(one.double() - other.double()).abs().max()}"
+    return ""
+
+
+def everywhere(model: LanguageModel) -> dict[str, Any]:
+    """Reads and writes at every module that gives a tensor, and calls those that take one."""
+    paths = [m.path for m in model._description.modules if m.path and m.call_order]
+    saved: dict[str, Any] = {}
+    with model.trace(IDS):
+        for path in paths:
+            saved[path] = model.get(path).output.save()
+    chosen = [path for path, value in saved.items() if _is_hidden(value)]
+    generator = random.Random(0)
+    for path in generator.sample(chosen, min(len(chosen), 8)):
+        with model.session():
+            with model.trace(IDS):
+                value = model.get(path).output
+                saved[f"{path} part"] = value[:, -1].save()
+                saved[f"{path} last"] = value[..., -3:].save()
+                value[:, 2, 1:5] = 0.25
+                model.get(path).output = value.flip(-1) * 0.5
+                saved[f"{path} written"] = model.lm_head.output.save()
+            with model.trace(IDS):
+                value = model.get(path).output[:, -2:]
+                saved[f"{path} positions"] = value.save()
+                saved[f"{path} sum"] = model.get(path).output[:, 1].sum(-1).save()
+    return saved
+
+
+def _is_hidden(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and value.ndim == 3
+        and value.shape[:2] == (1, len(IDS))
+        and value.shape[2] > 8
+    )

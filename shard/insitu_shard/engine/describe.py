@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from typing import TYPE_CHECKING, Any
@@ -147,7 +148,9 @@ def _probed(module: torch.nn.Module) -> list[Measurement]:
 def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Builds the whole model on the meta device, without memory."""
     with init_empty_weights(include_buffers=True):
-        module: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        # What is set below would be set for all who have this configuration.
+        own = copy.deepcopy(config)
+        module: PreTrainedModel = AutoModelForCausalLM.from_config(own, dtype=dtype).eval()
     if hasattr(module, "set_experts_implementation"):
         # The grouped kernel has a fake version in bfloat16 only.
         module.set_experts_implementation("batched_mm")

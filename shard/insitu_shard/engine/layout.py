@@ -164,7 +164,7 @@ def _splits(full: Any, local: Any, ranks: Ranks, num_parts: int) -> dict[str, Sp
     return found
 
 
-def _split(full: torch.Size, local: torch.Size, ranks: Ranks, num_parts: int) -> Split | None:
+def _split(full: torch.Size, local: torch.Size, ranks: Ranks, num_parts: int = 1) -> Split | None:
     dims = [
         dim for dim, (whole, part) in enumerate(zip(full, local, strict=False)) if whole != part
     ]

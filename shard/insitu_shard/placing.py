@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from insitu_shard.config import Placement
-from insitu_shard.engine import Spread, check_ranks, load_config, resolve_model_folder
+from insitu_shard.engine import (
+    Spread,
+    check_ranks,
+    has_plan,
+    load_config,
+    resolve_model_folder,
+)
 from insitu_wire.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -38,10 +44,15 @@ def with_placement(config: ShardConfig) -> ShardConfig:
 def _chosen(config: ShardConfig) -> Placement:
     if config.max_memory:
         return Placement.SPREAD
+    model_config = load_config(resolve_model_folder(config.model_path))
+    has_gpus = torch.cuda.device_count() >= 2
+    if config.num_ranks > 1 and has_gpus and not has_plan(model_config):
+        _log.warning("%s has no plan: it is spread over one rank's GPUs", model_config.model_type)
+        return Placement.SPREAD
     try:
-        check_ranks(load_config(resolve_model_folder(config.model_path)), config.num_ranks)
+        check_ranks(model_config, config.num_ranks)
     except ConfigurationError as err:
-        if torch.cuda.device_count() < 2:
+        if not has_gpus:
             raise
         _log.warning("%s; it is spread over the GPUs of one rank", err)
         return Placement.SPREAD

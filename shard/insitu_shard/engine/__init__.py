@@ -26,7 +26,7 @@ from insitu_shard.engine.module import LoadedModule
 from insitu_shard.engine.pool import SegmentPool
 from insitu_shard.engine.segment import SegmentRun
 from insitu_shard.engine.spread import Spread
-from insitu_shard.engine.tensor_plan import check_ranks
+from insitu_shard.engine.tensor_plan import check_ranks, has_plan
 
 __all__ = [
     "Finished",
@@ -48,6 +48,7 @@ __all__ = [
     "describe",
     "describe_module",
     "explain",
+    "has_plan",
     "load_config",
     "load_model",
     "parse_dtype",

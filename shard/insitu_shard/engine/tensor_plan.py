@@ -45,6 +45,11 @@ def tensor_plan(model: PreTrainedModel, num_ranks: int) -> dict[str, str]:
     return plan if has_even_heads else {**plan, **_joined_attention(plan)}
 
 
+def has_plan(config: PretrainedConfig) -> bool:
+    """Whether a model of this family can be split at all."""
+    return config.model_type == "gpt2" or bool(getattr(config, "base_model_tp_plan", None))
+
+
 def describe_plan(config: PretrainedConfig, plan: Mapping[str, str], num_ranks: int) -> str:
     """Says in one line how a model lies on its ranks."""
     if not plan:

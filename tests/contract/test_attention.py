@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from insitu import InvalidTraceError, LanguageModel, UnknownModuleError
+from insitu_shard.compiler import Outline
 from support.attention_judge import (
     AFTER_ROTARY,
     WITHOUT_ROTARY,
@@ -343,3 +344,13 @@ def test_a_cache_of_all_modules_leaves_the_heads_out(tiny: TinyModels) -> None:
         cache = tracer.cache()
     assert "model.layers.1.self_attn.q_proj" in cache
     assert not any("heads" in path or "resid" in path for path in cache)
+
+
+def test_what_patterns_take_until_the_end_grows_with_the_square_of_the_length(
+    tiny: TinyModels,
+) -> None:
+    model = LanguageModel(str(tiny.folder("llama")))
+    outline = Outline.of(model._description)
+    path = "model.layers.1.self_attn.heads"
+    assert outline.output_bytes(f"{path}.z", is_input=False, length=100) == 4 * 16 * 4
+    assert outline.output_bytes(f"{path}.pattern", is_input=False, length=100) == 4 * 100 * 4

@@ -84,10 +84,16 @@ class Outline:
             return [module.output]
         return [*module.args.tuple.items, *module.kwargs.dict.items]
 
-    def output_bytes(self, path: str, *, is_input: bool) -> int:
-        """Estimates the bytes of a module's result, or of its first argument, for each token."""
+    def output_bytes(self, path: str, *, is_input: bool, length: int = 1) -> int:
+        """Estimates the bytes of a module's result, or of its first argument, for each token.
+
+        Args:
+            path: the module's.
+            is_input: whether its first argument is meant.
+            length: tokens in a row: what is between pairs of them has so many for each.
+        """
         structures = self.structures(path, is_input=is_input)[:1]
-        return sum(map(_bytes_per_token, structures))
+        return sum(_bytes_per_token(structure, length) for structure in structures)
 
 
 def has_rows(structure: model_pb2.StructureSpec) -> bool:
@@ -117,14 +123,15 @@ def _tensors(structure: model_pb2.StructureSpec) -> list[model_pb2.TensorSpec | 
     return [None]
 
 
-def _bytes_per_token(structure: model_pb2.StructureSpec) -> int:
+def _bytes_per_token(structure: model_pb2.StructureSpec, length: int = 1) -> int:
     total = 0
     for tensor in _tensors(structure):
         if tensor is not None and any(size.batch_power for size in tensor.dimensions):
             elements = 1
             for size in tensor.dimensions:
                 elements *= size.factor
-            total += elements * _ITEM_BYTES
+            num_lengths = sum(size.length_power for size in tensor.dimensions)
+            total += elements * length ** max(num_lengths - 1, 0) * _ITEM_BYTES
     return total
 
 

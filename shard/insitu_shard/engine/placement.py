@@ -168,7 +168,7 @@ def place(
         session: what tells values of its session from those of others.
     """
     rows = batch.rows
-    kept = _kept_bytes(plan, outline) * sum(map(len, rows))
+    kept = _kept_bytes(plan, outline, batch.length) * sum(map(len, rows))
     scope = _Scope(session, outline.head_path, head, batch.invokes)
     if reason := _reason_for_alone(plan, outline):
         return TraceFacts(rows=rows, alone_because=reason, kept_bytes=kept)
@@ -301,22 +301,23 @@ def _canonical(value: object, ordinals: Mapping[NodeId, int], session: Hashable)
     return (type(value).__name__, repr(value))
 
 
-def _kept_bytes(plan: Plan, outline: Outline) -> int:
+def _kept_bytes(plan: Plan, outline: Outline, length: int) -> int:
     """Estimates the bytes for each token that stay until the trace ends."""
     sizes: dict[NodeId, int] = {}
     saved: set[NodeId] = set()
     for node in plan.nodes.values():
         used = max((sizes.get(at, 0) for at in node.used), default=0)
-        sizes[node.id] = _bytes_per_token(node, used, outline)
+        sizes[node.id] = _bytes_per_token(node, used, outline, length)
         if isinstance(node.operation, Save):
             saved.update(node.used)
     return sum(sizes.get(node_id, 0) for node_id in plan.outliving | saved)
 
 
-def _bytes_per_token(node: Node, used: int, outline: Outline) -> int:
+def _bytes_per_token(node: Node, used: int, outline: Outline, length: int) -> int:
     match node.operation:
         case Read(hook_point=point) if point.module_path in outline.modules:
-            return outline.output_bytes(point.module_path, is_input=point.side is not Side.OUTPUT)
+            is_input = point.side is not Side.OUTPUT
+            return outline.output_bytes(point.module_path, is_input=is_input, length=length)
         case Call(name=name) if last_word(name) in _REDUCING:
             return 0
         case Call(args=(_, tuple() as key)) if any(isinstance(part, int) for part in key):

@@ -35,6 +35,7 @@ bench: setup .venv-nnsight/.installed ## Measures, beside plain transformers and
 	$(BIN)/python benchmarks/attention.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/many_clients.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/fairness.py $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/loading.py $(BENCH_FLAGS)
 
 .venv-nnsight/.installed:
 	$(PYTHON) -m venv .venv-nnsight

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from insitu_shard.engine import load_model
+from insitu_shard.engine import load_config
+from insitu_shard.engine.loading import load_weights
 from insitu_shard.engine.ranks import Ranks
 
 TOKENS = (1, 32)
@@ -40,12 +41,14 @@ def main() -> None:
 
     before = status("VmRSS")
     started_at = time.perf_counter()
-    model = load_model("random", folder, ranks=Ranks(rank, num_ranks))
+    ranks = Ranks(rank, num_ranks)
+    config = load_config(folder)
+    module = load_weights(config, folder, dtype=None, ranks=ranks, device=torch.device("cpu"))
     load = time.perf_counter() - started_at
 
     def forward() -> None:
         with torch.no_grad():
-            model.module(input_ids=torch.ones(TOKENS, dtype=torch.long), use_cache=False)
+            module(input_ids=torch.ones(TOKENS, dtype=torch.long), use_cache=False)
 
     first = seconds(forward)
     later = statistics.median(seconds(forward) for _ in range(3))

@@ -62,7 +62,7 @@ def load_model(
         if spread is not None:
             module = load_spread(folder, spread, dtype=dtype)
         else:
-            module = _load_module(config, folder, dtype=dtype, ranks=ranks, device=device)
+            module = load_weights(config, folder, dtype=dtype, ranks=ranks, device=device)
     attach_points(module, point_plan(config, dtype=module.dtype))
     layouts = _layouts(config, module, ranks, device)
     _log.info("%s is loaded, in %.1f s", name, time.monotonic() - started_at)
@@ -79,7 +79,7 @@ def load_model(
     )
 
 
-def _load_module(
+def load_weights(
     config: PretrainedConfig,
     folder: Path,
     *,
@@ -87,6 +87,11 @@ def _load_module(
     ranks: Ranks,
     device: torch.device,
 ) -> PreTrainedModel:
+    """Loads a model's weights on one device, or this rank's slices of them.
+
+    Raises:
+        ConfigurationError: the files lack weights of the model.
+    """
     if ranks.size > 1:
         plan = tensor_plan(empty_model(config), ranks.size)
         if ranks.is_leader:

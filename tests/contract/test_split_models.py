@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from support.lone_failures import outcomes
 from support.on_ranks import on_ranks
 from support.random_sessions import sessions
-from support.split_cases import differences
+from support.split_cases import differences, gradients
 from support.tiny_models import SPLIT_CONFIGS, TinyModels
 
 FAMILIES = [
@@ -61,3 +62,20 @@ def found(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_give_what_one_gives(family: str, found: dict[str, list[str]]) -> None:
     assert not found[family], "\n".join(found[family][:5])
+
+
+def test_what_fails_on_one_rank_alone_ends_its_trace_and_nothing_else(
+    tiny: TinyModels, tmp_path: Path
+) -> None:
+    for told in on_ranks(outcomes, 2, tmp_path, tiny.folder("llama")):
+        assert len(told) == 12
+        for case, outcome in told.items():
+            assert outcome.endswith("Error, True"), f"{case}: {outcome}"
+
+
+def test_gradients_go_through_whole_views_of_split_tensors(
+    tiny: TinyModels, tmp_path: Path
+) -> None:
+    folders = {name: tiny.folder(name) for name in ("llama", "gpt2", "llama of odd widths")}
+    for found in on_ranks(gradients, 2, tmp_path, folders):
+        assert not any(found.values()), found

@@ -146,3 +146,55 @@ def _is_hidden(value: Any) -> bool:
         and value.shape[:2] == (1, len(IDS))
         and value.shape[2] > 8
     )
+
+
+def gradients(ranks: Ranks, folders: dict[str, Path]) -> dict[str, list[str]]:
+    """Compares gradients through split tensors that are read whole and written back, by model."""
+    return {name: _compared_gradients(ranks, folder) for name, folder in folders.items()}
+
+
+def _compared_gradients(ranks: Ranks, folder: Path) -> list[str]:
+    split = engine.load_model("split", folder, ranks=ranks)
+    whole = engine.load_model("whole", folder)
+    found = []
+    for path in sorted(split.layouts.outputs.keys() & _LINEAR_PATHS):
+        ours, theirs = _gradients(split, path), _gradients(whole, path)
+        for one, other in zip(ours, theirs, strict=True):
+            if not torch.allclose(one, other, rtol=1e-4, atol=1e-5):
+                found.append(f"{path}: off by {(one - other).abs().max()}")
+    return found or ([] if split.layouts.outputs else ["nothing is split"])
+
+
+_LINEAR_PATHS = {
+    "model.layers.1.mlp.up_proj",
+    "model.layers.1.self_attn.q_proj",
+    "transformer.h.1.attn.c_attn",
+    "transformer.h.1.mlp.c_fc",
+}
+
+
+def _gradients(model: engine.LoadedModel, path: str) -> list[torch.Tensor]:
+    """Gives the gradients of a score at the embedding, and at a value that is read and written."""
+    layout = model.layouts.at(path, is_input=False)
+    seen: list[torch.Tensor] = []
+
+    def start(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        seen.append(output.detach().clone().requires_grad_())
+        return seen[0]
+
+    def write(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        value = layout.gather(output)
+        value.retain_grad()
+        seen.append(value)
+        changed: torch.Tensor = layout.scatter(value.flip(-1) * value.mean())
+        return changed
+
+    embedding = model.module.get_input_embeddings()
+    hooks = [embedding.register_forward_hook(start)]
+    hooks.append(model.modules[path].register_forward_hook(write))
+    with torch.enable_grad():
+        logits = model.module(input_ids=torch.tensor([IDS]), use_cache=False).logits
+        logits.log_softmax(-1)[0, -1, 7].backward()
+    for hook in hooks:
+        hook.remove()
+    return [value.grad for value in seen if value.grad is not None]

@@ -11,7 +11,7 @@ import torch
 
 from insitu_shard.engine.execute import Executor
 from insitu_shard.engine.failures import cyclic_write, not_reached
-from insitu_shard.engine.graph import UNSET, ModuleCall
+from insitu_shard.engine.graph import UNSET, ModuleCall, Skip, Stop
 from insitu_shard.engine.invokes import InvokesValue
 from insitu_shard.engine.memory import storages
 from insitu_wire.errors import Error
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from insitu_shard.engine.memory import StorageKey
     from insitu_shard.engine.module import LoadedModule
     from insitu_shard.engine.plan import Plan
+
+# What one rank must not do alone: it would wait for the others, or they for it.
+_OF_ALL_RANKS = ModuleCall | Skip | Stop
 
 
 class BlockRun:
@@ -73,6 +76,7 @@ class BlockRun:
         self._batch = batch
         self._deferred = deferred
         self._turns: list[NodeId] = []
+        self._num_turns = 0
         self._counted: frozenset[NodeId] | None = None
         self.error: Error | None = None
         self.has_failed = False
@@ -96,7 +100,16 @@ class BlockRun:
     def needs_no_more(self) -> bool:
         """Whether no further boundary matters to it."""
         executor = self._executor
-        return executor.stopped_at is not None or (len(self._turns) == len(self.plan.nodes))
+        return executor.stopped_at is not None or self._num_turns == len(self.plan.nodes)
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether it is to come to further boundaries.
+
+        A rank that has failed goes on without running anything, so that it meets the others where
+        they ask each other whether all go on.
+        """
+        return not self.has_failed and (self.error is None or self._is_split)
 
     def start(self) -> None:
         """Runs what waits for no boundary."""
@@ -151,7 +164,8 @@ class BlockRun:
         if self.error is not None or not self.has_failed:
             self._run_deferred()
         unfinished = self.plan.nodes.keys() - self._executor.done
-        if unfinished and self.error is None and self._executor.stopped_at is None:
+        is_over = self.error is not None or self.has_failed
+        if unfinished and not is_over and self._executor.stopped_at is None:
             self.error = not_reached(min(unfinished), self.plan)
 
     @property
@@ -215,7 +229,7 @@ class BlockRun:
             return
         writes = self.plan.due_at_boundary.get(boundary, ())
         late = [node_id for node_id in writes if node_id not in self._executor.done]
-        if late and self.error is None:
+        if late and self.error is None and not self.has_failed:
             self.error = cyclic_write(late[0], self.plan, self._executor.done)
         if self._model.writes_in_place:
             self._executor.part_from(storages(value.raw))
@@ -223,34 +237,59 @@ class BlockRun:
     def _run_ready(self, boundary: Boundary | None, value: BoundaryValue | None) -> None:
         """Runs every node that can run now, in the order of definition."""
         with torch.no_grad():
-            while self._ready and self.error is None and self._executor.stopped_at is None:
+            while self._ready and self.takes_part and self._executor.stopped_at is None:
                 node = self.plan.nodes[heapq.heappop(self._ready)]
                 if node.id not in self._deferred:
-                    try:
-                        self._executor.run(node, value)
-                    except Error as err:
-                        self.error = err
+                    self._run_node(node, value)
+                    if not self.takes_part:
                         return
-                self._turns.append(node.id)
+                self._num_turns += 1
+                if self.error is None:
+                    self._turns.append(node.id)
                 for successor_id in self.plan.successors.get(node.id, ()):
                     self._num_missing[successor_id] -= 1
                     if self._can_run(self.plan.nodes[successor_id], boundary):
                         heapq.heappush(self._ready, successor_id)
 
+    def _run_node(self, node: Node, value: BoundaryValue | None) -> None:
+        if self._is_split and isinstance(node.operation, _OF_ALL_RANKS) and not self._all_go_on():
+            return
+        if self.error is not None:
+            return
+        try:
+            self._executor.run(node, value)
+        except Error as err:
+            self.error = err
+
+    def _all_go_on(self) -> bool:
+        """Whether no rank has failed. Every rank must call it."""
+        self.has_failed = self._model.ranks.any(self.error is not None)
+        return not self.has_failed
+
     def _run_deferred(self) -> None:
         """Runs the deferred nodes whose turn came before the pass was over, or failed."""
         waiting = [node_id for node_id in self._turns if node_id in self._deferred]
+        has_failed_now = False
         with torch.no_grad():
             while waiting:
-                for node in self._next(waiting):
-                    if self.error and isinstance(node.operation, ModuleCall) and self._is_split:
-                        return  # another rank may not have failed here, and so not make the call
-                    try:
-                        self._executor.run(node, None)
-                    except Error as err:
-                        self.error = err
-                        self._counted = frozenset(self._turns[: self._turns.index(node.id)])
+                first = self.plan.nodes[waiting[0]]
+                if self._is_split and isinstance(first.operation, ModuleCall):
+                    if self.has_failed or not self._all_go_on():
                         return
+                elif has_failed_now and not self._is_split:
+                    return
+                for node in self._next(waiting):
+                    has_failed_now = has_failed_now or not self._run_in_turn(node)
+
+    def _run_in_turn(self, node: Node) -> bool:
+        """Runs a deferred node; what came after it does not count if it fails."""
+        try:
+            self._executor.run(node, None)
+        except Error as err:
+            self.error = err
+            self._counted = frozenset(self._turns[: self._turns.index(node.id)])
+            return False
+        return True
 
     @property
     def _is_split(self) -> bool:

@@ -194,7 +194,7 @@ class Interleaver:
         places = [
             place
             for place in self._at[boundary]
-            if place in self._unfinished and self._runs[place].error is None
+            if place in self._unfinished and self._runs[place].takes_part
         ]
         if self._rows is None or self._rows.are_all_of_one(boundary):
             written = self._at_boundary(places[0], boundary, whole) if places else None

@@ -40,9 +40,10 @@ def test_a_sweep_is_one_pass_whose_rows_fork(model: LanguageModel) -> None:
     with model.session() as session:
         saved = [_patched(model, layer) for layer in range(2)]
     (planned,) = session.explain().passes
-    assert (planned.traces, planned.rows, planned.note) == ((1, 2), 2, "")
-    # The second trace forks after layer 1, of 3.
-    assert (planned.layers_run, planned.layers_saved) == (1 + 2 + 2, 1)
+    assert (planned.traces, planned.rows, planned.note) == ((1, 2), 3, "")
+    # Of 3 layers, one row of 14 tokens runs through all, the last token of another through two and
+    # that of a third through one: 45 tokens, counted as 4 rows.
+    assert (planned.tokens, planned.layers_run, planned.layers_saved) == (14 + 2, 4, 2)
     assert rows == [1]
     for layer, value in enumerate(saved):
         assert torch.equal(value, _patched(model, layer))

@@ -18,6 +18,8 @@ class Fork(NamedTuple):
     moment: int
     writes: Hashable
     """What is written there: equal for traces that write the same."""
+    position: int = 0
+    """The first position that it may change, here and in all that follows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,8 @@ class TraceFacts:
     """The last moment of the pass that it needs."""
     head: tuple[int, int] | None = None
     """First position, and the one after the last, at which it reads the head's output."""
+    needs_whole_rows: bool = False
+    """Whether it sees what has all positions of a row, and can not be put together from others."""
     kept_bytes: int = 0
     """Estimate of what stays in memory until the trace ends."""
 

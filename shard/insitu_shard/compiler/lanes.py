@@ -29,6 +29,17 @@ class Lane:
     """The moment at which it begins."""
     last: int
     """The last moment at which it is needed."""
+    differs_from: int = 0
+    """The first position at which it may not be as the lane that it forks from."""
+    start: int = 0
+    """The first position that is computed in it."""
+    source: int | None = None
+    """The lane that has what is before; None if nothing is."""
+
+    def blocks(self, num_blocks: int) -> range:
+        """Gives the numbers, from 1, of the blocks that it runs through."""
+        first, after = self.first // 2 + self.first % 2, self.last // 2 + 1
+        return range(max(first, 1), min(after, num_blocks + 1))
 
 
 class LaneTree:
@@ -56,6 +67,11 @@ class LaneTree:
         for number, lane in enumerate(self.lanes):
             children[lane.parent].append(number)
         self._order = list(_depth_first(children))
+
+    @property
+    def are_suffixes(self) -> bool:
+        """Whether a lane leaves its first positions to another."""
+        return any(lane.start for lane in self.lanes)
 
     def lane_at(self, trace: int, moment: int) -> int:
         """Gives the lane of a trace, by its place, at a moment."""
@@ -85,7 +101,7 @@ class LaneTree:
         path = [self._lane(key, None, trace.rows, 0)]
         for fork in forks:
             key += (fork,)
-            path.append(self._lane(key, path[-1], trace.rows, fork.moment))
+            path.append(self._lane(key, path[-1], trace.rows, fork.moment, fork.position))
         for number, following in pairwise(path):
             self._need(number, self.lanes[following].first - 1)
         self._need(path[-1], trace.last_moment)
@@ -93,10 +109,12 @@ class LaneTree:
             self.traces[number].append(len(self.paths))
         self.paths.append(tuple(path))
 
-    def _lane(self, key: Hashable, parent: int | None, rows: Rows, first: int) -> int:
+    def _lane(
+        self, key: Hashable, parent: int | None, rows: Rows, first: int, differs_from: int = 0
+    ) -> int:
         if key not in self._numbers:
             self._numbers[key] = len(self.lanes)
-            self.lanes.append(Lane(parent, rows, first, first))
+            self.lanes.append(Lane(parent, rows, first, first, differs_from))
             self.traces.append([])
         return self._numbers[key]
 

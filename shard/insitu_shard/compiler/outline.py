@@ -7,8 +7,11 @@ goes from block to block and rows may come and go.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from insitu_shard.compiler.prefixes import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,6 +34,8 @@ class Outline:
     modules: Mapping[str, model_pb2.Module] = field(default_factory=dict)
     block_bytes: int = 0
     """Estimate of the bytes that a block takes for each token while it runs."""
+    shares_prefixes: bool = False
+    """Whether lanes may leave their first positions to others."""
     _parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @staticmethod
@@ -50,7 +55,8 @@ class Outline:
         own = (module for module in called if not module.is_point)
         inside = (module for module in own if _is_below(module.path, blocks[0]))
         block_bytes = sum(_bytes_per_token(module.output) for module in inside)
-        return Outline(blocks, head_path, modules, block_bytes, parts)
+        family = json.loads(description.config_json or "{}").get("model_type")
+        return Outline(blocks, head_path, modules, block_bytes, family in FAMILIES, parts)
 
     @property
     def last_moment(self) -> int:
@@ -72,6 +78,15 @@ class Outline:
         if moment is None or moment % 2:
             return moment
         return max(moment - 1, 0)
+
+    def is_in_block(self, path: str) -> bool:
+        """Whether a module is a block, or in one."""
+        entered, left = self._parts.get(path, (0, 0))
+        return 0 < entered == left <= len(self.blocks)
+
+    def is_after_blocks(self, path: str) -> bool:
+        """Whether a module is called after the last block alone."""
+        return self._parts.get(path, (0, 0))[0] > len(self.blocks)
 
     def is_after_head(self, path: str, *, is_input: bool) -> bool:
         """Whether a moment comes after the head has given the logits."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from insitu_shard.compiler.lanes import LaneTree
+from insitu_shard.compiler.prefixes import share_prefixes
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Sequence
 
     from insitu_shard.compiler.facts import TraceFacts
     from insitu_shard.compiler.outline import Outline
+
+# Queries, keys, values and what comes of them.
+_WHOLE_STATES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +40,29 @@ class Pass:
     """Its traces."""
     outline: Outline
 
+    has_whole_rows: bool = False
+    """Whether every lane is to compute all of its positions."""
+
     @cached_property
     def tree(self) -> LaneTree:
         """Which rows the traces share."""
-        return LaneTree(self.traces)
+        tree = LaneTree(self.traces)
+        if self._may_share_prefixes:
+            num_blocks = len(self.outline.blocks)
+            share_prefixes(tree.lanes, length=self.length, num_blocks=num_blocks)
+        return tree
+
+    @property
+    def _may_share_prefixes(self) -> bool:
+        return (
+            self.outline.shares_prefixes
+            and self.is_merged
+            and not self.has_whole_rows
+            and any(fork.position for trace in self.traces for fork in trace.forks)
+            and not any(trace.needs_whole_rows for trace in self.traces)
+            # Padded, the same position is not the same token.
+            and all(len(row) == self.length for trace in self.traces for row in trace.rows)
+        )
 
     @property
     def is_merged(self) -> bool:
@@ -56,18 +80,21 @@ class Pass:
         num_blocks = len(self.outline.blocks)
         if not self.is_merged:
             return (self.traces[0].num_rows,) * num_blocks
-        steps = [0] * (num_blocks + 2)
-        for lane in self.tree.lanes:
-            first_block, after_last = lane.first // 2 + lane.first % 2, lane.last // 2 + 1
-            blocks = range(max(first_block, 1), min(after_last, num_blocks + 1))
-            if blocks:
-                steps[blocks.start] += len(lane.rows)
-                steps[blocks.stop] -= len(lane.rows)
-        rows, counts = 0, []
-        for step in steps[1 : num_blocks + 1]:
-            rows += step
-            counts.append(rows)
-        return tuple(counts)
+        return _sums(
+            ((lane.blocks(num_blocks), len(lane.rows)) for lane in self.tree.lanes), num_blocks
+        )
+
+    @cached_property
+    def tokens_of_blocks(self) -> tuple[int, ...]:
+        """How many tokens go through each block."""
+        num_blocks, length = len(self.outline.blocks), self.length
+        if not self.is_merged:
+            return (self.traces[0].num_rows * length,) * num_blocks
+        tokens = (
+            (lane.blocks(num_blocks), len(lane.rows) * (length - lane.start))
+            for lane in self.tree.lanes
+        )
+        return _sums(tokens, num_blocks)
 
     @property
     def num_rows(self) -> int:
@@ -77,12 +104,12 @@ class Pass:
     @property
     def num_tokens(self) -> int:
         """Tokens at the widest place."""
-        return self.num_rows * self.length
+        return max(self.tokens_of_blocks, default=self.traces[0].num_rows * self.length)
 
     @property
     def layers_run(self) -> int:
-        """Decoder layers that run, counted once a row."""
-        return sum(self.rows_of_blocks)
+        """Decoder layers that run, counted once for as many tokens as a row has."""
+        return -(-sum(self.tokens_of_blocks) // self.length)
 
     @property
     def layers_saved(self) -> int:
@@ -101,7 +128,17 @@ class Pass:
             (trace.head[1] - trace.head[0]) * trace.num_rows for trace in self.traces if trace.head
         )
         kept = sum(trace.kept_bytes for trace in self.traces)
-        return self.num_tokens * self.outline.block_bytes + head * head_bytes + kept
+        return (
+            self.num_tokens * self.outline.block_bytes + self._row_bytes + head * head_bytes + kept
+        )
+
+    @property
+    def _row_bytes(self) -> int:
+        """Estimates what the attention puts together for whole rows out of several lanes."""
+        if not self.is_merged or not self.tree.are_suffixes:
+            return 0
+        hidden = self.outline.output_bytes(self.outline.blocks[0], is_input=False)
+        return _WHOLE_STATES * hidden * self.num_rows * self.length
 
     @cached_property
     def costs(self) -> tuple[int, ...]:
@@ -142,3 +179,13 @@ def _split(
     half = len(places) // 2
     yield from _split(places[:half], traces, outline, limits)
     yield from _split(places[half:], traces, outline, limits)
+
+
+def _sums(runs: Iterable[tuple[range, int]], num_blocks: int) -> tuple[int, ...]:
+    """Adds up, for each block, what runs through it."""
+    steps = [0] * (num_blocks + 2)
+    for blocks, number in runs:
+        if blocks:
+            steps[blocks.start] += number
+            steps[blocks.stop] -= number
+    return tuple(accumulate(steps[1 : num_blocks + 1]))

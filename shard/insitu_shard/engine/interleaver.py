@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,7 +77,7 @@ class Interleaver:
         }
         replaced = [self._install_skip(path) for path in skipping]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._rows.attention() if self._rows else nullcontext():
                 self._model.module(*inputs.args, **inputs.kwargs)
         except _NothingIsLeft:
             pass
@@ -211,6 +212,7 @@ class Interleaver:
         whole: InputValue | OutputValue,
         places: Sequence[int],
     ) -> Any:
+        whole = rows.spread(whole)
         memory = storages(whole.raw)
         self.shown |= memory
         parts = rows.parts(boundary, whole, places, self._due)
@@ -227,7 +229,7 @@ class Interleaver:
         if parts.are_parts:
             for place in places:
                 self._runs[place].let_go(memory)
-        return parts.joined()
+        return rows.packed(parts.joined(), whole)
 
     def _at_boundary(self, place: int, boundary: Boundary, value: InputValue | OutputValue) -> Any:
         run = self._active = self._runs[place]

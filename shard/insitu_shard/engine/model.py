@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,9 @@ class LoadedModel(LoadedModule):
         outline = Outline.of(self.describe())
         if any(self.layouts.at(path, is_input=False).is_sharded for path in outline.blocks):
             return Outline(modules=outline.modules)
-        return outline
+        # Only that attention is known to `packing.py`.
+        is_known = self.config._attn_implementation == "sdpa"
+        return replace(outline, shares_prefixes=outline.shares_prefixes and is_known)
 
     def check_arguments(self, path: str, arguments: tuple[Any, Any]) -> None:
         """Refuses token ids that the embedding has no row for."""

@@ -116,7 +116,7 @@ class Parts:
         self._writers = writers
         self._head = head
         self._all_inputs = all_inputs
-        self._core = _core(whole)
+        self._core = core(whole)
         self._given: dict[int, Any] = {}
         self._owners: dict[int, int] = {}
         self._pristine: dict[int, Any] = {}
@@ -159,9 +159,9 @@ class Parts:
         """Takes what a trace would have the model go on with; None if that is what it saw."""
         if raw is None or not self.is_owner(place):
             return
-        core = _core(self._whole.holding(raw))
-        if core is not self._given[place]:
-            self._replaced.append((place, core))
+        new = core(self._whole.holding(raw))
+        if new is not self._given[place]:
+            self._replaced.append((place, new))
 
     def joined(self) -> Any:
         """Gives what the model is to go on with; None if nobody wrote."""
@@ -170,20 +170,20 @@ class Parts:
         if not self._replaced:
             return self._whole.raw
         if len(self._replaced) == 1 and self._is_all(place := self._replaced[0][0]):
-            core = self._replaced[0][1]
+            joined = self._replaced[0][1]
         else:
-            core = copied(self._core)
+            joined = copied(self._core)
             for place, new in self._replaced:
-                _copy_into(self._narrowed(place, core), new)
-        return _with_core(self._whole, core).raw
+                _copy_into(self._narrowed(place, joined), new)
+        return with_core(self._whole, joined).raw
 
     def _part(self, place: int) -> Any:
         return self._core if self._is_all(place) else self._narrowed(place, self._core)
 
-    def _narrowed(self, place: int, core: Any) -> Any:
+    def _narrowed(self, place: int, value: Any) -> Any:
         if self._head is not None:
-            return self._head[place].of(core)
-        return self._view.of(core, self._at[place])
+            return self._head[place].of(value)
+        return self._view.of(value, self._at[place])
 
     def _is_all(self, place: int) -> bool:
         at = self._at[place]
@@ -199,7 +199,7 @@ class Parts:
             return self._whole.holding(self._whole.raw)
         if place in self._all_inputs:
             return self._whole.holding(self._all_view.of(self._whole.raw, self._at[place]))
-        return _with_core(self._whole, part)
+        return with_core(self._whole, part)
 
 
 def _copy_into(target: Any, value: Any) -> None:
@@ -209,7 +209,7 @@ def _copy_into(target: Any, value: Any) -> None:
             old.copy_(new)
 
 
-def _core(value: InputValue | OutputValue) -> Any:
+def core(value: InputValue | OutputValue) -> Any:
     """Gives what has rows: the first argument, or the result; of a block's, the hidden state."""
     if isinstance(value, InputValue):
         return value.first
@@ -217,10 +217,11 @@ def _core(value: InputValue | OutputValue) -> Any:
     return value.result[0] if is_tuple else value.result  # type: ignore[index]
 
 
-def _with_core(value: InputValue | OutputValue, core: Any) -> InputValue | OutputValue:
+def with_core(value: InputValue | OutputValue, new: Any) -> InputValue | OutputValue:
+    """Gives a value whose part that has rows is another."""
     if isinstance(value, OutputValue):
         is_tuple = value.is_block and isinstance(value.result, tuple)
-        return value.holding((core, *value.result[1:]) if is_tuple else core)  # type: ignore[index]
+        return value.holding((new, *value.result[1:]) if is_tuple else new)  # type: ignore[index]
     if value.args:
-        return InputValue((core, *value.args[1:]), value.kwargs)
-    return InputValue((), {**value.kwargs, next(iter(value.kwargs)): core})
+        return InputValue((new, *value.args[1:]), value.kwargs)
+    return InputValue((), {**value.kwargs, next(iter(value.kwargs)): new})

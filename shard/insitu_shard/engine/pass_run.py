@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from insitu_shard.compiler import Limits, Pass, plan_passes
@@ -66,7 +66,10 @@ def run_next_pass(pending: Sequence[Pending], limits: Limits) -> RanPass | None:
 def _run(plan: Pass, members: Sequence[Pending]) -> None:
     model = members[0].trace.model
     with measured(model.device, plan.num_bytes) as peak:
-        if not _run_once(plan, members):
+        has_run = _run_once(plan, members)
+        if not has_run and plan.is_merged and plan.tree.are_suffixes:
+            has_run = _run_once(replace(plan, has_whole_rows=True), members)
+        if not has_run:
             for member, facts in zip(members, plan.traces, strict=True):
                 single = Pass((0,), (facts,), plan.outline)
                 if len(members) == 1 or not _run_once(single, [member]):

@@ -23,6 +23,7 @@ from insitu_shard.engine.graph import (
     Write,
     operands,
 )
+from insitu_shard.engine.positions import first_written, needs_whole_rows
 from insitu_wire.operations import RANDOM, is_in_place, last_word, writes_into_container
 
 if TYPE_CHECKING:
@@ -180,7 +181,8 @@ def place(
     return TraceFacts(
         rows=rows,
         key=key,
-        forks=_forks(plan, outline, scope),
+        forks=_forks(plan, outline, scope, batch.length),
+        needs_whole_rows=needs_whole_rows(plan, outline),
         last_moment=max(moments, default=0) if not is_whole else after_head,
         head=(head or (0, batch.length)) if reads_head or is_whole else None,
         kept_bytes=kept,
@@ -238,14 +240,18 @@ def _reads_inputs(plan: Plan, boundary: Boundary) -> bool:
     return any(point is not None and point.side is Side.INPUTS for point in points)
 
 
-def _forks(plan: Plan, outline: Outline, scope: _Scope) -> tuple[Fork, ...]:
+def _forks(plan: Plan, outline: Outline, scope: _Scope, length: int) -> tuple[Fork, ...]:
     writers: dict[int, list[NodeId]] = {}
+    positions: dict[int, int] = {}
     for boundary, node_ids in plan.due_at_boundary.items():
         moment = outline.fork_moment(boundary.module_path, is_input=boundary.is_input)
         assert moment is not None  # or else it runs alone
         writers.setdefault(moment, []).extend(node_ids)
+        position = first_written(plan, boundary, node_ids, outline, length)
+        positions[moment] = min(positions.get(moment, position), position)
     return tuple(
-        Fork(moment, _signature(plan, writers[moment], scope)) for moment in sorted(writers)
+        Fork(moment, _signature(plan, writers[moment], scope), positions[moment])
+        for moment in sorted(writers)
     )
 
 

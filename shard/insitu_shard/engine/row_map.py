@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,11 +10,13 @@ from torch.utils import _pytree as pytree
 
 from insitu_shard.engine.head_rows import HeadRows
 from insitu_shard.engine.inputs import InvokeRows
-from insitu_shard.engine.parts import NotPlacedError, Parts, RowView
+from insitu_shard.engine.packing import Packing, pack, packed_attention
+from insitu_shard.engine.parts import NotPlacedError, Parts, RowView, core, with_core
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from collections.abc import Set as AbstractSet
+    from contextlib import AbstractContextManager
 
     from insitu_shard.compiler import Pass
     from insitu_shard.engine.block_run import BlockRun
@@ -44,9 +47,11 @@ class RowMap:
         self._runs = runs
         self._outline = outline = plan.outline
         self._structure = model.structure
+        self._model = model
         self._lanes = self._tree.alive(0)
         self._first_rows: dict[int, int] = {}
         self._num_rows = 0
+        self._packing: Packing | None = None
         self._root_index: torch.Tensor | None = None
         self._place_rows()
         self._num_root_rows = self._num_rows
@@ -60,7 +65,9 @@ class RowMap:
         }
         if 1 in self._changes:
             self.places.add((outline.blocks[0], True))
-        if self._num_root_rows > 1:
+        if self._tree.are_suffixes:
+            self.places.add((outline.blocks[-1], False))
+        if self._num_root_rows > 1 or self._tree.are_suffixes:
             self.places |= {(block, True) for block in outline.blocks}
         if self._head.is_trimmed:
             self.places.add((outline.head_path, True))
@@ -94,14 +101,12 @@ class RowMap:
         if boundary.call_index:
             raise NotPlacedError(boundary.module_path)
         hidden, rest = _split(arguments)
-        index = None
+        moved = None
         if boundary.module_path == self._outline.blocks[0] and 1 in self._changes:
-            index = self._move(2)
-        if index is not None:
-            hidden = hidden.index_select(0, index.to(hidden.device))
-        elif not self._has_moved:
+            moved = self._move(2, hidden)
+        if moved is None and not self._has_moved and self._packing is None:
             return None
-        return _join(arguments, hidden, self._fitted(rest))
+        return _join(arguments, hidden if moved is None else moved, self._fitted(rest))
 
     def fork(self, boundary: Boundary, result: Any) -> Any:
         """Gives lanes that begin at the end of a block their rows; None if none does."""
@@ -159,6 +164,23 @@ class RowMap:
             },
         )
 
+    def attention(self) -> AbstractContextManager[None]:
+        """Gives the context in which the pass is to run."""
+        if not self._tree.are_suffixes:
+            return nullcontext()
+        return packed_attention(self._model.module.config)  # type: ignore[arg-type]
+
+    def spread(self, whole: InputValue | OutputValue) -> InputValue | OutputValue:
+        """Gives what the model holds in rows of all positions."""
+        return with_core(whole, self._packing.spread(core(whole))) if self._packing else whole
+
+    def packed(self, written: Any, whole: InputValue | OutputValue) -> Any:
+        """Gives what traces have written, as the model goes on with it; None if nobody wrote."""
+        if written is None or self._packing is None:
+            return written
+        value = whole.holding(written)
+        return with_core(value, self._packing.gathered(core(value))).raw
+
     def _rows_of(self, place: int, lane: int) -> InvokeRows:
         trace = self._plan.traces[place]
         padding = self._plan.length - trace.length
@@ -172,26 +194,25 @@ class RowMap:
         if boundary.is_input or boundary.module_path not in self._outline.blocks:
             return None
         moment = 2 * self._outline.blocks.index(boundary.module_path) + 3
-        if moment not in self._changes:
+        if (boundary.module_path, False) not in self.places:
             return None
         if boundary.call_index:
             raise NotPlacedError(boundary.module_path)
-        index = self._move(moment + later)
-        if index is None:
+        hidden = self._move(moment + later, result[0] if isinstance(result, tuple) else result)
+        if hidden is None:
             return None
-        hidden = result[0] if isinstance(result, tuple) else result
-        hidden = hidden.index_select(0, index.to(hidden.device))
         if not isinstance(result, tuple):
             return hidden
         if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(result[1:])):
             raise NotPlacedError(boundary.module_path)
         return (hidden, *result[1:])
 
-    def _move(self, moment: int) -> torch.Tensor | None:
-        """Goes over to the lanes of a moment; gives the rows that they come from, if they move."""
+    def _move(self, moment: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Goes over to the lanes of a moment; gives their hidden state, if they are others."""
         lanes = self._tree.alive(moment)
+        is_last = moment > 2 * len(self._outline.blocks)
         # Traces that failed need no rows, and yet the ranks have to go on together.
-        if lanes == self._lanes or not lanes:
+        if not lanes or (lanes == self._lanes and not (is_last and self._packing)):
             return None
         index: list[int] = []
         for lane in lanes:
@@ -199,9 +220,27 @@ class RowMap:
             assert known is not None
             first = self._first_rows[known]
             index.extend(range(first, first + len(self._tree.lanes[lane].rows)))
+        before, num_rows = self._packing, self._num_rows
         self._lanes = lanes
         self._place_rows()
-        return torch.tensor(index)
+        self._packing = None if is_last else self._packed()
+        if before is None and self._packing is None:
+            return hidden.index_select(0, torch.tensor(index, device=hidden.device))
+        before = before or Packing.whole(num_rows, self._plan.length)
+        after = self._packing or Packing.whole(self._num_rows, self._plan.length)
+        pack(self._packing)
+        return before.moved(hidden, index, after)
+
+    def _packed(self) -> Packing | None:
+        """Gives where tokens are, if a lane leaves its first positions to another."""
+        starts: list[int] = []
+        sources: list[int] = []
+        for number in self._lanes:
+            lane = self._tree.lanes[number]
+            first = self._first_rows[number if lane.source is None else lane.source]
+            starts += [lane.start] * len(lane.rows)
+            sources += range(first, first + len(lane.rows))
+        return Packing.of(starts, sources, self._plan.length) if any(starts) else None
 
     def _place_rows(self) -> None:
         self._first_rows, self._num_rows = {}, 0
@@ -212,12 +251,14 @@ class RowMap:
 
     def _fitted(self, rest: Any) -> Any:
         """Gives what the pass made for the rows that it began with, for the rows that run now."""
-        if self._num_root_rows == 1:
+        if self._num_root_rows == 1 and self._packing is None:
             return rest  # made for one row, it fits any number
         if self._root_index is None:
             rows = [row for lane in self._lanes for row in self._rows_of_root(lane)]
             self._root_index = torch.tensor(rows)
         index = self._root_index
+        if self._packing is not None:
+            return self._packing.fitted(rest, self._num_root_rows, index)
 
         def fitted(leaf: torch.Tensor) -> torch.Tensor:
             has_rows = leaf.ndim > 1 and leaf.shape[0] == self._num_root_rows

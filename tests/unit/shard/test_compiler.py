@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -122,6 +123,85 @@ def test_a_lane_goes_after_what_is_needed_last() -> None:
     planned = Pass((0, 1), (short, _trace((5, "a"), rows=OTHERS)), _outline())
     assert planned.rows_of_blocks == (2, 2, 1)
     assert (planned.layers_run, planned.layers_saved) == (5, 1)
+
+
+def _positioned(*forks: tuple[int, str, int], last: int = 8, length: int = 10) -> TraceFacts:
+    return TraceFacts(
+        rows=(tuple(range(length)),),
+        key=length,
+        forks=tuple(Fork(*fork) for fork in forks),
+        last_moment=last,
+    )
+
+
+def _sharing(*traces: TraceFacts, shares: bool = True) -> Pass:
+    outline = replace(_outline(), shares_prefixes=shares)
+    return Pass(tuple(range(len(traces))), traces, outline)
+
+
+def test_lanes_begin_where_they_differ_and_what_they_fork_from_stays() -> None:
+    planned = _sharing(_positioned((3, "a", 4)), _positioned((3, "b", 7)), _positioned((5, "c", 9)))
+    root, *forks = planned.tree.lanes
+    assert [(lane.start, lane.source) for lane in forks] == [(4, 0), (7, 0), (9, 0)]
+    assert root.last == 2 * NUM_BLOCKS
+    assert planned.tokens_of_blocks == (10, 10 + 6 + 3, 10 + 6 + 3 + 1)
+    assert planned.num_tokens == 20
+
+
+def test_a_lane_that_forks_again_takes_from_the_nearest_that_stays() -> None:
+    clean = _positioned()
+    twice = [_positioned((1, "a", 6), (3, "b", at)) for at in (3, 8)]
+    planned = _sharing(clean, *twice)
+    found = {lane.differs_from: (lane.start, lane.source) for lane in planned.tree.lanes}
+    # Nobody else needs the lane that begins at 6: it ends, and each child has 6 and on itself.
+    assert found == {0: (0, None), 6: (6, 0), 3: (3, 0), 8: (6, 0)}
+
+
+def test_rows_are_whole_where_little_is_saved_or_nothing_is_known() -> None:
+    many = [_positioned((3, str(at), at)) for at in range(10)]
+    assert _sharing(*many).tree.are_suffixes
+    whole = [
+        _sharing(_positioned((3, "a", 4))),
+        _sharing(*(_positioned((3, name, 1)) for name in "ab")),
+        _sharing(*many, shares=False),
+        _sharing(*many, replace(many[0], needs_whole_rows=True)),
+        _sharing(*many, replace(many[0], rows=((1, 2, 3),))),
+        replace(_sharing(*many), has_whole_rows=True),
+    ]
+    for planned in whole:
+        assert not planned.tree.are_suffixes
+        assert planned.num_tokens == 10 * planned.num_rows
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 9)), max_size=3)),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_what_a_lane_leaves_to_others_is_there_and_as_it_would_be(
+    described: list[tuple[list[tuple[str, int]]]],
+) -> None:
+    moments = (1, 3, 5)
+    planned = _sharing(
+        *(
+            _positioned(*((moment, *write) for moment, write in zip(moments, writes, strict=False)))
+            for (writes,) in described
+        )
+    )
+    lanes = planned.tree.lanes
+    for moment in range(2 * NUM_BLOCKS + 1):
+        alive = planned.tree.alive(moment)
+        for number in alive:
+            source, start = lanes[number].source, lanes[number].start
+            assert (source is None) == (start == 0)
+            if source is None:
+                continue
+            assert alive.index(source) < alive.index(number)
+            while number != source:
+                assert start <= lanes[number].differs_from
+                number = lanes[number].parent
 
 
 @given(

@@ -290,3 +290,42 @@ def test_what_is_put_into_lists_and_sums_is_not_lost_where_it_is_written_to_afte
     told = check(record)
     assert len(told.values["found"]) == 4
     assert told.values["row"].abs().sum() > 0
+
+
+def test_logits_are_read_at_a_position_and_used_whole_by_a_later_trace(
+    model: Any, check: Callable[[Record], Told]
+) -> None:
+    def record(_: Any, saved: dict[str, Any]) -> None:
+        with model.trace(IDS):
+            logits = model.lm_head.output
+            row = logits[0]
+            saved["last"] = row[-1].save()
+        with model.trace(OTHERS):
+            saved["all"] = (model.lm_head.output - logits).save()
+            saved["row"] = (row * 2).save()
+
+    told = check(record)
+    assert told.values["all"].shape[1] == told.values["row"].shape[0] == len(IDS)
+
+
+def test_logits_that_are_indexed_one_dimension_after_the_other_are_those_of_one_position(
+    model: Any, check: Callable[[Record], Told]
+) -> None:
+    sizes: list[int] = []
+
+    def record(_: Any, saved: dict[str, Any]) -> None:
+        for ids in (IDS, OTHERS) * 8:
+            with model.trace(ids):
+                logits = model.lm_head.output
+                saved[f"{len(saved)}"] = logits[0][-1].save()
+                saved[f"{len(saved)}"] = logits[:][0, -2:, :7].save()
+                saved[f"{len(saved)}"] = logits[-1][-2, ..., 3].save()
+
+    check(record)
+    head = model._local._model.module.lm_head
+    hook = head.register_forward_hook(lambda *at: sizes.append(at[2].shape[:2].numel()))
+    with model.session() as session:
+        record(session, {})
+    hook.remove()
+    # The two last positions of two rows, and as many more as the CPU's libraries want.
+    assert sizes == [16]

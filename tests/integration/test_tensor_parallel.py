@@ -192,7 +192,7 @@ def _sweep(model: LanguageModel, *, remote: bool, exact: bool) -> list[torch.Ten
         with model.trace(IDS * 3):
             clean = [layer.output[0] for layer in model.model.layers]
         for number, layer in enumerate(model.model.layers):
-            for position in (2, 7):
+            for position in (2, 7, 9, -1):
                 with model.trace(IDS[::-1] * 3):
                     layer.output[0][:, position] = clean[number][:, position]
                     saved.append(model.lm_head.output[:, -1].save())

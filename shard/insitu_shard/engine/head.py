@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from insitu_shard.engine.graph import Boundary, Call, Node, Read, Ref, references
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from collections.abc import Set as AbstractSet
 
     from insitu_shard.engine.graph import Condition, NodeId
 
@@ -21,7 +22,12 @@ Positions = tuple[int, int]
 
 
 def trimmed(
-    nodes: Sequence[Node], conditions: Sequence[Condition], head_path: str, length: int
+    nodes: Sequence[Node],
+    conditions: Sequence[Condition],
+    head_path: str,
+    length: int,
+    *,
+    used_later: AbstractSet[NodeId] = frozenset(),
 ) -> tuple[tuple[Node, ...], Positions | None]:
     """Gives a trace's nodes as they are where the head runs on the positions that they read.
 
@@ -30,56 +36,72 @@ def trimmed(
         conditions: the trace's.
         head_path: path of the module that gives the logits.
         length: how many positions there are.
+        used_later: nodes whose values later steps use.
 
     Returns:
         The nodes, and the positions; None if the trace reads all, or none.
     """
     head = Boundary(head_path, False, 0)
     reads = {node.id for node in nodes if node.boundary == head}
-    parts = _parts(nodes, conditions, reads, length) if reads and head_path else None
-    if not parts:
+    uses = _uses(nodes, conditions, reads, length) if reads and head_path else None
+    if not uses or not uses.views.keys().isdisjoint(used_later):
         return tuple(nodes), None
+    parts = uses.positions
     first = min(position.start for position in parts.values())
     after = max(position.stop for position in parts.values())
     if (first, after) == (0, length):
         return tuple(nodes), None
-    shifted = (_shifted(node, first, length) if node.id in parts else node for node in nodes)
+    shifted = (_shifted(node, uses, first) if node.id in parts else node for node in nodes)
     return tuple(shifted), (first, after)
 
 
-def _parts(
+class _Uses(NamedTuple):
+    """How a trace uses the logits."""
+
+    views: dict[NodeId, bool]
+    """Nodes that show all positions, and whether they have rows, too."""
+    positions: dict[NodeId, range]
+    """The positions that each node takes of them."""
+
+
+def _uses(
     nodes: Sequence[Node], conditions: Sequence[Condition], reads: set[NodeId], length: int
-) -> dict[NodeId, range] | None:
-    """Gives the positions that each use of the logits takes; None if one may take all."""
-    parts: dict[NodeId, range] = {}
-    for condition in conditions:
-        if reads.intersection(references(condition.value)):
-            return None
+) -> _Uses | None:
+    """Gives how logits are used; None if a node may take all positions."""
+    uses = _Uses({}, {})
     for node in nodes:
         if node.id in reads:
             is_plain = isinstance(node.operation, Read) and not node.operation.hook_point.invoke
             if not is_plain:
                 return None
-        elif not reads.isdisjoint(node.used):
-            positions = _positions(node, reads, length)
-            if positions is None:
-                return None
-            parts[node.id] = positions
-    return parts
+            uses.views[node.id] = True
+        elif not uses.views.keys().isdisjoint(node.used) and not _add_use(node, uses, length):
+            return None
+    used = {node_id for condition in conditions for node_id in references(condition.value)}
+    return uses if uses.positions and used.isdisjoint(uses.views) else None
 
 
-def _positions(node: Node, reads: set[NodeId], length: int) -> range | None:
+def _add_use(node: Node, uses: _Uses, length: int) -> bool:
+    """Takes note of a use; False if it may take all positions."""
     match node.operation:
-        case Call(name=name, args=(Ref(node_id=target), key)) if name in _GETITEM:
-            keys = _keys(key)
-            if target not in reads or keys is None:
-                return None
-            return _range(keys[1], length)
-    return None
+        case Call(name=name, args=(Ref(node_id=target), key)) if (
+            name in _GETITEM and target in uses.views
+        ):
+            if uses.views[target] and isinstance(key, int | slice) and not isinstance(key, bool):
+                uses.views[node.id] = isinstance(key, slice)
+                return True
+            keys = _keys(key, has_rows=uses.views[target])
+            positions = _range(keys[1], length) if keys else None
+            if positions is not None:
+                uses.positions[node.id] = positions
+                return True
+    return False
 
 
-def _keys(key: object) -> tuple[object, ...] | None:
+def _keys(key: object, *, has_rows: bool) -> tuple[object, ...] | None:
     """Gives an index as one that begins with the rows and the positions, if it is such."""
+    if not has_rows:
+        key = (slice(None), *(key if isinstance(key, tuple) else (key,)))
     if not isinstance(key, tuple) or any(part is None or isinstance(part, bool) for part in key):
         return None
     if (num_dots := sum(part is Ellipsis for part in key)) > 1:
@@ -104,15 +126,17 @@ def _range(key: object, length: int) -> range | None:
     return None
 
 
-def _shifted(node: Node, first: int, length: int) -> Node:
+def _shifted(node: Node, uses: _Uses, first: int) -> Node:
     call = node.operation
     assert isinstance(call, Call)
-    keys = _keys(call.args[1])
+    target, key = call.args
+    assert isinstance(target, Ref)
+    has_rows = uses.views[target.node_id]
+    keys = _keys(key, has_rows=has_rows)
     assert keys is not None
-    part = _range(keys[1], length)
-    assert part is not None
+    part = uses.positions[node.id]
     moved: object = slice(part.start - first, part.stop - first)
     if isinstance(keys[1], int):
         moved = part.start - first
-    args = (call.args[0], (keys[0], moved, *keys[2:]))
-    return replace(node, operation=replace(call, args=args))
+    rows = keys[:1] if has_rows else ()
+    return replace(node, operation=replace(call, args=(target, (*rows, moved, *keys[2:]))))

@@ -165,7 +165,9 @@ class TraceRun:
         if not self._alone_because and not self._inputs_used and self.model.outline.blocks:
             assert self._batch is not None
             head_path = self.model.outline.head_path
-            nodes, self._head = trimmed(nodes, conditions, head_path, self._batch.length)
+            nodes, self._head = trimmed(
+                nodes, conditions, head_path, self._batch.length, used_later=self._used_later
+            )
         plan = plan_nodes(nodes, conditions, used_later=self._used_later)
         self.plan = plan
         self._needs = Needs(plan, self._inputs_used)

@@ -79,7 +79,7 @@ class LoadedModel(LoadedModule):
         if any(self.layouts.at(path, is_input=False).is_sharded for path in outline.blocks):
             return Outline(modules=outline.modules)
         # Only that attention is known to `packing.py`.
-        is_known = self.config._attn_implementation == "sdpa"
+        is_known = self.module.config._attn_implementation == "sdpa"
         return replace(outline, shares_prefixes=outline.shares_prefixes and is_known)
 
     def check_arguments(self, path: str, arguments: tuple[Any, Any]) -> None:

@@ -132,6 +132,9 @@ def needs_whole_rows(plan: Plan, outline: Outline) -> bool:
 
 
 def _is_of_positions(point: HookPoint, outline: Outline) -> bool:
+    # A point inside of a module has the model compute it in another way, with other attention.
+    if outline.modules[point.module_path].class_name in ("Point", "Heads"):
+        return False
     is_input = point.side is not Side.OUTPUT
     structures = outline.structures(point.module_path, is_input=is_input)
     return all(map(_is_of_tokens, structures[:1] if is_input else structures))

@@ -81,6 +81,16 @@ class OperationChecker:
             case "skip":
                 self._check_path(node.skip.module_path, model)
                 self._check_values([node.skip.value])
+            case "gradient":
+                taken = node.gradient
+                self._check_values([taken.loss, taken.value])
+                if taken.HasField("gradient"):
+                    self._check_values([taken.gradient])
+                if not all(at.HasField("reference") for at in (taken.loss, taken.value)):
+                    raise malformed(
+                        f"{self._owner} is a gradient, and its loss or its value is no reference; "
+                        "refer to the nodes that made them"
+                    )
             case None:
                 raise unsupported(f"{self._owner} is an operation that it does not know")
             case kind:

@@ -29,7 +29,7 @@ MAX_NODES = 100_000
 MAX_TENSORS = 100_000
 _WITHOUT_VALUE = ("write", "save", "log", "assign", "stop", "skip", "keep")
 # What runs inside a forward pass only.
-_IN_A_PASS = ("read", "write", "stop", "skip")
+_IN_A_PASS = ("read", "write", "stop", "skip", "gradient")
 MAX_DEPTH = 16
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from insitu._origin import Container, Origin
+from insitu._origin import Container, Moment, Origin
 from insitu._proxy import record, recorded_in, wrap
 from insitu._shapes import infer
 from insitu._source import user_location
@@ -65,8 +65,15 @@ class FactoryMode(TorchFunctionMode):
         structure = infer(func, name, (args, {**kwargs, "device": "meta"}), location)
         block = self._recorder.block
         node_id = block.call(name, args, kwargs, location)
-        scope = self._recorder.scope
-        return wrap(structure, Origin(self._recorder, location, name, node_id, scope=scope))
+        made = Origin(
+            self._recorder,
+            location,
+            name,
+            node_id,
+            moment=Moment(block.number),
+            scope=self._recorder.scope,
+        )
+        return wrap(structure, made)
 
 
 def _is_called_by_a_library() -> bool:

@@ -33,6 +33,7 @@ from insitu_wire.operations import is_in_place, last_word, may_alias, writing_op
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from insitu._gradients import Backward
     from insitu._handle import Handle
     from insitu_wire.errors import Location
 
@@ -93,6 +94,46 @@ class Proxy(torch.Tensor):
         from insitu._handle import keep  # it is a proxy itself
 
         return keep(self)
+
+    def backward(
+        self,
+        gradient: torch.Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: object = None,
+    ) -> Backward:
+        """Begins a backward pass: `.grad` of a value is then the gradient of this one.
+
+        Also as `with loss.backward():`, for gradients read inside the block.
+
+        Args:
+            gradient: the gradient of this value itself, of its shape; not needed for one element.
+            retain_graph: taken for torch's sake: the graph is there until the trace ends.
+            create_graph: not inside a trace.
+            inputs: not inside a trace.
+        """
+        from insitu._gradients import backward
+
+        return backward(self, gradient, create_graph=create_graph, inputs=inputs)
+
+    @property
+    def grad(self) -> Proxy:
+        """The gradient of the last backward pass with respect to this value, of its shape.
+
+        It is of that pass alone: passes do not add up. It is a value as any other.
+        """
+        from insitu._gradients import gradient_by
+
+        return Proxy.make(*gradient_by(self))
+
+    @grad.setter
+    def grad(self, value: object) -> None:
+        raise error(
+            Reason.UNSUPPORTED_FEATURE,
+            f".grad of {self._origin} is read here, and can not be written to; compute with it, as "
+            "in `scaled = value.grad * 2`",
+            location=user_location(),
+        )
 
     def __iter__(self) -> Iterator[Proxy]:
         if self._meta is None:

@@ -19,6 +19,7 @@ from insitu_wire.steps import all_steps
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 
+    from insitu._gradients import Backward
     from insitu._origin import Container, Origin
     from insitu._structure import ModuleTree
     from insitu_proto.v1 import value_pb2
@@ -214,6 +215,7 @@ class BlockRecorder:
         num_rows: rows of the batch, or of the open invoke; 0 where that is not known.
         length: tokens in the longest of these rows; 0 where that is not known.
         conditions: values under which nodes that are added now run.
+        backward: the backward pass that gradients are of; None before the first.
         tree: the modules as the trace's own input goes through them; None where what the model's
             description tells holds for any input.
     """
@@ -233,6 +235,7 @@ class BlockRecorder:
         self.length = 0
         self.tree: ModuleTree | None = None
         self.conditions: list[object] = []
+        self.backward: Backward | None = None
         self._nodes = nodes
         self._condition = 0
 
@@ -343,6 +346,17 @@ class BlockRecorder:
         node = self._add_node(location)
         node.keep.value.CopyFrom(encoded)
         node.keep.handle_id = handle_id
+
+    def gradient(self, backward: Backward, value: object, location: Location) -> int:
+        """Adds the gradient of a loss with respect to a value, and gives its node id."""
+        encode = self.session_recorder.encode
+        loss, by = encode(backward.loss, location), encode(value, location)
+        node = self._add_node(location)
+        node.gradient.loss.CopyFrom(loss)
+        node.gradient.value.CopyFrom(by)
+        if backward.gradient is not None:
+            node.gradient.gradient.CopyFrom(encode(backward.gradient, location))
+        return node.id
 
     def load(self, handle_id: str, location: Location) -> int:
         """Adds the value that an earlier session kept, and gives its node id."""

@@ -65,6 +65,7 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 
 def _of_model(whole: LanguageModel, split: LanguageModel, sessions: list[Any]) -> list[str]:
     found = _compared("everywhere", everywhere, whole, split)
+    found += _compared("recorded gradients", recorded_gradients, whole, split)
     found += _compared("the judge's experiment", with_insitu, whole, split)
     for number, description in enumerate(sessions):
         for options in ({}, {"exact": True}):
@@ -136,6 +137,17 @@ def everywhere(model: LanguageModel) -> dict[str, Any]:
                 saved[f"{path} positions"] = value.save()
                 saved[f"{path} sum"] = model.get(path).output[:, 1].sum(-1).save()
     return saved
+
+
+def recorded_gradients(model: LanguageModel) -> dict[str, Any]:
+    """Gradients of values that are whole on each rank, of split ones, and of what was written."""
+    with model.trace(IDS):
+        hidden = [block.output[0] for block in model.blocks]
+        hidden[0][:, 2] = hidden[0][:, 1] * 0.5
+        model.lm_head.output[0, -1].log_softmax(-1)[3].backward()
+        found = {f"layer {n}": at.grad.save() for n, at in enumerate(hidden)}
+        found["by the embedding"] = model.embed.output.grad.save()
+    return found
 
 
 def _is_hidden(value: Any) -> bool:

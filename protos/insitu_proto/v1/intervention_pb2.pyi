@@ -511,15 +511,16 @@ Global___ModuleCall: _TypeAlias = ModuleCall  # noqa: Y015
 
 @_typing.final
 class Gradient(_message.Message):
-    """Gives the gradient of a scalar with respect to a value."""
+    """Gives the gradient of a loss with respect to a value of the same trace."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LOSS_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     RETAIN_GRAPH_FIELD_NUMBER: _builtins.int
+    GRADIENT_FIELD_NUMBER: _builtins.int
     retain_graph: _builtins.bool
-    """Whether the graph is kept for a further backward pass."""
+    """Ignored: the graph is there until the trace ends."""
     @_builtins.property
     def loss(self) -> _value_pb2.Value:
         """The scalar."""
@@ -528,16 +529,21 @@ class Gradient(_message.Message):
     def value(self) -> _value_pb2.Value:
         """The value to differentiate by."""
 
+    @_builtins.property
+    def gradient(self) -> _value_pb2.Value:
+        """The gradient of the loss itself, of its shape; for a scalar it may be left out, and is 1."""
+
     def __init__(
         self,
         *,
         loss: _value_pb2.Value | None = ...,
         value: _value_pb2.Value | None = ...,
         retain_graph: _builtins.bool = ...,
+        gradient: _value_pb2.Value | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss", "value", b"value"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gradient", b"gradient", "loss", b"loss", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss", "retain_graph", b"retain_graph", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gradient", b"gradient", "loss", b"loss", "retain_graph", b"retain_graph", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

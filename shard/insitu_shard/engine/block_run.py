@@ -11,7 +11,8 @@ import torch
 
 from insitu_shard.engine.execute import Executor
 from insitu_shard.engine.failures import cyclic_write, not_reached
-from insitu_shard.engine.graph import UNSET, ModuleCall, Skip, Stop
+from insitu_shard.engine.gradients import Gradients, detached
+from insitu_shard.engine.graph import UNSET, Gradient, ModuleCall, Skip, Stop
 from insitu_shard.engine.invokes import InvokesValue
 from insitu_shard.engine.memory import storages
 from insitu_wire.errors import Error
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from insitu_shard.engine.plan import Plan
 
 # What one rank must not do alone: it would wait for the others, or they for it.
-_OF_ALL_RANKS = ModuleCall | Skip | Stop
+_OF_ALL_RANKS = ModuleCall | Skip | Stop | Gradient
 
 
 class BlockRun:
@@ -70,7 +71,10 @@ class BlockRun:
         """
         self.plan = plan
         self._model = model
-        self._executor = Executor(plan, model, earlier, seed, brought, handles)
+        self._gradients = Gradients(plan.differentiated) if plan.differentiated else None
+        self._executor = Executor(
+            plan, model, earlier, seed, brought, handles, gradients=self._gradients
+        )
         self._num_missing = {node_id: len(waits) for node_id, waits in plan.predecessors.items()}
         self._ready: list[NodeId] = []
         self._batch = batch
@@ -90,6 +94,11 @@ class BlockRun:
     def is_calling_module(self) -> bool:
         """Whether a module runs on a node's behalf, so that hooks stay silent."""
         return self._executor.is_calling_module
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether the pass has to keep a graph for it."""
+        return self._gradients is not None
 
     @property
     def skips(self) -> Mapping[tuple[str, int], object]:
@@ -130,11 +139,14 @@ class BlockRun:
         Returns:
             What the model is to go on with; None if that is what it holds.
         """
+        if self._gradients is not None:
+            is_written = boundary in self.plan.due_at_boundary
+            whole = self._gradients.shown(boundary, whole, is_written=is_written)
         value = self._by_invoke(boundary, whole)
         self._run_boundary(boundary, value)
-        if boundary not in self.plan.due_at_boundary:
+        if boundary not in self.plan.held:
             return None
-        if boundary.is_input:
+        if boundary.is_input and boundary in self.plan.due_at_boundary:
             self._check_arguments(boundary, value)
         return None if self.error else value.raw
 
@@ -189,7 +201,7 @@ class BlockRun:
         values = {**self._executor.values, **self._executor.assigned}
         wanted = self.plan.outliving | (values.keys() - self.plan.nodes.keys())
         return {
-            key: values[key]
+            key: detached(values[key]) if self.takes_gradients else values[key]
             for key in self._counting(wanted & values.keys())
             if values[key] is not UNSET
         }
@@ -209,7 +221,7 @@ class BlockRun:
         if self._batch is None or boundary not in self.plan.seen_by_invoke:
             return whole
         structure = self._model.structure(boundary.module_path, is_input=boundary.is_input)
-        is_written = boundary in self.plan.due_at_boundary
+        is_written = boundary in self.plan.held
         return InvokesValue(whole, structure, self._batch, is_written)
 
     def _check_arguments(self, boundary: Boundary, value: BoundaryValue) -> None:
@@ -236,7 +248,7 @@ class BlockRun:
 
     def _run_ready(self, boundary: Boundary | None, value: BoundaryValue | None) -> None:
         """Runs every node that can run now, in the order of definition."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.takes_gradients):
             while self._ready and self.takes_part and self._executor.stopped_at is None:
                 node = self.plan.nodes[heapq.heappop(self._ready)]
                 if node.id not in self._deferred:
@@ -270,10 +282,10 @@ class BlockRun:
         """Runs the deferred nodes whose turn came before the pass was over, or failed."""
         waiting = [node_id for node_id in self._turns if node_id in self._deferred]
         has_failed_now = False
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.takes_gradients):
             while waiting:
                 first = self.plan.nodes[waiting[0]]
-                if self._is_split and isinstance(first.operation, ModuleCall):
+                if self._is_split and isinstance(first.operation, ModuleCall | Gradient):
                     if self.has_failed or not self._all_go_on():
                         return
                 elif has_failed_now and not self._is_split:

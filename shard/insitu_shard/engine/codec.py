@@ -143,6 +143,13 @@ class StepDecoder:
                 return graph.Keep(self._value(node.keep.value), node.keep.handle_id)
             case "load":
                 return graph.Load(node.load.handle_id)
+            case "gradient":
+                taken = node.gradient
+                return graph.Gradient(
+                    self._value(taken.loss),
+                    self._value(taken.value),
+                    self._value(taken.gradient) if taken.HasField("gradient") else None,
+                )
             case kind:
                 raise _unsupported(f"an operation of kind {kind}", location)
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from insitu_shard.engine.control import holds
 from insitu_shard.engine.failures import raised
+from insitu_shard.engine.gradients import detached
 from insitu_shard.engine.graph import (
     UNSET,
     Assign,
     Call,
+    Gradient,
     Keep,
     Load,
     Log,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
     from insitu_shard.engine.boundary_value import BoundaryValue
+    from insitu_shard.engine.gradients import Gradients
     from insitu_shard.engine.graph import Node, NodeId
     from insitu_shard.engine.memory import StorageKey
     from insitu_shard.engine.module import LoadedModule
@@ -76,6 +79,7 @@ class Executor:
         seed: str,
         brought: AbstractSet[StorageKey] = frozenset(),
         handles: Mapping[str, object] = MappingProxyType({}),
+        gradients: Gradients | None = None,
     ) -> None:
         """Makes an executor.
 
@@ -87,7 +91,9 @@ class Executor:
             brought: memory of the user's own tensors, which other sessions may be using too: nodes
                 read it, and get a copy where they could write to it.
             handles: the user's values that earlier sessions kept.
+            gradients: takes the block's gradients, if it has any.
         """
+        self._gradients = gradients
         self._handles = handles
         self._seed = seed
         self._plan = plan
@@ -144,6 +150,8 @@ class Executor:
             raise
         except Exception as exception:
             raise raised(exception, node, self._describable_operands(node)) from exception
+        if self._gradients is not None:
+            value = self._gradients.begun(node, value)
         self.done.add(node.id)
         if self._num_uses.get(node.id) or node.id in self._plan.outliving:
             self._keep(self.values, node.id, value)
@@ -193,11 +201,12 @@ class Executor:
                 return self._call_module(path, arguments, keywords)
             case Save(value=value):
                 saved = self._own(self._resolve(value, node.id))
+                saved = saved if self._gradients is None else detached(saved)
                 # Refuses here, at the user's line, what could not be sent.
                 encode_saved(saved)
                 self._keep(self.saved, node.id, saved)
             case Log(values=logged):
-                self.logs[node.id] = format_values(self._resolve(logged, node.id))
+                self.logs[node.id] = format_values(detached(self._resolve(logged, node.id)))
             case Assign(target=target, value=value):
                 self._copy_for_earlier_readers(node)
                 self.assigned[target] = self._own(self._resolve(value, node.id))
@@ -206,9 +215,13 @@ class Executor:
             case Stop():
                 self.stopped_at = node.id
             case Keep(value=value, handle_id=handle_id):
-                self.kept[node.id] = (handle_id, copied(self._resolve(value, node.id)))
+                kept = detached(self._resolve(value, node.id))
+                self.kept[node.id] = (handle_id, copied(kept))
             case Load(handle_id=handle_id):
                 return copied(self._load(handle_id))
+            case Gradient():
+                assert self._gradients is not None
+                return self._gradients.take(node, lambda used: self._value_of(used, node.id))
         return None
 
     def _own(self, value: Any) -> Any:

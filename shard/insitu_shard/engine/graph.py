@@ -142,7 +142,19 @@ class Load:
     handle_id: str
 
 
-Operation = Read | Write | Call | ModuleCall | Save | Log | Assign | Stop | Skip | Keep | Load
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """Gives the gradient of a loss with respect to a value of the same trace."""
+
+    loss: object
+    value: object
+    gradient: object = None
+    """The gradient of the loss itself; None for 1."""
+
+
+Operation = (
+    Read | Write | Call | ModuleCall | Save | Log | Assign | Stop | Skip | Keep | Load | Gradient
+)
 
 
 class Unset(Enum):
@@ -271,6 +283,8 @@ def operands(operation: Operation) -> tuple[object, ...]:
             return (Ref(target), value)
         case Log(values=values):
             return values
+        case Gradient(loss=loss, value=value, gradient=gradient):
+            return (loss, value, gradient)
         case Call(args=args, kwargs=kwargs) | ModuleCall(args=args, kwargs=kwargs):
             return (*args, *kwargs.values())
 

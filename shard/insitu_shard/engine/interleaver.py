@@ -53,7 +53,7 @@ class Interleaver:
         for place, run in enumerate(runs):
             for boundary in run.plan.at_boundary:
                 self._at[boundary].append(place)
-            self._due.update(run.plan.due_at_boundary)
+            self._due.update(run.plan.held)
         self._num_calls: dict[tuple[str, bool], int] = defaultdict(int)
         self._unfinished = {place for place, run in enumerate(runs) if not run.needs_no_more}
         self._active: BlockRun | None = None
@@ -77,7 +77,9 @@ class Interleaver:
         }
         replaced = [self._install_skip(path) for path in skipping]
         try:
-            with torch.no_grad(), self._rows.attention() if self._rows else nullcontext():
+            attention = self._rows.attention() if self._rows else nullcontext()
+            takes_gradients = any(run.takes_gradients for run in self._runs)
+            with torch.set_grad_enabled(takes_gradients), attention:
                 self._model.module(*inputs.args, **inputs.kwargs)
         except _NothingIsLeft:
             pass

@@ -13,6 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from insitu_shard.engine.differentiated import differentiated
 from insitu_shard.engine.graph import (
     Assign,
     Boundary,
@@ -33,7 +34,9 @@ from insitu_wire.operations import SELECT, VARIABLE, is_in_place, may_alias, wri
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
+    from insitu_shard.engine.differentiated import Differentiated
     from insitu_shard.engine.graph import Condition
 
 Root = NodeId | tuple[Boundary, int]
@@ -76,6 +79,14 @@ class Plan:
     """Boundaries at which nodes ask for the rows of an invoke."""
     inputs_seen: frozenset[Boundary]
     """Boundaries at which nodes ask for all arguments of the call."""
+    differentiated: Differentiated | None
+    """What its gradients are taken by; None if it takes none."""
+
+    @property
+    def held(self) -> AbstractSet[Boundary]:
+        """Boundaries from which the model goes on with what nodes have seen."""
+        begun = self.differentiated.boundaries if self.differentiated else frozenset()
+        return self.due_at_boundary.keys() | begun
 
 
 def plan_nodes(
@@ -232,4 +243,5 @@ class _Planner:
             writes_in_place=bool(self.readers_before),
             seen_by_invoke=frozenset(point.boundary for point in points if point.invoke),
             inputs_seen=frozenset(point.boundary for point in points if point.side is Side.INPUTS),
+            differentiated=differentiated(list(self.nodes.values())),
         )

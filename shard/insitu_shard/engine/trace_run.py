@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from insitu_shard.compiler import TraceFacts, WindowStep
 from insitu_shard.engine.block_run import BlockRun
-from insitu_shard.engine.graph import references
+from insitu_shard.engine.graph import Gradient, references
 from insitu_shard.engine.head import trimmed
 from insitu_shard.engine.placement import Needs, place
 from insitu_shard.engine.plan import plan_nodes
@@ -52,7 +52,7 @@ class TraceRun:
         self._seed = state.block_seed(trace.nodes, trace.seed)
         self._used_later = state.liveness.used_after(step)
         self._is_exact = state.options.is_exact
-        self._alone_because = "the session is exact" if self._is_exact else ""
+        self._alone_because = _reason_for_alone(trace, is_exact=self._is_exact)
         self._inputs_used = {
             node_id
             for invoke in trace.invokes
@@ -190,3 +190,11 @@ class TraceRun:
             token_ids, args, kwargs = values
             invokes.append(replace(invoke, token_ids=token_ids, args=args, kwargs=kwargs))
         return invokes
+
+
+def _reason_for_alone(trace: Trace, *, is_exact: bool) -> str:
+    if is_exact:
+        return "the session is exact"
+    if any(isinstance(node.operation, Gradient) for node in trace.nodes):
+        return "it takes gradients"
+    return ""

@@ -1,0 +1,50 @@
+"""Finds what a trace takes gradients by. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from insitu_shard.engine.graph import Gradient, Read, Ref
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from insitu_shard.engine.graph import Boundary, Node, NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class Differentiated:
+    """What a trace takes gradients by."""
+
+    gradients: Mapping[NodeId, Gradient]
+    """The gradients, by their nodes."""
+    values: frozenset[NodeId]
+    """Nodes whose values they are taken by."""
+    boundaries: frozenset[Boundary]
+    """Where the model gives what these values are made of."""
+
+
+def differentiated(nodes: Sequence[Node]) -> Differentiated | None:
+    """Finds what a trace takes gradients by; None if it takes none."""
+    gradients = {node.id: node.operation for node in nodes if isinstance(node.operation, Gradient)}
+    if not gradients:
+        return None
+    by_id = {node.id: node for node in nodes}
+    values = frozenset(
+        gradient.value.node_id for gradient in gradients.values() if isinstance(gradient.value, Ref)
+    )
+    made_of = _made_of(values, by_id)
+    boundaries = {by_id[at].boundary for at in made_of if isinstance(by_id[at].operation, Read)}
+    return Differentiated(gradients, values, frozenset(filter(None, boundaries)))
+
+
+def _made_of(values: frozenset[NodeId], by_id: Mapping[NodeId, Node]) -> set[NodeId]:
+    found: set[NodeId] = set()
+    left = [value for value in values if value in by_id]
+    while left:
+        node_id = left.pop()
+        if node_id not in found:
+            found.add(node_id)
+            left.extend(used for used in by_id[node_id].used if used in by_id)
+    return found

@@ -268,3 +268,38 @@ def _replace(state: torch.Tensor, position: int) -> Callable[..., None]:
 
 def _assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+def test_attribution_patching_is_what_autograd_gives(
+    run_example: Callable[..., dict[str, Any]], plain: Plain, tmp_path: Path
+) -> None:
+    found = run_example("attribution_patching")
+    assert (tmp_path / "attribution_patching.png").read_bytes().startswith(b"\x89PNG")
+    clean = plain.hidden_states(plain.ids(found["CLEAN"]))
+    seen: list[torch.Tensor] = []
+
+    def keep(_: object, __: object, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+        hidden.retain_grad()
+        seen.append(hidden)
+        return hidden
+
+    with ExitStack() as hooks:
+        for layer in plain.layers:
+            hooks.enter_context(layer.register_forward_hook(keep))
+        logits = plain.model(input_ids=plain.ids(found["CORRUPTED"]), use_cache=False).logits
+        difference = logits[0, -1, found["one"]] - logits[0, -1, found["other"]]
+        difference.backward()
+    assert float(found["difference"]) == pytest.approx(difference.item(), abs=LOGITS_ATOL)
+    for row, new, old in zip(found["foretold"], clean, seen, strict=True):
+        expected = ((new - old) * old.grad).sum(-1)[0]
+        assert torch.allclose(row, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_integrated_gradients_add_up_to_the_whole(
+    run_example: Callable[..., dict[str, Any]],
+) -> None:
+    found = run_example("integrated_gradients")
+    whole = float(found["at_end"] - found["at_begin"])
+    assert whole > 10
+    assert float(found["parts"].sum()) == pytest.approx(whole, rel=0.01)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 IDS = [5, 9, 17, 23]
 NUM_TRACES = 500
+LONGER = 4 * NUM_TRACES
 # Shown after a second at the earliest.
 HALFWAY = r"trace (\d\d+) of"
 
@@ -44,6 +45,7 @@ class Deployment:
 
     def start_scheduler(self) -> subprocess.Popen[bytes]:
         flags = ["--port", str(self.port), "--data-dir", str(self._folder), "--metrics-port", "-1"]
+        flags += ["--grace-seconds", "0.5"]
         return self._start("insitu_scheduler", *flags)
 
     def start_shard(self) -> subprocess.Popen[bytes]:
@@ -113,20 +115,23 @@ def test_a_server_that_is_told_to_stop_keeps_what_runs_for_the_next(
     _wait_until_ready()
     model = LanguageModel("tiny/llama")
     with ThreadPoolExecutor(1) as threads:
-        running = threads.submit(_session, model, 1, remote=True)
+        running = threads.submit(_session, model, 1, remote=True, num_traces=LONGER)
         _wait_for(caplog, HALFWAY)
         deployment.scheduler.terminate()
         deployment.scheduler.wait(40)
         deployment.scheduler = deployment.start_scheduler()
         found = running.result(timeout=120)
-    assert torch.equal(found, _session(plain, 1, remote=False))
+    assert "is kept, and is run again" in caplog.text
+    assert torch.equal(found, _session(plain, 1, remote=False, num_traces=LONGER))
 
 
-def _session(model: LanguageModel, number: int, *, remote: bool) -> torch.Tensor:
+def _session(
+    model: LanguageModel, number: int, *, remote: bool, num_traces: int = NUM_TRACES
+) -> torch.Tensor:
     """Many traces that each need the one before, so that they can not share passes."""
     with model.session(remote=remote):
         total = torch.zeros(64)
-        for _ in range(NUM_TRACES):
+        for _ in range(num_traces):
             with model.trace([number + 1, *IDS]):
                 layers = model.model.layers
                 layers[0].output[0][:, -1, :] = layers[0].output[0][:, -1, :] + total

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from insitu_shard.engine.parts import NotPlacedError
+from insitu_shard.engine.transformers_internals import sdpa_attention_forward, sdpa_mask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

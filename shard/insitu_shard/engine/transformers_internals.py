@@ -11,6 +11,8 @@ from typing import Any
 from transformers.distributed import tensor_parallel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.tensor_parallel import TensorParallelLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -33,4 +35,6 @@ __all__ = [
     "GradientCheckpointingLayer",
     "TensorParallelLayer",
     "register_style",
+    "sdpa_attention_forward",
+    "sdpa_mask",
 ]

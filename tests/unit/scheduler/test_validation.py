@@ -60,6 +60,10 @@ def edited(edit: Callable[[Session], object]) -> Session:
     return session
 
 
+def _gradient_of_a_number() -> Gradient:
+    return Gradient(loss=Value(int_value=1), value=reference(1))
+
+
 def _nested(depth: int) -> Step:
     step = Step(exit=Exit())
     for _ in range(depth):
@@ -116,9 +120,9 @@ def test_a_session_that_uses_all_that_the_server_runs_is_accepted() -> None:
         ),
         (Reason.UNSUPPORTED_FEATURE, "node 1 is an", Session(steps=[trace(Node(id=1))])),
         (
-            Reason.UNSUPPORTED_FEATURE,
-            "gradient",
-            Session(steps=[trace(Node(id=1, gradient=Gradient()))]),
+            Reason.MALFORMED_SESSION,
+            "node 2 is a gradient, and its loss or its value is no reference",
+            Session(steps=[trace(read(1), Node(id=2, gradient=_gradient_of_a_number()))]),
         ),
         (
             Reason.UNSUPPORTED_FEATURE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from insitu_proto.v1.model_pb2 import ModelDescription
     from insitu_scheduler.registry import Registry
 
+# A group that died is back by then, or its operator is at work.
+_AWAITED_SECONDS = 600.0
 _MAX_NAMES_IN_MESSAGE = 20
 
 
@@ -49,11 +52,19 @@ class KnownModel:
 
 
 class ModelCatalog:
-    """The models that some group with a lease holds."""
+    """The models that some group with a lease holds, or held until a short while ago.
+
+    Sessions for a model whose last group has died wait for the next one.
+    """
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._known: dict[str, KnownModel] = {}
+        self._left_at: dict[str, float] = {}
+
+    def left(self, name: str) -> None:
+        """Takes note that a group of a model is gone."""
+        self._left_at[name] = time.monotonic()
 
     def add(self, model: KnownModel) -> None:
         """Learns a model, or what has changed of it."""
@@ -67,8 +78,10 @@ class ModelCatalog:
         return None
 
     def served(self) -> Mapping[str, KnownModel]:
-        """Gives the models that are served now, by name."""
-        return {name: self._known[name] for name in sorted(self._registry.replicas())}
+        """Gives the models that are served, or will be soon, by name."""
+        since = time.monotonic() - _AWAITED_SECONDS
+        awaited = {name for name, left_at in self._left_at.items() if left_at > since}
+        return {name: self._known[name] for name in sorted(awaited | {*self._registry.replicas()})}
 
     def find(self, name: str) -> KnownModel:
         """Gives a model that is served.

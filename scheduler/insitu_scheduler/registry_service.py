@@ -129,6 +129,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
 
     def _lost(self, group: Group, why: str) -> None:
         _log.info("shard group %s of %s is out: %s", group.group_id, group.model, why)
+        self._catalog.left(group.model)
         self._dispatcher.lose(group)
 
     async def _expire(self) -> None:

@@ -10,13 +10,22 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
-from insitu import CONFIG, CancelledError, LanguageModel, SessionState, attach
+from insitu import (
+    CONFIG,
+    CancelledError,
+    LanguageModel,
+    SessionState,
+    UnavailableError,
+    attach,
+)
+from insitu.backends.remote import RemoteBackend
 from support.tiny_models import TinyModels
 from support.up import INSITU, Up, insitu, interruptible, run_python
 
@@ -93,15 +102,55 @@ def test_a_killed_up_leaves_no_process(tiny: TinyModels, tmp_path: Path) -> None
         assert not left
 
 
-def test_a_rank_that_dies_ends_everything_and_says_so(tiny: TinyModels, tmp_path: Path) -> None:
-    with Up(tmp_path, [f"tiny={tiny.folder('llama')}"]) as up:
-        started = up.descendants()
-        rank = next(process for process in started if "RANK" in process.environ())
-        rank.kill()
-        assert up.process.wait(60) == 1
-        _, left = psutil.wait_procs(started, timeout=5)
-        assert not left
-        assert "the shard group of tiny ended" in up.log
+def test_what_dies_is_started_again_where_it_was(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Up(tmp_path, [f"tiny/llama={tiny.folder('llama')}"], ["--replicas", "2"]) as up:
+        monkeypatch.setenv("INSITU_ENDPOINT", up.endpoint)
+        monkeypatch.setattr(CONFIG, "_api_key", "tests")
+        model = LanguageModel("tiny/llama")
+        before = _tokens(model)
+        ranks = [process for process in up.descendants() if "RANK" in process.environ()]
+        assert len(ranks) == 2
+        for rank in ranks:
+            rank.kill()
+        _wait_for(up, "the shard group 1 of tiny/llama ended", "starting it again")
+        # It waits in the queue for a group to come back.
+        assert torch.equal(_tokens(model), before)
+        scheduler = next(
+            process for process in up.descendants() if "insitu_scheduler" in process.cmdline()
+        )
+        scheduler.kill()
+        _wait_for(up, "the scheduler ended")
+        _wait_until_it_answers()
+        assert torch.equal(_tokens(model), before)
+        assert up.process.poll() is None
+
+
+def _tokens(model: LanguageModel) -> torch.Tensor:
+    with model.trace(IDS, remote=True):
+        tokens: torch.Tensor = model.lm_head.output.argmax(-1).save()
+    return tokens
+
+
+def _wait_until_it_answers() -> None:
+    """A scheduler that comes back knows models once their groups have found it."""
+    backend = RemoteBackend(CONFIG)
+    deadline = time.monotonic() + 60
+    while True:
+        assert time.monotonic() < deadline
+        with suppress(UnavailableError):
+            if backend.server_state().groups:
+                break
+        time.sleep(0.1)
+    backend.close()
+
+
+def _wait_for(up: Up, *messages: str) -> None:
+    deadline = time.monotonic() + 60
+    while not all(message in up.log for message in messages):
+        assert time.monotonic() < deadline, up.log
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +158,10 @@ def test_a_rank_that_dies_ends_everything_and_says_so(tiny: TinyModels, tmp_path
     [
         (["--model", "x=/nowhere/at/all"], ["/nowhere/at/all", "insitu demo-model"]),
         (["--model", "{folder}", "--tp", "0"], ["--tp is 0"]),
+        (["--model", "{folder}", "--replicas", "0"], ["--replicas is 0"]),
         (["--model", "{folder}", "--api-keys-file", "/nowhere/keys"], ["/nowhere/keys"]),
     ],
-    ids=["no model", "no ranks", "no key file"],
+    ids=["no model", "no ranks", "no replicas", "no key file"],
 )
 def test_what_can_not_start_says_why_and_leaves_nothing(
     flags: list[str], says: list[str], tiny: TinyModels, tmp_path: Path

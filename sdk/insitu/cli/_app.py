@@ -51,8 +51,12 @@ def up(
         str,
         typer.Option(envvar="INSITU_DTYPE", help="Element type of weights; default: as stored."),
     ] = "",
+    replicas: Annotated[int, typer.Option(help="Shard groups of each model.")] = 1,
 ) -> None:
-    """Starts a server on this machine: a scheduler and a shard group for each model."""
+    """Starts a server on this machine: a scheduler, and shard groups for each model.
+
+    What ends by itself is started again.
+    """
     from insitu.cli._up import Deployment, UpConfig
 
     config = UpConfig(
@@ -62,6 +66,7 @@ def up(
         data_dir=(data_dir or state_folder()).absolute(),
         api_keys_file=api_keys_file,
         dtype=dtype,
+        replicas=replicas,
     )
     raise typer.Exit(Deployment(config).run())
 

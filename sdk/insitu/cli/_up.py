@@ -1,19 +1,18 @@
-"""`insitu up`: a scheduler and shard groups as processes of one machine, all or none."""
+"""`insitu up`: a scheduler and shard groups as processes of one machine, kept running."""
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from insitu._config import Config
 from insitu.backends.remote import RemoteBackend
+from insitu.cli._supervised import SupervisedProcess
 from insitu_proto.v1 import placement_pb2
 from insitu_wire.errors import Error, Reason, error
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 40.0
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +40,17 @@ class UpConfig:
     """File of lines USER:KEY."""
     dtype: str = ""
     """Element type of weights; by default as stored."""
+    replicas: int = 1
+    """Shard groups of each model."""
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                f"--replicas is {self.replicas}; it is the number of shard groups of each model, 1 "
+                "or more",
+                replicas=self.replicas,
+            )
 
 
 @dataclass(slots=True)
@@ -49,14 +58,16 @@ class Deployment:
     """The processes of one `insitu up`."""
 
     config: UpConfig
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    processes: dict[str, SupervisedProcess] = field(default_factory=dict)
     is_stopping: bool = False
 
     def run(self) -> int:
-        """Starts everything, waits for a signal or for a process to end, ends everything.
+        """Starts everything, keeps it running until a signal, ends everything.
+
+        A process that ends by itself, once all were ready, is started again.
 
         Returns:
-            The exit status: 0 after a signal, 1 if a process ended by itself.
+            The exit status: 0 after a signal, 1 if a process can not be kept running.
         """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
@@ -67,7 +78,7 @@ class Deployment:
             if not self.is_stopping:
                 print(f"insitu is ready at {address}", flush=True)
             while not self.is_stopping:
-                self._check_processes()
+                self._restart_ended()
                 time.sleep(_POLL_SECONDS)
         except Error as err:
             if not self.is_stopping:
@@ -83,7 +94,7 @@ class Deployment:
     def _start_scheduler(self) -> str:
         address_file = self.config.data_dir / "scheduler.json"
         address_file.unlink(missing_ok=True)
-        arguments = ["--port", str(self.config.port), "--data-dir", str(self.config.data_dir)]
+        arguments = ["--data-dir", str(self.config.data_dir), "--port", str(self.config.port)]
         if self.config.api_keys_file:
             arguments += ["--api-keys-file", str(self.config.api_keys_file)]
         self._start("scheduler", "insitu_scheduler", arguments)
@@ -91,6 +102,9 @@ class Deployment:
             self._check_processes()
             time.sleep(_POLL_SECONDS / 4)
         address: str = json.loads(address_file.read_text())["address"]
+        # Should it be started again, clients and shard groups find it where it was.
+        port = arguments.index("--port") + 1
+        arguments[port] = address.rpartition(":")[2]
         return address
 
     def _start_shards(self, scheduler: str) -> None:
@@ -100,22 +114,20 @@ class Deployment:
             arguments += ["--metrics-port", "0", "--port", "0"]
             if self.config.dtype:
                 arguments += ["--dtype", self.config.dtype]
-            self._start(f"the shard group of {name}", "insitu_shard", arguments)
+            for number in range(1, self.config.replicas + 1):
+                which = f" {number}" if self.config.replicas > 1 else ""
+                self._start(f"shard group{which} of {name}", "insitu_shard", arguments)
 
     def _start(self, name: str, module: str, arguments: list[str]) -> None:
-        # In a session of its own: Ctrl-C reaches this process only, which ends the others in order.
-        self.processes[name] = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            preexec_fn=_end_with_parent,
-        )
+        self.processes[name] = SupervisedProcess(module, arguments)
+        self.processes[name].start()
 
     def _wait_until_ready(self, address: str) -> None:
-        wanted = {model.partition("=")[0] for model in self.config.models}
+        names = [model.partition("=")[0] for model in self.config.models]
+        wanted = Counter(names * self.config.replicas)
         backend = RemoteBackend(self._client_config(address))
         try:
-            while not self.is_stopping and wanted - _ready_models(backend):
+            while not self.is_stopping and wanted - _ready_groups(backend):
                 self._check_processes()
                 time.sleep(_POLL_SECONDS)
         finally:
@@ -133,42 +145,32 @@ class Deployment:
 
     def _check_processes(self) -> None:
         """Raises if a process has ended."""
-        for name, process in self.processes.items():
-            if (status := process.poll()) is not None:
+        for name, child in self.processes.items():
+            if (status := child.process.poll()) is not None:
                 raise error(
                     Reason.REPLICA_LOST,
-                    f"{name} ended with status {status}; what it printed above says why",
+                    f"the {name} ended with status {status}; what it printed above says why",
                     process=name,
                     status=status,
                 )
 
+    def _restart_ended(self) -> None:
+        """Starts again what has ended; raises if that is in vain."""
+        for name, child in self.processes.items():
+            if not child.restart_if_ended(f"the {name}"):
+                raise error(
+                    Reason.REPLICA_LOST,
+                    f"the {name} ends again and again; what it printed above says why",
+                    process=name,
+                )
+
     def _stop(self) -> None:
         """Ends the shard groups, then the scheduler, and whatever is left of them by force."""
-        for process in reversed(self.processes.values()):
-            if process.poll() is None:
-                process.terminate()
-            try:
-                process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                print(f"insitu up: process {process.pid} does not end; killing it", file=sys.stderr)
-            _kill_session(process.pid)
-            process.wait()
+        for child in reversed(self.processes.values()):
+            child.stop(_STOP_SECONDS)
 
 
-def _ready_models(backend: RemoteBackend) -> set[str]:
+def _ready_groups(backend: RemoteBackend) -> Counter[str]:
     ready = placement_pb2.SHARD_GROUP_STATE_READY
-    return {group.group.model for group in backend.server_state().groups if group.state == ready}
-
-
-def _end_with_parent() -> None:
-    """Runs in the child: asks Linux for SIGTERM should `insitu up` itself be killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _kill_session(leader_pid: int) -> None:
-    """Kills what is left of a child's process group."""
-    try:
-        os.killpg(leader_pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    groups = backend.server_state().groups
+    return Counter(group.group.model for group in groups if group.state == ready)

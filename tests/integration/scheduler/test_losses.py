@@ -212,6 +212,19 @@ async def test_a_waiting_session_is_taken_by_the_group_that_comes_next(
         assert shard.num_tokenizer_fetches == 0
 
 
+async def test_a_session_for_a_model_whose_group_has_just_died_waits_for_the_next(
+    client: Client, server: Server
+) -> None:
+    async with FakeShard(server.address) as lost:
+        await lost.ready()
+    while (await client.call("ListModels", pb.ListModelsRequest())).models:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    waiting = await client.submit(saving())
+    async with FakeShard(server.address, group_id="group-2") as shard:
+        await shard.ready()
+        assert names(await client.watch(waiting))[-1] == "COMPLETED"
+
+
 async def test_a_group_that_registers_again_replaces_itself(
     client: Client, server: Server, shard: FakeShard
 ) -> None:

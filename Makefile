@@ -4,10 +4,13 @@ BIN := $(VENV)/bin
 PROTOS := $(sort $(wildcard protos/insitu_proto/v1/*.proto))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check k8s bench fmt lint types arch protos protos-check clean
+# Programs that some tests run, and skip without: Debian's names.
+SYSTEM_PACKAGES := chromium fonts-dejavu-core prometheus
+
+.PHONY: help setup system-packages demo test check k8s bench fmt lint types arch protos protos-check clean
 
 help: ## Lists the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed ## Makes the virtual environment and installs insitu with all that it needs.
 
@@ -17,6 +20,10 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
+
+system-packages: ## Installs the programs that some tests run, and skip without (Debian, as root).
+	apt-get update --quiet=2
+	DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install --quiet=2 --yes --no-install-recommends $(SYSTEM_PACKAGES)
 
 demo: setup ## Starts a server with a small real model, runs the first session against it, stops it.
 	$(BIN)/python examples/run_demo.py

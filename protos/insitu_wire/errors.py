@@ -21,16 +21,20 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from enum import StrEnum, auto
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import grpc
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from insitu_proto.v1 import error_reason_pb2, intervention_pb2
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
 
 DOMAIN = "insitu.dev"
 
@@ -73,6 +77,9 @@ class Reason(StrEnum):
     TENSOR_NOT_UPLOADED = auto()
     STORAGE_FULL = auto()
     HANDLE_NOT_FOUND = auto()
+    QUOTA_EXCEEDED = auto()
+    LIMIT_EXCEEDED = auto()
+    TOO_MANY_ATTEMPTS = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +105,10 @@ class Error(Exception):
         location: the line of the user's code that it belongs to, if any.
         trace_number: which trace of the session failed, from 1; 0 where none did.
         remote_traceback: the server's traceback as text, if it says something.
+        retry_after_seconds: after which time the same may work, where waiting helps.
     """
+
+    retry_after_seconds: float | None = None
 
     def __init__(
         self,
@@ -231,6 +241,9 @@ _TABLE: dict[Reason, tuple[grpc.StatusCode, type[Error]]] = {
     Reason.INVALID_CONFIGURATION: (_Code.FAILED_PRECONDITION, ConfigurationError),
     Reason.TENSOR_NOT_UPLOADED: (_Code.FAILED_PRECONDITION, SessionStateError),
     Reason.STORAGE_FULL: (_Code.RESOURCE_EXHAUSTED, CapacityError),
+    Reason.QUOTA_EXCEEDED: (_Code.RESOURCE_EXHAUSTED, CapacityError),
+    Reason.LIMIT_EXCEEDED: (_Code.RESOURCE_EXHAUSTED, CapacityError),
+    Reason.TOO_MANY_ATTEMPTS: (_Code.RESOURCE_EXHAUSTED, CapacityError),
     Reason.CHECKSUM_MISMATCH: (_Code.DATA_LOSS, InternalError),
     Reason.INTERNAL: (_Code.INTERNAL, InternalError),
 }
@@ -243,10 +256,11 @@ def error(
     location: Location | None = None,
     trace_number: int = 0,
     remote_traceback: str = "",
+    retry_after_seconds: float | None = None,
     **metadata: object,
 ) -> Error:
     """Makes the exception that the table gives for a reason; `metadata` keys in lowerCamelCase."""
-    return _TABLE[reason][1](
+    err = _TABLE[reason][1](
         message,
         reason=reason,
         metadata={key: str(value) for key, value in metadata.items()},
@@ -254,6 +268,8 @@ def error(
         trace_number=trace_number,
         remote_traceback=remote_traceback,
     )
+    err.retry_after_seconds = retry_after_seconds
+    return err
 
 
 def status_code(reason: Reason) -> grpc.StatusCode:
@@ -270,11 +286,13 @@ def to_status(err: Error) -> status_pb2.Status:
             "line": str(err.location.line),
             "source": err.location.source,
         }
-    info = error_details_pb2.ErrorInfo(reason=err.reason, domain=DOMAIN, metadata=metadata)
-    detail = any_pb2.Any()
-    detail.Pack(info)
+    details = [error_details_pb2.ErrorInfo(reason=err.reason, domain=DOMAIN, metadata=metadata)]
+    if err.retry_after_seconds is not None:
+        delay = duration_pb2.Duration()
+        delay.FromTimedelta(datetime.timedelta(seconds=err.retry_after_seconds))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     code: int = status_code(err.reason).value[0]
-    return status_pb2.Status(code=code, message=err.message, details=[detail])
+    return status_pb2.Status(code=code, message=err.message, details=map(_packed, details))
 
 
 def from_rpc_error(rpc_error: grpc.Call | grpc.aio.AioRpcError, *, address: str) -> Error:
@@ -285,10 +303,26 @@ def from_rpc_error(rpc_error: grpc.Call | grpc.aio.AioRpcError, *, address: str)
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason.__members__:
             metadata = dict(info.metadata)
             reason = Reason(info.reason)
-            return _TABLE[reason][1](
+            err = _TABLE[reason][1](
                 status.message, reason=reason, location=_pop_location(metadata), metadata=metadata
             )
+            err.retry_after_seconds = _retry_after(status)
+            return err
     return _from_transport(rpc_error.code(), rpc_error.details() or "", address)
+
+
+def _packed(detail: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed
+
+
+def _retry_after(status: status_pb2.Status) -> float | None:
+    info = error_details_pb2.RetryInfo()
+    if any(detail.Unpack(info) for detail in status.details):
+        seconds: float = info.retry_delay.ToTimedelta().total_seconds()
+        return seconds
+    return None
 
 
 def _pop_location(metadata: dict[str, str]) -> Location | None:

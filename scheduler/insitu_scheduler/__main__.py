@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from insitu_scheduler.config import SchedulerConfig
+from insitu_scheduler.limits import Limits
 from insitu_scheduler.server import Server
 from insitu_wire.errors import Error
 from insitu_wire.limits import MAX_SESSION_BYTES
@@ -36,9 +37,17 @@ def run(
         Path | None,
         typer.Option(
             envvar="INSITU_API_KEYS_FILE",
-            help="File of lines USER:KEY; without one any key is accepted, on loopback only.",
+            help="File of API keys, as `insitu keys` writes it or with lines USER:KEY; without one "
+            "any key is accepted, on loopback only.",
         ),
     ] = None,
+    operator_key_sha256: Annotated[
+        str,
+        typer.Option(
+            envvar="INSITU_OPERATOR_KEY_SHA256",
+            help="SHA-256 of one more administrator's key, of whoever starts the scheduler.",
+        ),
+    ] = "",
     max_session_bytes: Annotated[
         int, typer.Option(envvar="INSITU_MAX_SESSION_BYTES", help="Largest session, in bytes.")
     ] = MAX_SESSION_BYTES,
@@ -51,6 +60,39 @@ def run(
     max_queued_sessions: Annotated[
         int, typer.Option(envvar="INSITU_MAX_QUEUED_SESSIONS", help="Sessions that may wait.")
     ] = 10_000,
+    max_waiting_sessions: Annotated[
+        int | None,
+        typer.Option(
+            envvar="INSITU_MAX_WAITING_SESSIONS",
+            help="Sessions of each user that may wait at the same time.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(envvar="INSITU_MAX_TOKENS", help="Tokens of the prompts of a session."),
+    ] = None,
+    max_saved_bytes: Annotated[
+        int | None,
+        typer.Option(envvar="INSITU_MAX_SAVED_BYTES", help="Bytes that a session may save."),
+    ] = None,
+    max_handle_bytes: Annotated[
+        int | None,
+        typer.Option(
+            envvar="INSITU_MAX_HANDLE_BYTES",
+            help="Bytes that a session's values may take on each rank between its steps.",
+        ),
+    ] = None,
+    max_kept_bytes: Annotated[
+        int | None,
+        typer.Option(
+            envvar="INSITU_MAX_KEPT_BYTES",
+            help="Bytes that a user's values may take on each rank beyond sessions.",
+        ),
+    ] = None,
+    max_run_seconds: Annotated[
+        float | None,
+        typer.Option(envvar="INSITU_MAX_RUN_SECONDS", help="How long a session may run."),
+    ] = None,
     max_attempts: Annotated[
         int,
         typer.Option(
@@ -102,6 +144,15 @@ def run(
             port=port,
             metrics_port=metrics_port if metrics_port != -1 else None,
             api_keys_file=api_keys_file,
+            operator_key_sha256=operator_key_sha256,
+            limits=Limits(
+                max_waiting_sessions=max_waiting_sessions,
+                max_tokens=max_tokens,
+                max_saved_bytes=max_saved_bytes,
+                max_handle_bytes=max_handle_bytes,
+                max_kept_bytes=max_kept_bytes,
+                max_run_seconds=max_run_seconds,
+            ),
             max_session_bytes=max_session_bytes,
             upload_store_bytes=upload_store_bytes,
             max_queued_sessions=max_queued_sessions,

@@ -9,24 +9,29 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from insitu_scheduler import events
+from insitu_scheduler.auth import check_model
 from insitu_scheduler.events import EventLog
 from insitu_scheduler.journal import AcceptedSession
 from insitu_scheduler.live_session import LiveSession
 from insitu_scheduler.queue import SessionId
-from insitu_scheduler.segments import cut
+from insitu_scheduler.refusals import check_limit
+from insitu_scheduler.segments import cut, models_named, work_of
+from insitu_scheduler.terms import Terms, clamp
 from insitu_scheduler.validation import check_size, validate
 from insitu_wire.errors import Error, Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import TypeVar
 
     from insitu_proto.v1.scheduler_service_pb2 import SubmitSessionRequest
     from insitu_proto.v1.session_pb2 import Session
     from insitu_scheduler.dispatch import Dispatcher
     from insitu_scheduler.journal import Journal, KnownRequest
+    from insitu_scheduler.keys import Key
+    from insitu_scheduler.limits import Limits
     from insitu_scheduler.metrics import SchedulerMetrics
-    from insitu_scheduler.models import ModelCatalog
+    from insitu_scheduler.models import KnownModel, ModelCatalog
     from insitu_scheduler.uploads import UploadStore
 
     T = TypeVar("T")
@@ -48,6 +53,7 @@ class Admission:
         metrics: SchedulerMetrics,
         *,
         max_session_bytes: int,
+        limits: Limits,
     ) -> None:
         self._catalog = catalog
         self._journal = journal
@@ -55,33 +61,35 @@ class Admission:
         self._uploads = uploads
         self._metrics = metrics
         self._max_session_bytes = max_session_bytes
+        self._limits = limits
 
-    async def submit(self, user: str, request: SubmitSessionRequest) -> SessionId:
+    async def submit(self, key: Key, request: SubmitSessionRequest) -> SessionId:
         """Accepts a session, or finds the one that the request id was used for before.
 
         Raises:
             Error: why it is refused; nothing of it is kept then.
         """
-        self._dispatcher.check_open()
+        self._dispatcher.check_accepts()
         _check_request_id(request.request_id)
         session = request.session
         check_size(session, self._max_session_bytes)
         payload, digest = await _off_loop(session, lambda: _encode(session))
         try:
-            return await self._take(user, request, payload, digest)
+            return await self._take(key, request, payload, digest)
         except Error:
             # What was taken once is answered, even if it would be refused by now.
-            known = await self._journal.find_request(user, request.request_id)
+            known = await self._journal.find_request(key.user, request.request_id)
             if known is None:
                 raise
             return _same_session(known, digest, request.request_id)
 
     async def _take(
-        self, user: str, request: SubmitSessionRequest, payload: bytes, digest: bytes
+        self, key: Key, request: SubmitSessionRequest, payload: bytes, digest: bytes
     ) -> SessionId:
-        session = request.session
+        session, user = request.session, key.user
+        terms = Terms(clamp(request.tier, key.tier), key.weight, key.limits.within(self._limits))
         models = self._catalog.served()
-        await _off_loop(session, lambda: validate(session, models))
+        await _off_loop(session, lambda: _check(session, key, terms.limits, models))
         # Refused now where it can be known; it may be lost later, too.
         self._dispatcher.kept.group_of(user, session)
         accepted = AcceptedSession(
@@ -92,6 +100,7 @@ class Admission:
             payload=payload,
             payload_digest=digest,
             is_detached=request.is_detached,
+            terms=terms,
         )
         # What the journal has must be queued, even if the client goes away between the two.
         return await asyncio.shield(asyncio.create_task(self._accept(accepted, session)))
@@ -100,14 +109,15 @@ class Admission:
         with ExitStack() as undo:
             self._uploads.hold(accepted.session_id, accepted.user, session.tensors)
             undo.callback(self._uploads.release, accepted.session_id)
-            position = self._dispatcher.reserve(accepted.model, accepted.user)
+            bound = accepted.terms.limits.max_waiting_sessions
+            position = self._dispatcher.reserve(accepted.model, accepted.user, bound)
             log = EventLog(accepted.session_id, accepted.user)
             for event in (events.received(), events.approved(), events.queued(position)):
                 log.show(log.stamp(event))
             try:
                 known = await self._journal.accept(accepted, log.events)
             finally:
-                self._dispatcher.unreserve()
+                self._dispatcher.unreserve(accepted.user)
             if known.session_id != accepted.session_id:
                 return _same_session(known, accepted.payload_digest, accepted.request_id)
             undo.pop_all()
@@ -118,6 +128,7 @@ class Admission:
             accepted.model,
             needed_lease_id=kept.group_of(accepted.user, session),
             keepers=kept.keepers(accepted.user, session),
+            terms=accepted.terms,
         )
         self._dispatcher.enqueue(live, position=position, is_detached=accepted.is_detached)
         self._metrics.accepted(accepted.model or "")
@@ -129,6 +140,15 @@ async def _off_loop(session: Session, work: Callable[[], T]) -> T:
     if session.ByteSize() <= _MAX_INLINE_BYTES:
         return work()
     return await asyncio.to_thread(work)
+
+
+def _check(session: Session, key: Key, limits: Limits, models: Mapping[str, KnownModel]) -> None:
+    """Checks what a session is, and that its user may run it."""
+    for model in sorted(models_named(session)):
+        check_model(model)
+    validate(session, {name: model for name, model in models.items() if key.may_use(name)})
+    if limits.max_tokens is not None:
+        check_limit("tokens", work_of(session).num_tokens, int(limits.max_tokens))
 
 
 def _encode(session: Session) -> tuple[bytes, bytes]:

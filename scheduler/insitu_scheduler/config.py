@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from insitu_scheduler.limits import Limits
 from insitu_wire.errors import Reason, error
 from insitu_wire.limits import MAX_SESSION_BYTES
 
@@ -26,7 +28,12 @@ class SchedulerConfig:
     metrics_port: int | None = 0
     """Port of /metrics; 0 takes a free one, None serves none."""
     api_keys_file: Path | None = None
-    """File of lines USER:KEY; without one any key is accepted, on a loopback host only."""
+    """File of API keys, as `insitu keys` writes it or with lines USER:KEY; without one any key is
+    accepted, on a loopback host only."""
+    operator_key_sha256: str = ""
+    """SHA-256 of a key of whoever starts the scheduler, an administrator, in hexadecimal digits."""
+    limits: Limits = field(default_factory=Limits)
+    """What each session and user may take, beside what their API keys say."""
     max_session_bytes: int = MAX_SESSION_BYTES
     """Largest session, in bytes."""
     upload_store_bytes: int = 64 * 1024**3
@@ -72,11 +79,20 @@ class SchedulerConfig:
             ("--grace-seconds", self.grace_seconds),
         ):
             _check(flag, seconds, "0 or more", seconds >= 0)
+        for name, bound in asdict(self.limits).items():
+            flag = f"--{name.replace('_', '-')}"
+            _check(flag, bound, "more than 0", bound is None or bound > 0)
+        if not re.fullmatch(r"([0-9a-f]{64})?", self.operator_key_sha256):
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                "--operator-key-sha256 is not a SHA-256; it must be 64 hexadecimal digits",
+            )
         if self.api_keys_file is None and not _is_loopback(self.host):
             raise error(
                 Reason.INVALID_CONFIGURATION,
                 f"--host is {self.host}, which other machines reach, and there is no key file; "
-                "give one with --api-keys-file (lines USER:KEY), or listen on 127.0.0.1",
+                "make one with `insitu keys create` and give it with --api-keys-file, or listen on "
+                "127.0.0.1",
                 host=self.host,
             )
 
@@ -90,7 +106,7 @@ def _check_port(flag: str, port: int) -> None:
     _check(flag, port, "0 (a free one) to 65535", 0 <= port <= 65535)
 
 
-def _check(flag: str, value: float, allowed: str, is_allowed: bool) -> None:
+def _check(flag: str, value: float | None, allowed: str, is_allowed: bool) -> None:
     if not is_allowed:
         raise error(
             Reason.INVALID_CONFIGURATION,

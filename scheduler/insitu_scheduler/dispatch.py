@@ -6,12 +6,14 @@ All state is touched from the event loop only, between two awaits: no locks.
 from __future__ import annotations
 
 import asyncio
+import datetime
 import logging
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from insitu_proto.v1.event_pb2 import EventKind
+from insitu_proto.v1.scheduler_service_pb2 import QueueState
 from insitu_scheduler import events
 from insitu_scheduler.attempts import check_attempts, was_lost
 from insitu_scheduler.background import Background
@@ -21,6 +23,7 @@ from insitu_scheduler.links import GroupLinks
 from insitu_scheduler.live_session import LiveSession, ending
 from insitu_scheduler.positions import PositionAnnouncer
 from insitu_scheduler.queue import WaitingSession
+from insitu_scheduler.refusals import queue_full, quota_exceeded
 from insitu_scheduler.runner import SessionRun
 from insitu_scheduler.segments import count_traces, cut, models_of, work_of
 from insitu_scheduler.shards import replica_lost
@@ -78,7 +81,10 @@ class Dispatcher:
         self._links = GroupLinks(registry)
         self._background = Background()
         self._num_reserved = 0
+        self._num_of_user = Counter[str]()
         self._is_stopping = False
+        self.is_draining = False
+        """Whether it takes no new sessions, by order of an administrator."""
 
     def check_open(self) -> None:
         """Refuses what is new once the scheduler stops.
@@ -89,27 +95,39 @@ class Dispatcher:
         if self._is_stopping:
             raise events.shutting_down()
 
-    def reserve(self, model: str | None, user: str) -> int:
-        """Keeps a place for a session that is about to be accepted, and gives its position.
+    def check_accepts(self) -> None:
+        """Refuses new sessions once the scheduler stops or drains.
 
         Raises:
-            CapacityError: QUEUE_FULL.
             UnavailableError: SHUTTING_DOWN.
         """
         self.check_open()
-        if len(self._queue) + self._num_reserved >= self._max_queued:
+        if self.is_draining:
             raise error(
-                Reason.QUEUE_FULL,
-                f"{self._max_queued:,} sessions wait already, and the queue takes no more; "
-                "try again later",
-                maxQueuedSessions=self._max_queued,
+                Reason.SHUTTING_DOWN,
+                "an administrator has the server take no new sessions; try again later",
             )
+
+    def reserve(self, model: str | None, user: str, max_of_user: float | None = None) -> int:
+        """Keeps a place for a session that is about to be accepted, and gives its position.
+
+        Raises:
+            CapacityError: QUEUE_FULL, or QUOTA_EXCEEDED if so many of the user wait already.
+            UnavailableError: SHUTTING_DOWN.
+        """
+        self.check_accepts()
+        if max_of_user is not None and self._num_of_user[user] >= max_of_user:
+            raise quota_exceeded(int(max_of_user))
+        if len(self._queue) + self._num_reserved >= self._max_queued:
+            raise queue_full(self._max_queued)
         self._num_reserved += 1
+        self._num_of_user[user] += 1
         return self._queue.num_ahead(model, user) + self._num_reserved
 
-    def unreserve(self) -> None:
+    def unreserve(self, user: str) -> None:
         """Gives a reserved place back, whether or not its session comes."""
         self._num_reserved -= 1
+        self._count(user, -1)
 
     def enqueue(
         self,
@@ -167,6 +185,7 @@ class Dispatcher:
             is_alone=live.log.attempt > 1,
         )
         self._queue.push(waiting)
+        self._count(waiting.user, 1)
         self._positions.pushed(session_id, position)
         self._queue_changed(waiting)
 
@@ -225,11 +244,24 @@ class Dispatcher:
         states = Counter(group.state.value for group in groups)
         self._metrics.groups_changed(model, states, sum(group.num_sessions for group in groups))
 
-    def count(self, model: str) -> tuple[int, int]:
-        """Counts the sessions that wait and that run on a model's groups."""
+    def queue_state(self, model: str) -> QueueState:
+        """Tells what waits for a model, and what runs on its groups."""
         leases = {group.lease_id for group in self._registry if group.model == model}
-        running = sum(bool(live.lease_ids & leases) for live in self._live.values())
-        return self._queue.num_waiting(model), running
+        state = QueueState(
+            model=model,
+            num_waiting=self._queue.num_waiting(model),
+            num_running=sum(bool(live.lease_ids & leases) for live in self._live.values()),
+        )
+        state.backlog.FromTimedelta(datetime.timedelta(seconds=self._queue.backlog(model)))
+        if oldest := self._queue.oldest(model):
+            age = datetime.timedelta(seconds=time.monotonic() - oldest.enqueued_at)
+            state.oldest_age.FromTimedelta(age)
+        return state
+
+    def drain(self, group: Group) -> None:
+        """Sends a group nothing new; what it runs ends."""
+        group.is_draining = True
+        self.groups_changed(group.model)
 
     async def stop(self, grace_seconds: float) -> None:
         """Gives what runs some time; what has not ended then is left to the next scheduler."""
@@ -270,6 +302,7 @@ class Dispatcher:
                     self.groups_changed(taken.model)
                 self._metrics.dispatched(group.model, now - waiting.enqueued_at)
                 self._positions.left(waiting.session_id)
+                self._count(waiting.user, -1)
                 self._queue_changed(waiting)
                 self._start(self._live[waiting.session_id], waiting, groups)
                 return True
@@ -286,6 +319,7 @@ class Dispatcher:
             book=self._book,
             writer=self._results.writer(live.log.session_id),
             uploads=self._uploads,
+            limits=live.terms.limits,
         )
         held = [(group, self._links[group]) for group in groups]
         leases = {group.model: group.lease_id for group in groups}
@@ -383,7 +417,14 @@ class Dispatcher:
         waiting = self._queue.remove(live.log.session_id)
         self._positions.left(live.log.session_id)
         if waiting is not None:
+            self._count(waiting.user, -1)
             self._queue_changed(waiting)
+
+    def _count(self, user: str, change: int) -> None:
+        """Counts the sessions of a user that wait, or are about to."""
+        self._num_of_user[user] += change
+        if not self._num_of_user[user]:
+            del self._num_of_user[user]
 
     def _cancel_orphan(self, session_id: SessionId) -> None:
         _log.info("session %s is cancelled: nobody watches it", session_id)

@@ -256,9 +256,9 @@ class EventBook:
         self._ended.pop(session_id, None)
 
     async def list_sessions(
-        self, user: str, *, limit: int, after: SessionId | None
+        self, user: str | None, *, limit: int, after: SessionId | None
     ) -> list[SessionRow]:
-        """Gives a user's sessions, the newest first, from the one after another on."""
+        """Gives sessions of a user, or all, the newest first, from the one after another on."""
         return await self._journal.list_sessions(user, limit=limit, after=after)
 
     def shut(self) -> None:

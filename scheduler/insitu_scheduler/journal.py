@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -13,6 +13,7 @@ from insitu_scheduler.committer import Committer
 from insitu_scheduler.events import TERMINAL_KINDS, kind_name
 from insitu_scheduler.migrations import upgrade
 from insitu_scheduler.queue import SessionId
+from insitu_scheduler.terms import Terms
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _sessions = sa.Table(
     sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
     sa.Column("finished_at", sa.DateTime(timezone=True)),
     sa.Column("is_detached", sa.Boolean, nullable=False),
+    sa.Column("terms", sa.String, nullable=False, server_default=""),
     sa.UniqueConstraint("user", "request_id"),
 )
 _events = sa.Table(
@@ -62,6 +64,7 @@ class AcceptedSession:
     payload_digest: bytes
     is_detached: bool = False
     """Whether it lives without anybody watching it."""
+    terms: Terms = field(default_factory=Terms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class JournalledSession:
     payload: bytes
     """The session; empty once it has ended."""
     is_detached: bool
+    terms: Terms
     events: list[Event]
 
 
@@ -90,6 +94,7 @@ class SessionRow:
     """What a list shows of a session."""
 
     session_id: SessionId
+    user: str
     model: str | None
     state: str
     """Name of its newest event that is no LOG, such as "QUEUED"."""
@@ -164,17 +169,16 @@ class Journal:
         return found[0] if found else None
 
     async def list_sessions(
-        self, user: str, *, limit: int, after: SessionId | None = None
+        self, user: str | None, *, limit: int, after: SessionId | None = None
     ) -> list[SessionRow]:
-        """Gives a user's sessions, the newest first, from the one after another on."""
-        query = (
-            sa.select(_sessions)
-            .where(_sessions.c.user == user)
-            .order_by(_sessions.c.created_at.desc(), _sessions.c.id)
-            .limit(limit)
-        )
+        """Gives sessions of a user, or all, the newest first, from the one after another on."""
+        theirs = sa.true() if user is None else _sessions.c.user == user
+        newest_first = (_sessions.c.created_at.desc(), _sessions.c.id)
+        query = sa.select(_sessions).where(theirs).order_by(*newest_first).limit(limit)
         if after is not None:
-            last = sa.select(_sessions.c.created_at, _sessions.c.id).where(_sessions.c.id == after)
+            # Another user's session is none to go on after.
+            is_last = sa.and_(_sessions.c.id == after, theirs)
+            last = sa.select(_sessions.c.created_at, _sessions.c.id).where(is_last)
             time, id_ = last.subquery().c
             older = sa.select(time).scalar_subquery() > _sessions.c.created_at
             beside = sa.and_(
@@ -208,7 +212,9 @@ class Journal:
 
 def _rows(connection: sa.Connection, query: sa.Select[Any]) -> list[SessionRow]:
     return [
-        SessionRow(SessionId(row.id), row.model, row.state, row.created_at, row.finished_at)
+        SessionRow(
+            SessionId(row.id), row.user, row.model, row.state, row.created_at, row.finished_at
+        )
         for row in connection.execute(query).all()
     ]
 
@@ -232,6 +238,7 @@ def _insert(connection: sa.Connection, session: AcceptedSession, events: Sequenc
             payload_digest=session.payload_digest,
             payload=session.payload,
             is_detached=session.is_detached,
+            terms=session.terms.written(),
             created_at=_time(events[0]),
         )
     )
@@ -258,6 +265,7 @@ def _load(connection: sa.Connection, query: sa.Select[Any]) -> list[JournalledSe
             row.model,
             row.payload or b"",
             row.is_detached,
+            Terms.read(row.terms),
             [
                 Event.FromString(blob)
                 for blob in connection.scalars(events.where(_events.c.session_id == row.id))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from insitu_scheduler import events
+from insitu_scheduler.terms import Terms
 from insitu_wire.errors import Error, Reason, error
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class LiveSession:
     """The one group that can run it, for it keeps what the session loads; None if any can."""
     keepers: frozenset[SessionId] = frozenset()
     """The sessions that keep what it loads: it runs after them."""
+    terms: Terms = field(default_factory=Terms)
+    """What it may take."""
     work: asyncio.Task[None] | None = None
     """What runs it; None while it waits."""
     lease_ids: frozenset[LeaseId] = frozenset()

@@ -100,6 +100,12 @@ class SchedulerMetrics:
             "ran_again", "Sessions that were queued again, for what ran them was lost.", "model"
         )
         self._rejected = self._counter("rejected", "Submissions that were refused.", "reason")
+        self._auth_failures = Counter(
+            "insitu_auth_failures_total",
+            "Calls that were refused for their API key.",
+            ["reason"],
+            registry=self.registry,
+        )
         self._queue_length = self._gauge("insitu_queue_sessions", "Sessions that wait.")
         self._oldest_age = self._gauge(
             "insitu_queue_oldest_age_seconds", "How long the session has waited that waits longest."
@@ -134,6 +140,10 @@ class SchedulerMetrics:
     def rejected(self, reason: Reason) -> None:
         """Counts a submission that was refused."""
         self._rejected.labels(reason).inc()
+
+    def refused(self, reason: Reason) -> None:
+        """Counts a call that was refused for its API key."""
+        self._auth_failures.labels(reason).inc()
 
     def dispatched(self, model: str, queue_seconds: float) -> None:
         """Records how long a session waited."""

@@ -47,4 +47,6 @@ def _revive(
     needed = dispatcher.kept.group_of(row.user, session)
     keepers = dispatcher.kept.keepers(row.user, session)
     uploads.hold(row.session_id, row.user, session.tensors)
-    return LiveSession(log, session, row.model, needed_lease_id=needed, keepers=keepers)
+    return LiveSession(
+        log, session, row.model, needed_lease_id=needed, keepers=keepers, terms=row.terms
+    )

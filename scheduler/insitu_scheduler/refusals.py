@@ -1,8 +1,11 @@
-"""The errors that validation refuses a session with."""
+"""The errors that a session is refused, or stopped, with."""
 
 from __future__ import annotations
 
 from insitu_wire.errors import CapacityError, Error, InvalidTraceError, Reason, error
+
+RETRY_SECONDS = 5.0
+"""After which time whoever found no room may ask again."""
 
 
 def malformed(message: str, **metadata: str | int) -> InvalidTraceError:
@@ -32,3 +35,35 @@ def check_limit(unit: str, count: int, limit: int) -> None:
             reason=Reason.REQUEST_TOO_LARGE,
             metadata={"unit": unit, "count": str(count), "limit": str(limit)},
         )
+
+
+def queue_full(limit: int) -> Error:
+    """Makes the error for a session for which the queue has no place."""
+    return error(
+        Reason.QUEUE_FULL,
+        f"{limit:,} sessions wait already, and the queue takes no more; try again later",
+        retry_after_seconds=RETRY_SECONDS,
+        maxQueuedSessions=limit,
+    )
+
+
+def quota_exceeded(limit: int) -> Error:
+    """Makes the error for a user who has as many sessions waiting as the key allows."""
+    return error(
+        Reason.QUOTA_EXCEEDED,
+        f"{limit:,} of your sessions wait already, and your API key allows no more at a time; try "
+        "again later, or put more traces into one session",
+        retry_after_seconds=RETRY_SECONDS,
+        maxWaitingSessions=limit,
+    )
+
+
+def limit_exceeded(what: str, limit: float, name: str) -> Error:
+    """Makes the error for a session that took more than it may while it ran."""
+    return error(
+        Reason.LIMIT_EXCEEDED,
+        f"the session {what}, and it may take at most {limit:,}; do less in one session, or ask "
+        "the server's operator for a higher limit",
+        limit=name,
+        bound=limit,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from insitu_proto.v1.shard_service_pb2 import Import, RunSegmentRequest, Segment
 from insitu_scheduler import events
+from insitu_scheduler.limits import Limits
+from insitu_scheduler.refusals import limit_exceeded
 from insitu_scheduler.shards import replica_lost
 from insitu_scheduler.uploads import bring_uploads
 from insitu_wire.errors import Error, Reason, from_failure
@@ -43,12 +46,16 @@ class SessionRun:
     book: EventBook
     writer: ResultWriter
     uploads: UploadStore
+    limits: Limits = field(default_factory=Limits)
+    """What it may take while it runs."""
     has_started: bool = field(default=False, init=False)
     """Whether the first RUNNING event has been shown."""
     num_repeated: int = field(default=0, init=False)
     """How many messages come that an attempt before has shown."""
     shard_seconds: float | None = field(default=None, init=False)
     """What its segments took of their groups' time so far; None if that is not known."""
+    saved_bytes: int = field(default=0, init=False)
+    """What it has saved so far."""
     announced_at: float | None = field(default=None, init=False)
     """When a trace was announced last, in seconds of the monotonic clock."""
 
@@ -61,6 +68,17 @@ class SessionRun:
         Raises:
             Error: why the session failed. What it had saved before stays.
         """
+        seconds = self.limits.max_run_seconds
+        try:
+            async with asyncio.timeout(seconds) as bound:
+                await self._run(shards)
+        except TimeoutError:
+            if seconds is None or not bound.expired():
+                raise
+            ran = f"ran for longer than {seconds:g} seconds"
+            raise limit_exceeded(ran, seconds, "max_run_seconds") from None
+
+    async def _run(self, shards: Mapping[str, ShardClient]) -> None:
         self.num_repeated = self.log.num_logged
         try:
             if self.log.attempt > 1:
@@ -99,6 +117,8 @@ class SessionRun:
             imports=imports,
             kept_node_ids=kept,
             user=self.log.user,
+            max_handle_bytes=self.limits.max_handle_bytes,
+            max_kept_bytes=self.limits.max_kept_bytes,
         )
         num_tries = 0
         while True:
@@ -130,11 +150,19 @@ class SessionRun:
             case "log_line":
                 self.book.publish(self.log, events.logged(response.log_line.message))
             case "saved_value":
+                self._check_saved(response.saved_value.num_bytes)
                 await self.writer.begin(response.saved_value)
             case "data":
                 await self.writer.write(response.data)
             case "failure":
                 raise from_failure(response.failure)
+
+    def _check_saved(self, num_bytes: int) -> None:
+        self.saved_bytes += num_bytes
+        limit = self.limits.max_saved_bytes
+        if limit is not None and self.saved_bytes > limit:
+            saves = f"saves {self.saved_bytes:,} bytes or more"
+            raise limit_exceeded(saves, int(limit), "max_saved_bytes")
 
     def _add_up(self, finished: SegmentFinished) -> None:
         if finished.HasField("execution_time"):

@@ -48,6 +48,12 @@ def models_of(session: Session) -> list[str]:
     return list(dict.fromkeys(segment.model for segment in cut(session) if segment.model))
 
 
+def models_named(session: Session) -> set[str]:
+    """Gives all names of models that a session has anywhere."""
+    steps = all_steps(session.steps)
+    return {name for step in steps for name in (step.trace.model, step.compute.model) if name}
+
+
 def count_traces(session: Session) -> int:
     """Counts a session's traces."""
     return sum(step.HasField("trace") for step in all_steps(session.steps))

@@ -21,12 +21,14 @@ from insitu_proto.v1 import (
     scheduler_service_pb2_grpc,
 )
 from insitu_scheduler.admission import Admission
-from insitu_scheduler.auth import open_authenticator
+from insitu_scheduler.auth import Authenticator, open_keys
+from insitu_scheduler.bad_attempts import BadAttempts
 from insitu_scheduler.config import endpoint
 from insitu_scheduler.data_dir import DataDir
 from insitu_scheduler.dispatch import Dispatcher
 from insitu_scheduler.events import EventBook
 from insitu_scheduler.fair_queue import FairQueue
+from insitu_scheduler.gate import Gate
 from insitu_scheduler.housekeeping import keep_house
 from insitu_scheduler.journal import Journal
 from insitu_scheduler.metrics import MetricsServer, SchedulerMetrics
@@ -42,6 +44,7 @@ from insitu_wire.interceptor import ErrorInterceptor
 from insitu_wire.limits import SERVER_OPTIONS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Self
 
     from insitu_scheduler.config import SchedulerConfig
@@ -92,7 +95,7 @@ class Server:
     async def _start(self, cleanup: AsyncExitStack) -> None:
         """Starts the parts; each is stopped in the reverse order."""
         config = self._config
-        authenticator = open_authenticator(config.api_keys_file)
+        keys = open_keys(config.api_keys_file, config.operator_key_sha256)
         data_dir = DataDir(config.data_dir)
         cleanup.callback(data_dir.close)
         version = importlib.metadata.version("insitu")
@@ -134,9 +137,9 @@ class Server:
             uploads,
             metrics,
             max_session_bytes=config.max_session_bytes,
+            limits=config.limits,
         )
         scheduler_servicer = SchedulerServicer(
-            authenticator=authenticator,
             admission=admission,
             book=book,
             dispatcher=dispatcher,
@@ -149,7 +152,9 @@ class Server:
             max_session_bytes=config.max_session_bytes,
         )
         registry_servicer = RegistryServicer(registry, catalog, dispatcher)
-        await self._serve(cleanup, scheduler_servicer, registry_servicer, dispatcher, metrics)
+        gate = Gate(Authenticator(keys, BadAttempts(), on_failure=metrics.refused))
+        interceptors = [ErrorInterceptor(metrics.answered), gate]
+        await self._serve(cleanup, scheduler_servicer, registry_servicer, dispatcher, interceptors)
         data_dir.publish(self.address, self.metrics_address)
 
     async def _serve(
@@ -158,11 +163,9 @@ class Server:
         scheduler_servicer: SchedulerServicer,
         registry_servicer: RegistryServicer,
         dispatcher: Dispatcher,
-        metrics: SchedulerMetrics,
+        interceptors: Sequence[grpc.aio.ServerInterceptor],
     ) -> None:
-        server = grpc.aio.server(
-            interceptors=[ErrorInterceptor(metrics.answered)], options=SERVER_OPTIONS
-        )
+        server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
         health_servicer = health_aio.HealthServicer()
         scheduler_service_pb2_grpc.add_SchedulerServiceServicer_to_server(
             scheduler_servicer, server

@@ -8,9 +8,9 @@ from insitu_proto.v1 import scheduler_service_pb2 as pb
 from insitu_proto.v1 import scheduler_service_pb2_grpc
 from insitu_proto.v1.event_pb2 import EventKind
 from insitu_proto.v1.placement_pb2 import ShardGroup, ShardGroupState
-from insitu_scheduler.auth import api_key
+from insitu_scheduler.auth import caller, check_admin, check_model
 from insitu_scheduler.queue import SessionId
-from insitu_scheduler.refusals import check_limit
+from insitu_scheduler.refusals import check_limit, malformed
 from insitu_scheduler.validation import MAX_TENSORS
 from insitu_scheduler.value_checks import check_upload
 from insitu_wire.errors import Error, Reason, error
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from insitu_proto.v1.event_pb2 import Event
     from insitu_scheduler.admission import Admission
-    from insitu_scheduler.auth import Authenticator
     from insitu_scheduler.dispatch import Dispatcher
     from insitu_scheduler.events import EventBook, EventLog
     from insitu_scheduler.journal import SessionRow
@@ -42,12 +41,11 @@ _MAX_PAGE_SIZE = 1000
 
 
 class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
-    """Answers clients, each by its API key."""
+    """Answers clients; the gate has found whose each call is."""
 
     def __init__(
         self,
         *,
-        authenticator: Authenticator,
         admission: Admission,
         book: EventBook,
         dispatcher: Dispatcher,
@@ -59,7 +57,6 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         version: str,
         max_session_bytes: int,
     ) -> None:
-        self._authenticator = authenticator
         self._admission = admission
         self._book = book
         self._dispatcher = dispatcher
@@ -76,8 +73,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
     ) -> pb.SubmitSessionResponse:
         """Submits a session."""
         try:
-            user = self._authenticate(context)
-            session_id = await self._admission.submit(user, request)
+            session_id = await self._admission.submit(caller(), request)
         except Error as err:
             self._metrics.rejected(err.reason)
             raise
@@ -87,27 +83,25 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         self, request: pb.FindMissingUploadsRequest, context: Context
     ) -> pb.FindMissingUploadsResponse:
         """Tells which tensors the caller has to upload."""
-        user = self._authenticate(context)
         check_limit("tensors", len(request.content_hashes), MAX_TENSORS)
-        missing = self._uploads.missing(user, request.content_hashes)
+        missing = self._uploads.missing(caller().user, request.content_hashes)
         return pb.FindMissingUploadsResponse(content_hashes=missing)
 
     async def UploadTensor(
         self, requests: AsyncIterator[pb.UploadTensorRequest], context: Context
     ) -> pb.UploadTensorResponse:
         """Takes in a tensor."""
-        user = self._authenticate(context)
         first = await anext(requests, pb.UploadTensorRequest())
         check_upload(first.tensor)
         chunks = (request.data async for request in requests)
-        await self._uploads.receive(user, first.tensor, chunks)
+        await self._uploads.receive(caller().user, first.tensor, chunks)
         return pb.UploadTensorResponse()
 
     async def WatchSession(
         self, request: pb.WatchSessionRequest, context: Context
     ) -> AsyncIterator[pb.WatchSessionResponse]:
         """Streams a session's events."""
-        log = await self._own_log(request.session_id, context)
+        log = await self._own_log(request.session_id)
         self._dispatcher.watchers.join(log.session_id)
         try:
             async for event in log.follow(request.after_sequence):
@@ -119,14 +113,14 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         self, request: pb.GetSessionRequest, context: Context
     ) -> pb.GetSessionResponse:
         """Tells a session's state."""
-        log = await self._own_log(request.session_id, context)
+        log = await self._own_log(request.session_id)
         return pb.GetSessionResponse(event=log.state)
 
     async def FetchResult(
         self, request: pb.FetchResultRequest, context: Context
     ) -> AsyncIterator[pb.FetchResultResponse]:
         """Streams a session's saved values."""
-        log = await self._own_log(request.session_id, context)
+        log = await self._own_log(request.session_id)
         if not log.has_ended and not request.is_partial:
             raise _result_not_found(
                 log, "it has not ended; watch it until it has, or ask for a partial result"
@@ -148,7 +142,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         self, request: pb.CancelSessionRequest, context: Context
     ) -> pb.CancelSessionResponse:
         """Cancels a session."""
-        log = await self._own_log(request.session_id, context)
+        log = await self._own_log(request.session_id, admin_too=True)
         had_ended = log.is_closing
         await self._dispatcher.cancel(log.session_id)
         return pb.CancelSessionResponse(had_ended=had_ended)
@@ -156,8 +150,10 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Context
     ) -> pb.ListSessionsResponse:
-        """Lists the caller's sessions."""
-        user = self._authenticate(context)
+        """Lists the caller's sessions, or those of all."""
+        if request.all_users:
+            check_admin("listing the sessions of all users")
+        user = None if request.all_users else caller().user
         size = min(request.page_size or _PAGE_SIZE, _MAX_PAGE_SIZE)
         after = SessionId(request.page_token) if request.page_token else None
         rows = await self._book.list_sessions(user, limit=size + 1, after=after)
@@ -169,29 +165,31 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         self, request: pb.ReleaseKeptValueRequest, context: Context
     ) -> pb.ReleaseKeptValueResponse:
         """Lets go of a value that one of the caller's sessions kept."""
-        user = self._authenticate(context)
-        had_value = await self._dispatcher.release_kept(user, request.handle_id)
+        had_value = await self._dispatcher.release_kept(caller().user, request.handle_id)
         return pb.ReleaseKeptValueResponse(had_value=had_value)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
-        """Lists the models that are served."""
-        self._authenticate(context)
+        """Lists the models that are served and that the caller may use."""
         replicas = sorted(self._registry.replicas().items())
-        models = [pb.ServedModel(name=name, num_replicas=count) for name, count in replicas]
+        models = [
+            pb.ServedModel(name=name, num_replicas=count)
+            for name, count in replicas
+            if caller().may_use(name)
+        ]
         return pb.ListModelsResponse(models=models)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """Describes a model's structure."""
-        self._authenticate(context)
+        check_model(request.name)
         return pb.GetModelResponse(description=self._catalog.find(request.name).description)
 
     async def DownloadTokenizer(
         self, request: pb.DownloadTokenizerRequest, context: Context
     ) -> AsyncIterator[pb.DownloadTokenizerResponse]:
         """Streams the files of a model's tokenizer."""
-        self._authenticate(context)
+        check_model(request.name)
         for file in self._catalog.find(request.name).tokenizer_files:
             for start in range(0, max(len(file.content), 1), CHUNK_BYTES):
                 data = file.content[start : start + CHUNK_BYTES]
@@ -201,27 +199,45 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         self, request: pb.GetServerStateRequest, context: Context
     ) -> pb.GetServerStateResponse:
         """Tells the server's version, limits, shard groups and queues."""
-        self._authenticate(context)
+        key = caller()
+        models = [model for model in sorted(self._registry.replicas()) if key.may_use(model)]
         return pb.GetServerStateResponse(
             version=self._version,
             operations_version=OPERATIONS_VERSION,
             max_session_bytes=self._max_session_bytes,
-            groups=[_group_state(group) for group in self._registry],
-            queues=[self._queue_state(model) for model in sorted(self._registry.replicas())],
+            groups=[_group_state(group) for group in self._registry if group.model in models],
+            queues=[self._dispatcher.queue_state(model) for model in models],
+            is_draining=self._dispatcher.is_draining,
+            user=key.user,
         )
 
-    def _queue_state(self, model: str) -> pb.QueueState:
-        num_waiting, num_running = self._dispatcher.count(model)
-        return pb.QueueState(model=model, num_waiting=num_waiting, num_running=num_running)
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        """Sends groups, or the whole scheduler, nothing new."""
+        check_admin("draining")
+        if not request.group_ids:
+            self._dispatcher.is_draining = not request.undo
+            return pb.DrainResponse()
+        if request.undo:
+            raise malformed("a shard group drains for good; start another in its place")
+        groups = [self._group(name) for name in request.group_ids]
+        for group in groups:
+            self._dispatcher.drain(group)
+        return pb.DrainResponse(group_ids=[group.group_id for group in groups])
 
-    def _authenticate(self, context: Context) -> str:
-        return self._authenticator.user(api_key(context.invocation_metadata()))
+    def _group(self, name: str) -> Group:
+        found = [group for group in self._registry if group.group_id.startswith(name)]
+        if len(found) != 1:
+            raise malformed(
+                f"{len(found)} shard groups have an id that begins with {name[:80]!r}; "
+                "`insitu status` shows the ids",
+                groupId=name[:80],
+            )
+        return found[0]
 
-    async def _own_log(self, session_id: str, context: Context) -> EventLog:
-        """Gives the events of a session of the caller's own."""
-        user = self._authenticate(context)
+    async def _own_log(self, session_id: str, *, admin_too: bool = False) -> EventLog:
+        """Gives the events of a session of the caller's own, or of anybody's to administrators."""
         log = await self._book.find(SessionId(session_id))
-        if log.user != user:
+        if log.user != caller().user and not (admin_too and caller().is_admin):
             raise error(
                 Reason.PERMISSION_DENIED,
                 f"session {log.session_id} is another user's; use the API key that submitted it",
@@ -265,6 +281,7 @@ def _group_state(group: Group) -> pb.GroupState:
             max_sessions=group.max_sessions,
         ),
         state=ShardGroupState.Value(f"SHARD_GROUP_STATE_{group.state.value}"),
+        num_sessions=group.num_sessions,
     )
 
 
@@ -273,6 +290,7 @@ def _summary(row: SessionRow) -> pb.SessionSummary:
         session_id=row.session_id,
         model=row.model or "",
         state=EventKind.Value(f"EVENT_KIND_{row.state}"),
+        user=row.user,
     )
     # The journal's times are UTC, and SQLite does not say so.
     summary.created_at.FromDatetime(row.created_at)

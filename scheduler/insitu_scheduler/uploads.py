@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from google.protobuf.message import DecodeError
 
 from insitu_proto.v1.tensor_pb2 import Tensor
+from insitu_scheduler.refusals import RETRY_SECONDS
 from insitu_wire.content_hash import hasher, wrong_content
 from insitu_wire.dtypes import num_bytes
 from insitu_wire.errors import Error, Reason, error
@@ -175,6 +176,7 @@ class UploadStore:
                 Reason.STORAGE_FULL,
                 f"there is no room for a tensor of {size:,} bytes: what the server keeps is in use "
                 "by sessions that wait or run; try again later",
+                retry_after_seconds=RETRY_SECONDS,
                 numBytes=size,
             )
 

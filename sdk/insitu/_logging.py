@@ -13,6 +13,12 @@ def log_event(session_id: str, kind: str, message: str) -> None:
     _logger.info("%s - %s: %s", session_id, kind, message)
 
 
+def log_wait(why: str, seconds: float, left: float) -> None:
+    """Logs that a session waits outside of the server, and for how long it will at most."""
+    _show_by_default()
+    _logger.info("Waiting %.1f s (%.0f s at most): %s", seconds, left, why)
+
+
 def _show_by_default() -> None:
     if _logger.level == logging.NOTSET:
         _logger.setLevel(logging.INFO)

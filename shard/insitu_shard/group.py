@@ -213,7 +213,16 @@ def _read(
     tensors = session_tensors(request.segment.tensors, uploads, device=model.device)
     kept = request.kept_node_ids
     mine = handles.kept_for(request.user)
-    return SegmentRun({model.name: model}, request.segment, values, tensors, kept, mine)
+    mine.bound(request.max_kept_bytes if request.HasField("max_kept_bytes") else None)
+    return SegmentRun(
+        {model.name: model},
+        request.segment,
+        values,
+        tensors,
+        kept,
+        mine,
+        max_value_bytes=request.max_handle_bytes if request.HasField("max_handle_bytes") else None,
+    )
 
 
 def _receive_upload(

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from insitu import CONFIG, LanguageModel
+from insitu_scheduler.keys import Key, digest_of, write_keys
+from insitu_scheduler.limits import Limits
 from support.pages import ERROR_PAGES, agrees, as_shown, examples, namespace, raised_by
 from support.up import Up
 
@@ -18,11 +20,17 @@ REMOTE = {
 }
 
 
+def _key(user: str, **limits: int) -> Key:
+    digest = digest_of(f"a-secret-of-{user}")
+    bounds = Limits(**limits, max_saved_bytes=10_000 if limits else None)
+    return Key(key_id=user, user=user, digest=digest, limits=bounds)
+
+
 @pytest.fixture(scope="module")
 def up(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     folder = tmp_path_factory.mktemp("up")
     keys = folder / "keys"
-    keys.write_text("ada:a-secret-of-ada\nbob:a-secret-of-bob\n")
+    write_keys(keys, [_key("ada"), _key("bob"), _key("a-guest", max_waiting_sessions=1)])
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("INSITU_MAX_QUEUED_SESSIONS", "1")
         environment.setenv("INSITU_MAX_SESSIONS", "1")
@@ -36,6 +44,7 @@ def up(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def model(up: Up, monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
     monkeypatch.setattr(CONFIG, "_endpoint", up.endpoint)
     monkeypatch.setattr(CONFIG, "_api_key", "a-secret-of-ada")
+    monkeypatch.setattr(CONFIG, "_submit_wait", None)
     return LanguageModel(MODEL)
 
 

@@ -49,7 +49,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_INVALID_CREDENTIAL: _ErrorReason.ValueType  # 10
     """The API key is not one that the server knows."""
     ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 11
-    """The caller may not do this: the session is another user's."""
+    """The caller may not do this: the session is another user's, the API key is not for the model, or the
+    method is for administrators.
+    """
     ERROR_REASON_MODEL_NOT_FOUND: _ErrorReason.ValueType  # 12
     """No shard group serves a model of this name. The message lists those served."""
     ERROR_REASON_SESSION_NOT_FOUND: _ErrorReason.ValueType  # 13
@@ -94,6 +96,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_HANDLE_NOT_FOUND: _ErrorReason.ValueType  # 32
     """There is no kept value under the handle: it was released, its time is over, or its shard group was lost."""
+    ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 33
+    """The caller has as many sessions waiting as the API key allows. Try again later."""
+    ERROR_REASON_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 34
+    """The session took more while it ran than the server or the API key allows: time, saved or kept bytes."""
+    ERROR_REASON_TOO_MANY_ATTEMPTS: _ErrorReason.ValueType  # 35
+    """Too many wrong API keys came from the caller's address lately. Try again later."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Says why something was refused or failed. The name without its prefix is the reason of
@@ -123,7 +131,9 @@ ERROR_REASON_MISSING_CREDENTIAL: ErrorReason.ValueType  # 9
 ERROR_REASON_INVALID_CREDENTIAL: ErrorReason.ValueType  # 10
 """The API key is not one that the server knows."""
 ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 11
-"""The caller may not do this: the session is another user's."""
+"""The caller may not do this: the session is another user's, the API key is not for the model, or the
+method is for administrators.
+"""
 ERROR_REASON_MODEL_NOT_FOUND: ErrorReason.ValueType  # 12
 """No shard group serves a model of this name. The message lists those served."""
 ERROR_REASON_SESSION_NOT_FOUND: ErrorReason.ValueType  # 13
@@ -168,6 +178,12 @@ later, or bring less.
 """
 ERROR_REASON_HANDLE_NOT_FOUND: ErrorReason.ValueType  # 32
 """There is no kept value under the handle: it was released, its time is over, or its shard group was lost."""
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 33
+"""The caller has as many sessions waiting as the API key allows. Try again later."""
+ERROR_REASON_LIMIT_EXCEEDED: ErrorReason.ValueType  # 34
+"""The session took more while it ran than the server or the API key allows: time, saved or kept bytes."""
+ERROR_REASON_TOO_MANY_ATTEMPTS: ErrorReason.ValueType  # 35
+"""Too many wrong API keys came from the caller's address lately. Try again later."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

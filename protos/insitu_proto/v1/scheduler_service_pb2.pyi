@@ -5,9 +5,11 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from insitu_proto.v1 import event_pb2 as _event_pb2
 from insitu_proto.v1 import model_pb2 as _model_pb2
 from insitu_proto.v1 import placement_pb2 as _placement_pb2
@@ -25,6 +27,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Tier:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tier.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TIER_UNSPECIFIED: _Tier.ValueType  # 0
+    """Unset: DEFAULT, or BATCH if the API key allows no more."""
+    TIER_BATCH: _Tier.ValueType  # 1
+    """Weight 1: work that nobody waits for."""
+    TIER_DEFAULT: _Tier.ValueType  # 2
+    """Weight 4."""
+    TIER_INTERACTIVE: _Tier.ValueType  # 3
+    """Weight 8: somebody waits at a screen."""
+
+class Tier(_Tier, metaclass=_TierEnumTypeWrapper):
+    """Says which share of the shard groups' time a session gets beside those of other tiers."""
+
+TIER_UNSPECIFIED: Tier.ValueType  # 0
+"""Unset: DEFAULT, or BATCH if the API key allows no more."""
+TIER_BATCH: Tier.ValueType  # 1
+"""Weight 1: work that nobody waits for."""
+TIER_DEFAULT: Tier.ValueType  # 2
+"""Weight 4."""
+TIER_INTERACTIVE: Tier.ValueType  # 3
+"""Weight 8: somebody waits at a screen."""
+Global___Tier: _TypeAlias = Tier  # noqa: Y015
+
 @_typing.final
 class SubmitSessionRequest(_message.Message):
     """Submits a session."""
@@ -34,10 +64,13 @@ class SubmitSessionRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     IS_DETACHED_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client, unique for it; a UUID. Required."""
     is_detached: _builtins.bool
     """Whether the session goes on when its client goes away."""
+    tier: Global___Tier.ValueType
+    """Share of the shard groups' time that it asks for; never more than the API key allows."""
     @_builtins.property
     def session(self) -> _session_pb2.Session:
         """What to run."""
@@ -48,10 +81,11 @@ class SubmitSessionRequest(_message.Message):
         request_id: _builtins.str = ...,
         session: _session_pb2.Session | None = ...,
         is_detached: _builtins.bool = ...,
+        tier: Global___Tier.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_detached", b"is_detached", "request_id", b"request_id", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_detached", b"is_detached", "request_id", b"request_id", "session", b"session", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -416,19 +450,23 @@ class ListSessionsRequest(_message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    ALL_USERS_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """How many at most; 0 for 100, and never more than 1,000."""
     page_token: _builtins.str
     """The next_page_token of the page before; empty for the first."""
+    all_users: _builtins.bool
+    """Whether to list the sessions of all users; administrators may."""
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        all_users: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_users", b"all_users", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -473,12 +511,15 @@ class SessionSummary(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     CREATED_AT_FIELD_NUMBER: _builtins.int
     FINISHED_AT_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Names the session."""
     model: _builtins.str
     """Model that it used first; empty if none."""
     state: _event_pb2.EventKind.ValueType
     """The kind of its newest event that is no LOG."""
+    user: _builtins.str
+    """Whose it is."""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp:
         """When it was accepted."""
@@ -495,10 +536,11 @@ class SessionSummary(_message.Message):
         state: _event_pb2.EventKind.ValueType = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
         finished_at: _timestamp_pb2.Timestamp | None = ...,
+        user: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "finished_at", b"finished_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "finished_at", b"finished_at", "model", b"model", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "finished_at", b"finished_at", "model", b"model", "session_id", b"session_id", "state", b"state", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -737,12 +779,18 @@ class GetServerStateResponse(_message.Message):
     MAX_SESSION_BYTES_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
     QUEUES_FIELD_NUMBER: _builtins.int
+    IS_DRAINING_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of insitu."""
     operations_version: _builtins.int
     """Version of the operation table; a client must not use operations that came after it."""
     max_session_bytes: _builtins.int
     """Largest session that the server takes, in bytes."""
+    is_draining: _builtins.bool
+    """Whether it takes no new sessions."""
+    user: _builtins.str
+    """The caller, as the API key tells."""
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupState]:
         """Shard groups that hold a lease."""
@@ -759,10 +807,12 @@ class GetServerStateResponse(_message.Message):
         max_session_bytes: _builtins.int = ...,
         groups: _abc.Iterable[Global___GroupState] | None = ...,
         queues: _abc.Iterable[Global___QueueState] | None = ...,
+        is_draining: _builtins.bool = ...,
+        user: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "max_session_bytes", b"max_session_bytes", "operations_version", b"operations_version", "queues", b"queues", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "is_draining", b"is_draining", "max_session_bytes", b"max_session_bytes", "operations_version", b"operations_version", "queues", b"queues", "user", b"user", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -776,8 +826,11 @@ class GroupState(_message.Message):
 
     GROUP_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    NUM_SESSIONS_FIELD_NUMBER: _builtins.int
     state: _placement_pb2.ShardGroupState.ValueType
     """Its state."""
+    num_sessions: _builtins.int
+    """Sessions that it runs."""
     @_builtins.property
     def group(self) -> _placement_pb2.ShardGroup:
         """The group."""
@@ -787,10 +840,11 @@ class GroupState(_message.Message):
         *,
         group: _placement_pb2.ShardGroup | None = ...,
         state: _placement_pb2.ShardGroupState.ValueType = ...,
+        num_sessions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "num_sessions", b"num_sessions", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -805,23 +859,87 @@ class QueueState(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     NUM_WAITING_FIELD_NUMBER: _builtins.int
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
+    BACKLOG_FIELD_NUMBER: _builtins.int
+    OLDEST_AGE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     num_waiting: _builtins.int
     """Sessions that wait."""
     num_running: _builtins.int
     """Sessions that run."""
+    @_builtins.property
+    def backlog(self) -> _duration_pb2.Duration:
+        """Time of a shard group that those that wait are expected to take."""
+
+    @_builtins.property
+    def oldest_age(self) -> _duration_pb2.Duration:
+        """How long the one has waited that waits longest; unset if none does."""
+
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         num_waiting: _builtins.int = ...,
         num_running: _builtins.int = ...,
+        backlog: _duration_pb2.Duration | None = ...,
+        oldest_age: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["backlog", b"backlog", "oldest_age", b"oldest_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "num_running", b"num_running", "num_waiting", b"num_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog", b"backlog", "model", b"model", "num_running", b"num_running", "num_waiting", b"num_waiting", "oldest_age", b"oldest_age"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___QueueState: _TypeAlias = QueueState  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    """Asks to send nothing new."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_IDS_FIELD_NUMBER: _builtins.int
+    UNDO_FIELD_NUMBER: _builtins.int
+    undo: _builtins.bool
+    """Whether to take new sessions again; of the scheduler alone, for a group drains for good."""
+    @_builtins.property
+    def group_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of the shard groups, or beginnings of ids that fit one group each; empty for the scheduler."""
+
+    def __init__(
+        self,
+        *,
+        group_ids: _abc.Iterable[_builtins.str] | None = ...,
+        undo: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_ids", b"group_ids", "undo", b"undo"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainResponse(_message.Message):
+    """Tells what drains."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def group_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of the shard groups."""
+
+    def __init__(
+        self,
+        *,
+        group_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_ids", b"group_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015

@@ -101,6 +101,11 @@ class SchedulerServiceStub:
                 request_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.GetServerStateRequest.SerializeToString,
                 response_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.GetServerStateResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/insitu.v1.SchedulerService/Drain',
+                request_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.DrainRequest.SerializeToString,
+                response_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class SchedulerServiceServicer:
@@ -111,8 +116,8 @@ class SchedulerServiceServicer:
     def SubmitSession(self, request, context):
         """Submits a session. It is in the journal when the call returns. Idempotent: a second call with the same
         request id answers the first one's session. Fails with MALFORMED_SESSION, UNKNOWN_MODULE_PATH,
-        UNKNOWN_OPERATION, UNKNOWN_REFERENCE, UNSUPPORTED_FEATURE, MODEL_NOT_FOUND, REQUEST_TOO_LARGE,
-        REQUEST_ID_REUSED or QUEUE_FULL; with TENSOR_NOT_UPLOADED, after all else was found right, if a
+        UNKNOWN_OPERATION, UNKNOWN_REFERENCE, UNSUPPORTED_FEATURE, MODEL_NOT_FOUND, PERMISSION_DENIED,
+        REQUEST_TOO_LARGE, REQUEST_ID_REUSED, QUOTA_EXCEEDED or QUEUE_FULL; with TENSOR_NOT_UPLOADED, after all else was found right, if a
         tensor has to be uploaded first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -159,14 +164,16 @@ class SchedulerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelSession(self, request, context):
-        """Cancels a session in any state. Idempotent; a session that has ended stays as it is.
+        """Cancels a session of the caller's own, or any for administrators, in any state. Idempotent; a session
+        that has ended stays as it is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """Lists the caller's sessions, the newest first, as long as the server keeps them. Idempotent.
+        """Lists the caller's sessions, or for administrators those of all, the newest first, as long as the
+        server keeps them. Idempotent. Fails with PERMISSION_DENIED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -202,6 +209,14 @@ class SchedulerServiceServicer:
 
     def GetServerState(self, request, context):
         """Tells the server's version, limits, shard groups and queues. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Sends shard groups, or the whole scheduler, nothing new; what runs ends. For administrators. Idempotent.
+        Fails with PERMISSION_DENIED or MALFORMED_SESSION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -274,6 +289,11 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.GetServerState,
                     request_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.GetServerStateRequest.FromString,
                     response_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.GetServerStateResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.DrainRequest.FromString,
+                    response_serializer=insitu__proto_dot_v1_dot_scheduler__service__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -629,6 +649,33 @@ class SchedulerService:
             '/insitu.v1.SchedulerService/GetServerState',
             insitu__proto_dot_v1_dot_scheduler__service__pb2.GetServerStateRequest.SerializeToString,
             insitu__proto_dot_v1_dot_scheduler__service__pb2.GetServerStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/insitu.v1.SchedulerService/Drain',
+            insitu__proto_dot_v1_dot_scheduler__service__pb2.DrainRequest.SerializeToString,
+            insitu__proto_dot_v1_dot_scheduler__service__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

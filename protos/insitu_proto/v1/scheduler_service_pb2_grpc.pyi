@@ -38,8 +38,8 @@ class SchedulerServiceStub:
     SubmitSession: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.SubmitSessionRequest, _scheduler_service_pb2.SubmitSessionResponse]
     """Submits a session. It is in the journal when the call returns. Idempotent: a second call with the same
     request id answers the first one's session. Fails with MALFORMED_SESSION, UNKNOWN_MODULE_PATH,
-    UNKNOWN_OPERATION, UNKNOWN_REFERENCE, UNSUPPORTED_FEATURE, MODEL_NOT_FOUND, REQUEST_TOO_LARGE,
-    REQUEST_ID_REUSED or QUEUE_FULL; with TENSOR_NOT_UPLOADED, after all else was found right, if a
+    UNKNOWN_OPERATION, UNKNOWN_REFERENCE, UNSUPPORTED_FEATURE, MODEL_NOT_FOUND, PERMISSION_DENIED,
+    REQUEST_TOO_LARGE, REQUEST_ID_REUSED, QUOTA_EXCEEDED or QUEUE_FULL; with TENSOR_NOT_UPLOADED, after all else was found right, if a
     tensor has to be uploaded first.
     """
     FindMissingUploads: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.FindMissingUploadsRequest, _scheduler_service_pb2.FindMissingUploadsResponse]
@@ -60,9 +60,13 @@ class SchedulerServiceStub:
     with RESULT_NOT_FOUND.
     """
     CancelSession: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.CancelSessionRequest, _scheduler_service_pb2.CancelSessionResponse]
-    """Cancels a session in any state. Idempotent; a session that has ended stays as it is."""
+    """Cancels a session of the caller's own, or any for administrators, in any state. Idempotent; a session
+    that has ended stays as it is.
+    """
     ListSessions: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListSessionsRequest, _scheduler_service_pb2.ListSessionsResponse]
-    """Lists the caller's sessions, the newest first, as long as the server keeps them. Idempotent."""
+    """Lists the caller's sessions, or for administrators those of all, the newest first, as long as the
+    server keeps them. Idempotent. Fails with PERMISSION_DENIED.
+    """
     ReleaseKeptValue: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ReleaseKeptValueRequest, _scheduler_service_pb2.ReleaseKeptValueResponse]
     """Lets go of a value that one of the caller's sessions kept. Idempotent."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListModelsRequest, _scheduler_service_pb2.ListModelsResponse]
@@ -73,6 +77,10 @@ class SchedulerServiceStub:
     """Streams the files of a model's tokenizer. Idempotent. Fails with MODEL_NOT_FOUND."""
     GetServerState: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetServerStateRequest, _scheduler_service_pb2.GetServerStateResponse]
     """Tells the server's version, limits, shard groups and queues. Idempotent."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.DrainRequest, _scheduler_service_pb2.DrainResponse]
+    """Sends shard groups, or the whole scheduler, nothing new; what runs ends. For administrators. Idempotent.
+    Fails with PERMISSION_DENIED or MALFORMED_SESSION.
+    """
 
 @_typing.type_check_only
 class SchedulerServiceAsyncStub(SchedulerServiceStub):
@@ -84,8 +92,8 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     SubmitSession: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.SubmitSessionRequest, _scheduler_service_pb2.SubmitSessionResponse]  # type: ignore[assignment]
     """Submits a session. It is in the journal when the call returns. Idempotent: a second call with the same
     request id answers the first one's session. Fails with MALFORMED_SESSION, UNKNOWN_MODULE_PATH,
-    UNKNOWN_OPERATION, UNKNOWN_REFERENCE, UNSUPPORTED_FEATURE, MODEL_NOT_FOUND, REQUEST_TOO_LARGE,
-    REQUEST_ID_REUSED or QUEUE_FULL; with TENSOR_NOT_UPLOADED, after all else was found right, if a
+    UNKNOWN_OPERATION, UNKNOWN_REFERENCE, UNSUPPORTED_FEATURE, MODEL_NOT_FOUND, PERMISSION_DENIED,
+    REQUEST_TOO_LARGE, REQUEST_ID_REUSED, QUOTA_EXCEEDED or QUEUE_FULL; with TENSOR_NOT_UPLOADED, after all else was found right, if a
     tensor has to be uploaded first.
     """
     FindMissingUploads: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.FindMissingUploadsRequest, _scheduler_service_pb2.FindMissingUploadsResponse]  # type: ignore[assignment]
@@ -106,9 +114,13 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     with RESULT_NOT_FOUND.
     """
     CancelSession: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.CancelSessionRequest, _scheduler_service_pb2.CancelSessionResponse]  # type: ignore[assignment]
-    """Cancels a session in any state. Idempotent; a session that has ended stays as it is."""
+    """Cancels a session of the caller's own, or any for administrators, in any state. Idempotent; a session
+    that has ended stays as it is.
+    """
     ListSessions: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListSessionsRequest, _scheduler_service_pb2.ListSessionsResponse]  # type: ignore[assignment]
-    """Lists the caller's sessions, the newest first, as long as the server keeps them. Idempotent."""
+    """Lists the caller's sessions, or for administrators those of all, the newest first, as long as the
+    server keeps them. Idempotent. Fails with PERMISSION_DENIED.
+    """
     ReleaseKeptValue: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ReleaseKeptValueRequest, _scheduler_service_pb2.ReleaseKeptValueResponse]  # type: ignore[assignment]
     """Lets go of a value that one of the caller's sessions kept. Idempotent."""
     ListModels: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListModelsRequest, _scheduler_service_pb2.ListModelsResponse]  # type: ignore[assignment]
@@ -119,6 +131,10 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     """Streams the files of a model's tokenizer. Idempotent. Fails with MODEL_NOT_FOUND."""
     GetServerState: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetServerStateRequest, _scheduler_service_pb2.GetServerStateResponse]  # type: ignore[assignment]
     """Tells the server's version, limits, shard groups and queues. Idempotent."""
+    Drain: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.DrainRequest, _scheduler_service_pb2.DrainResponse]  # type: ignore[assignment]
+    """Sends shard groups, or the whole scheduler, nothing new; what runs ends. For administrators. Idempotent.
+    Fails with PERMISSION_DENIED or MALFORMED_SESSION.
+    """
 
 class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Takes sessions from clients. Every call carries the API key as metadata "insitu-api-key"; without one
@@ -133,8 +149,8 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_scheduler_service_pb2.SubmitSessionResponse, _abc.Awaitable[_scheduler_service_pb2.SubmitSessionResponse]]:
         """Submits a session. It is in the journal when the call returns. Idempotent: a second call with the same
         request id answers the first one's session. Fails with MALFORMED_SESSION, UNKNOWN_MODULE_PATH,
-        UNKNOWN_OPERATION, UNKNOWN_REFERENCE, UNSUPPORTED_FEATURE, MODEL_NOT_FOUND, REQUEST_TOO_LARGE,
-        REQUEST_ID_REUSED or QUEUE_FULL; with TENSOR_NOT_UPLOADED, after all else was found right, if a
+        UNKNOWN_OPERATION, UNKNOWN_REFERENCE, UNSUPPORTED_FEATURE, MODEL_NOT_FOUND, PERMISSION_DENIED,
+        REQUEST_TOO_LARGE, REQUEST_ID_REUSED, QUOTA_EXCEEDED or QUEUE_FULL; with TENSOR_NOT_UPLOADED, after all else was found right, if a
         tensor has to be uploaded first.
         """
 
@@ -191,7 +207,9 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _scheduler_service_pb2.CancelSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_service_pb2.CancelSessionResponse, _abc.Awaitable[_scheduler_service_pb2.CancelSessionResponse]]:
-        """Cancels a session in any state. Idempotent; a session that has ended stays as it is."""
+        """Cancels a session of the caller's own, or any for administrators, in any state. Idempotent; a session
+        that has ended stays as it is.
+        """
 
     @_abc_1.abstractmethod
     def ListSessions(
@@ -199,7 +217,9 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _scheduler_service_pb2.ListSessionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_service_pb2.ListSessionsResponse, _abc.Awaitable[_scheduler_service_pb2.ListSessionsResponse]]:
-        """Lists the caller's sessions, the newest first, as long as the server keeps them. Idempotent."""
+        """Lists the caller's sessions, or for administrators those of all, the newest first, as long as the
+        server keeps them. Idempotent. Fails with PERMISSION_DENIED.
+        """
 
     @_abc_1.abstractmethod
     def ReleaseKeptValue(
@@ -240,5 +260,15 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_service_pb2.GetServerStateResponse, _abc.Awaitable[_scheduler_service_pb2.GetServerStateResponse]]:
         """Tells the server's version, limits, shard groups and queues. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _scheduler_service_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.DrainResponse, _abc.Awaitable[_scheduler_service_pb2.DrainResponse]]:
+        """Sends shard groups, or the whole scheduler, nothing new; what runs ends. For administrators. Idempotent.
+        Fails with PERMISSION_DENIED or MALFORMED_SESSION.
+        """
 
 def add_SchedulerServiceServicer_to_server(servicer: SchedulerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -281,10 +281,18 @@ class RunSegmentRequest(_message.Message):
     IMPORTS_FIELD_NUMBER: _builtins.int
     KEPT_NODE_IDS_FIELD_NUMBER: _builtins.int
     USER_FIELD_NUMBER: _builtins.int
+    MAX_HANDLE_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_KEPT_BYTES_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Session that owns every value of the segment."""
     user: _builtins.str
     """User whose kept values the segment may load, and for whom it keeps values. Set by the scheduler."""
+    max_handle_bytes: _builtins.int
+    """How many bytes the session's values may take on each rank between its steps; unset for no limit."""
+    max_kept_bytes: _builtins.int
+    """How many bytes the user's values may take on each rank that outlive their sessions; unset for what
+    the group allows.
+    """
     @_builtins.property
     def segment(self) -> Global___Segment:
         """What to run."""
@@ -305,12 +313,21 @@ class RunSegmentRequest(_message.Message):
         imports: _abc.Iterable[Global___Import] | None = ...,
         kept_node_ids: _abc.Iterable[_builtins.int] | None = ...,
         user: _builtins.str = ...,
+        max_handle_bytes: _builtins.int | None = ...,
+        max_kept_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["segment", b"segment"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_handle_bytes", b"_max_handle_bytes", "_max_kept_bytes", b"_max_kept_bytes", "max_handle_bytes", b"max_handle_bytes", "max_kept_bytes", b"max_kept_bytes", "segment", b"segment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["imports", b"imports", "kept_node_ids", b"kept_node_ids", "segment", b"segment", "session_id", b"session_id", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_handle_bytes", b"_max_handle_bytes", "_max_kept_bytes", b"_max_kept_bytes", "imports", b"imports", "kept_node_ids", b"kept_node_ids", "max_handle_bytes", b"max_handle_bytes", "max_kept_bytes", b"max_kept_bytes", "segment", b"segment", "session_id", b"session_id", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_handle_bytes: _TypeAlias = _typing.Literal["max_handle_bytes"]  # noqa: Y015
+    _WhichOneofArgType__max_handle_bytes: _TypeAlias = _typing.Literal["_max_handle_bytes", b"_max_handle_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__max_kept_bytes: _TypeAlias = _typing.Literal["max_kept_bytes"]  # noqa: Y015
+    _WhichOneofArgType__max_kept_bytes: _TypeAlias = _typing.Literal["_max_kept_bytes", b"_max_kept_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_handle_bytes) -> _WhichOneofReturnType__max_handle_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_kept_bytes) -> _WhichOneofReturnType__max_kept_bytes | None: ...
 
 Global___RunSegmentRequest: _TypeAlias = RunSegmentRequest  # noqa: Y015
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from insitu._names import saves
 from insitu.backends._connection import Connection
 from insitu.backends._download import download
+from insitu.backends._patience import with_patience
 from insitu.backends._tokenizer import cached_tokenizer
 from insitu.backends._upload import name_contents, upload_missing
 from insitu.backends._watch import Watch
@@ -34,6 +35,7 @@ class RemoteBackend:
     """Runs sessions on the server that the configuration names."""
 
     def __init__(self, config: Config) -> None:
+        self._config = config
         self._connection = Connection(config)
 
     def describe(self, model: str) -> model_pb2.ModelDescription:
@@ -91,8 +93,20 @@ class RemoteBackend:
         name_contents(session, tensors)
         _check_size(session)
         request = scheduler_service_pb2.SubmitSessionRequest(
-            request_id=str(uuid.uuid4()), session=session, is_detached=is_detached
+            request_id=str(uuid.uuid4()),
+            session=session,
+            is_detached=is_detached,
+            tier=_tier(self._config.tier),
         )
+        return with_patience(
+            lambda: self._submit(request, tensors), seconds=self._config.submit_wait_seconds
+        )
+
+    def _submit(
+        self,
+        request: scheduler_service_pb2.SubmitSessionRequest,
+        tensors: Mapping[int, torch.Tensor],
+    ) -> str:
         num_uploads = 0
         while True:
             try:
@@ -103,7 +117,7 @@ class RemoteBackend:
                     raise
             # Again if they had to make room for others before the session came.
             with self._connection.call() as (stub, metadata):
-                upload_missing(stub, metadata, session, tensors)
+                upload_missing(stub, metadata, request.session, tensors)
             num_uploads += 1
 
     def watch(self, session_id: str) -> Watch:
@@ -178,6 +192,10 @@ class RemoteBackend:
     def close(self) -> None:
         """Closes the connection."""
         self._connection.close()
+
+
+def _tier(name: str) -> scheduler_service_pb2.Tier.ValueType:
+    return scheduler_service_pb2.Tier.Value(f"TIER_{name.upper() or 'UNSPECIFIED'}")
 
 
 def _check_size(session: session_pb2.Session) -> None:

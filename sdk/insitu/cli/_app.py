@@ -44,7 +44,8 @@ def up(
         Path | None,
         typer.Option(
             envvar="INSITU_API_KEYS_FILE",
-            help="File of lines USER:KEY; without one any key is accepted, on loopback only.",
+            help="File of API keys, as `insitu keys` writes it or with lines USER:KEY; without one "
+            "any key is accepted, on loopback only.",
         ),
     ] = None,
     dtype: Annotated[
@@ -84,6 +85,12 @@ def scheduler(context: typer.Context) -> None:
 def shard(context: typer.Context) -> None:
     """Starts a shard group alone (`insitu shard --help` tells its flags)."""
     _become("insitu_shard", context.args)
+
+
+@app.command(context_settings=_PASS_ON)
+def keys(context: typer.Context) -> None:
+    """Makes, lists and revokes API keys of a server (`insitu keys --help` tells how)."""
+    _become("insitu_scheduler.keys_command", context.args)
 
 
 @app.command(name="demo-model")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import secrets
 import signal
 import sys
 import time
@@ -37,7 +39,7 @@ class UpConfig:
     data_dir: Path
     """Folder of the journal and of results."""
     api_keys_file: Path | None = None
-    """File of lines USER:KEY."""
+    """File of API keys."""
     dtype: str = ""
     """Element type of weights; by default as stored."""
     replicas: int = 1
@@ -60,6 +62,8 @@ class Deployment:
     config: UpConfig
     processes: dict[str, SupervisedProcess] = field(default_factory=dict)
     is_stopping: bool = False
+    operator_key: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
+    """Its own key, of which the scheduler is told the hash."""
 
     def run(self) -> int:
         """Starts everything, keeps it running until a signal, ends everything.
@@ -97,6 +101,8 @@ class Deployment:
         arguments = ["--data-dir", str(self.config.data_dir), "--port", str(self.config.port)]
         if self.config.api_keys_file:
             arguments += ["--api-keys-file", str(self.config.api_keys_file)]
+        digest = hashlib.sha256(self.operator_key.encode()).hexdigest()
+        arguments += ["--operator-key-sha256", digest]
         self._start("scheduler", "insitu_scheduler", arguments)
         while not address_file.is_file():
             self._check_processes()
@@ -136,11 +142,7 @@ class Deployment:
     def _client_config(self, address: str) -> Config:
         config = Config()
         config.set_default_endpoint(address)
-        config.set_default_api_key("insitu-up")
-        if self.config.api_keys_file:
-            lines = self.config.api_keys_file.read_text().splitlines()
-            entries = [line for line in lines if line.strip() and not line.startswith("#")]
-            config.set_default_api_key(entries[0].partition(":")[2].strip())
+        config.set_default_api_key(self.operator_key)
         return config
 
     def _check_processes(self) -> None:

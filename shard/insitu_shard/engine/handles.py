@@ -63,7 +63,7 @@ class HandleStore:
     @property
     def num_bytes(self) -> int:
         """How many bytes the kept tensors' memory takes, each memory counted once."""
-        return _num_bytes([value for values in self._all() for value in values.values()])
+        return num_bytes([value for values in self._all() for value in values.values()])
 
     def _all(self) -> list[Mapping[Any, object]]:
         return [*self._sessions.values(), *self._kept.values()]
@@ -74,7 +74,12 @@ class KeptValues(dict[str, object]):
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__()
-        self._max_bytes = max_bytes
+        self._most_bytes = self._max_bytes = max_bytes
+
+    def bound(self, max_bytes: int | None) -> None:
+        """Takes note of what the user's API key allows, if it says."""
+        self._max_bytes = self._most_bytes if max_bytes is None else max_bytes
+        self._max_bytes = min(self._max_bytes, self._most_bytes)
 
     def keep(self, values: Mapping[str, object]) -> None:
         """Adds values, all or none.
@@ -82,7 +87,7 @@ class KeptValues(dict[str, object]):
         Raises:
             CapacityError: OUT_OF_MEMORY, if they do not fit the budget.
         """
-        size = _num_bytes([*self.values(), *values.values()])
+        size = num_bytes([*self.values(), *values.values()])
         if size > self._max_bytes:
             raise error(
                 Reason.OUT_OF_MEMORY,
@@ -94,7 +99,8 @@ class KeptValues(dict[str, object]):
         self.update(values)
 
 
-def _num_bytes(values: object) -> int:
+def num_bytes(values: object) -> int:
+    """Gives the memory that the tensors of values take, each memory counted once."""
     storages = {
         leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes()
         for leaf in pytree.tree_leaves(values)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from insitu_shard.compiler import Limits
 from insitu_shard.engine.graph import UNSET, references, resolve
+from insitu_shard.engine.handles import num_bytes
 from insitu_shard.engine.memory import compact
+from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,6 +53,8 @@ class SessionState:
     options: Options
     writes_in_place: bool
     """Whether any step writes into an existing value."""
+    max_value_bytes: int | None = None
+    """How much memory the values may take that steps give to later ones."""
     early: dict[NodeId, object] = field(default_factory=dict)
     """Values of traces that have run, but not ended."""
     _num_runs: Counter[NodeId] = field(default_factory=Counter)
@@ -73,9 +77,26 @@ class SessionState:
         return resolve(value, earlier.__getitem__)
 
     def keep(self, outliving: Mapping[NodeId, object]) -> None:
-        """Takes in what a step gives to later ones."""
+        """Takes in what a step gives to later ones.
+
+        Raises:
+            CapacityError: LIMIT_EXCEEDED.
+        """
         beside = list(self.values.values()) if self.writes_in_place else None
         self.values.update(compact(outliving, beside=beside))
+        if self.max_value_bytes is not None:
+            self._check_size(self.max_value_bytes)
+
+    def _check_size(self, limit: int) -> None:
+        if (size := num_bytes(self.values)) > limit:
+            raise error(
+                Reason.LIMIT_EXCEEDED,
+                f"the session's values take {size:,} bytes between its steps, and they may take at "
+                f"most {limit:,}; keep less for later traces, or ask the server's operator for a "
+                "higher limit",
+                limit="max_handle_bytes",
+                bound=limit,
+            )
 
     def free(self, used_later: frozenset[NodeId]) -> None:
         """Frees values that no later step uses."""

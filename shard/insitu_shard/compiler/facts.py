@@ -20,6 +20,8 @@ class Fork(NamedTuple):
     """What is written there: equal for traces that write the same."""
     position: int = 0
     """The first position that it may change, here and in all that follows."""
+    last: int = 0
+    """The moment of the last of the writes, if that is later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

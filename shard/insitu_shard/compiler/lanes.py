@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from insitu_shard.compiler.facts import Fork
+
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
 
@@ -29,6 +31,8 @@ class Lane:
     """The moment at which it begins."""
     last: int
     """The last moment at which it is needed."""
+    written: int = 0
+    """The moment of the last write in it."""
     differs_from: int = 0
     """The first position at which it may not be as the lane that it forks from."""
     start: int = 0
@@ -98,10 +102,10 @@ class LaneTree:
         key: tuple[Hashable, ...] = (trace.rows,)
         if forks and not forks[0].moment:
             key += (forks.pop(0),)
-        path = [self._lane(key, None, trace.rows, 0)]
+        path = [self._lane(key, None, trace.rows, Fork(0, None))]
         for fork in forks:
             key += (fork,)
-            path.append(self._lane(key, path[-1], trace.rows, fork.moment, fork.position))
+            path.append(self._lane(key, path[-1], trace.rows, fork))
         for number, following in pairwise(path):
             self._need(number, self.lanes[following].first - 1)
         self._need(path[-1], trace.last_moment)
@@ -109,12 +113,11 @@ class LaneTree:
             self.traces[number].append(len(self.paths))
         self.paths.append(tuple(path))
 
-    def _lane(
-        self, key: Hashable, parent: int | None, rows: Rows, first: int, differs_from: int = 0
-    ) -> int:
+    def _lane(self, key: Hashable, parent: int | None, rows: Rows, fork: Fork) -> int:
         if key not in self._numbers:
+            first, written = fork.moment, max(fork.moment, fork.last)
             self._numbers[key] = len(self.lanes)
-            self.lanes.append(Lane(parent, rows, first, first, differs_from))
+            self.lanes.append(Lane(parent, rows, first, first, written, fork.position))
             self.traces.append([])
         return self._numbers[key]
 

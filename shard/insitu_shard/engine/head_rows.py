@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from insitu_shard.compiler import Pass
+    from insitu_shard.engine.unchanged import UnchangedLanes
 
 # A product of fewer rows goes another way in the CPU's libraries (MKL: fewer than 12), and its last
 # bits differ from those of the same rows among others.
@@ -58,21 +59,48 @@ class HeadRows:
         self._plan = plan
         self._ranges: dict[int, tuple[int, int]] = {}
         self._starts: dict[int, int] = {}
-        length = plan.length
-        for place, trace in enumerate(plan.traces):
+        read = [trace.head for trace in plan.traces if trace.head is not None]
+        is_part = any(
+            part != (0, trace.length) for trace in plan.traces if (part := trace.head) is not None
+        )
+        self.is_trimmed = bool(read) and is_part and not is_read_elsewhere
+
+    def chosen(
+        self, hidden: torch.Tensor, first_rows: Mapping[int, int], unchanged: UnchangedLanes
+    ) -> torch.Tensor:
+        """Gives the hidden states that the head runs on.
+
+        Args:
+            hidden: all of them, [rows, length, hidden].
+            first_rows: the first row of each lane that is there.
+            unchanged: which lanes have become others.
+
+        Returns:
+            [1, positions, hidden]
+        """
+        self._read(unchanged)
+        self._widen()
+        pieces = []
+        position = 0
+        for lane, row in first_rows.items():
+            if lane in self._ranges:
+                first, after = self._ranges[lane]
+                num_rows = len(self._plan.tree.lanes[lane].rows)
+                rows = hidden.narrow(0, row, num_rows)
+                pieces.append(rows.narrow(1, first, after - first).flatten(0, 1))
+                self._starts[lane] = position
+                position += num_rows * (after - first)
+        return torch.cat(pieces).unsqueeze(0)
+
+    def _read(self, unchanged: UnchangedLanes) -> None:
+        """Finds the positions that are read of each lane."""
+        for place, trace in enumerate(self._plan.traces):
             if trace.head is not None:
-                padding = length - trace.length
-                lane = plan.tree.paths[place][-1]
+                padding = self._plan.length - trace.length
+                lane = unchanged.resolved(self._plan.tree.paths[place][-1])
                 first, after = (position + padding for position in trace.head)
                 known = self._ranges.get(lane, (first, after))
                 self._ranges[lane] = (min(known[0], first), max(known[1], after))
-        self.is_trimmed = (
-            bool(self._ranges)
-            and not is_read_elsewhere
-            and any(part != (0, length) for part in self._ranges.values())
-        )
-        if self.is_trimmed:
-            self._widen()
 
     def _widen(self) -> None:
         lanes = self._plan.tree.lanes
@@ -86,31 +114,6 @@ class HeadRows:
             behind = min(self._plan.length - after, _MIN_POSITIONS - total - before)
             self._ranges[lane] = (first - before, after + behind)
             total += (before + behind) * len(lanes[lane].rows)
-
-    def chosen(
-        self, hidden: torch.Tensor, alive: Sequence[int], first_rows: Mapping[int, int]
-    ) -> torch.Tensor:
-        """Gives the hidden states that the head runs on.
-
-        Args:
-            hidden: all of them, [rows, length, hidden].
-            alive: the lanes of the rows.
-            first_rows: the first row of each lane.
-
-        Returns:
-            [1, positions, hidden]
-        """
-        pieces = []
-        position = 0
-        for lane in alive:
-            if lane in self._ranges:
-                first, after = self._ranges[lane]
-                num_rows = len(self._plan.tree.lanes[lane].rows)
-                rows = hidden.narrow(0, first_rows[lane], num_rows)
-                pieces.append(rows.narrow(1, first, after - first).flatten(0, 1))
-                self._starts[lane] = position
-                position += num_rows * (after - first)
-        return torch.cat(pieces).unsqueeze(0)
 
     def parts(
         self, places: Sequence[int], lanes: Mapping[int, int], first_rows: Mapping[int, int]

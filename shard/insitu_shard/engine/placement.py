@@ -243,14 +243,17 @@ def _reads_inputs(plan: Plan, boundary: Boundary) -> bool:
 def _forks(plan: Plan, outline: Outline, scope: _Scope, length: int) -> tuple[Fork, ...]:
     writers: dict[int, list[NodeId]] = {}
     positions: dict[int, int] = {}
+    last: dict[int, int] = {}
     for boundary, node_ids in plan.due_at_boundary.items():
         moment = outline.fork_moment(boundary.module_path, is_input=boundary.is_input)
         assert moment is not None  # or else it runs alone
         writers.setdefault(moment, []).extend(node_ids)
+        written = outline.moment(boundary.module_path, is_input=boundary.is_input)
+        last[moment] = max(last.get(moment, 0), written or 0)
         position = first_written(plan, boundary, node_ids, outline, length)
         positions[moment] = min(positions.get(moment, position), position)
     return tuple(
-        Fork(moment, _signature(plan, writers[moment], scope), positions[moment])
+        Fork(moment, _signature(plan, writers[moment], scope), positions[moment], last[moment])
         for moment in sorted(writers)
     )
 

@@ -12,6 +12,7 @@ from insitu_shard.engine.head_rows import HeadRows
 from insitu_shard.engine.inputs import InvokeRows
 from insitu_shard.engine.packing import Packing, pack, packed_attention
 from insitu_shard.engine.parts import NotPlacedError, Parts, RowView, core, with_core
+from insitu_shard.engine.unchanged import UnchangedLanes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +45,7 @@ class RowMap:
         """
         self._plan = plan
         self._tree = plan.tree
+        self._unchanged = UnchangedLanes(plan.tree)
         self._runs = runs
         self._outline = outline = plan.outline
         self._structure = model.structure
@@ -62,6 +64,11 @@ class RowMap:
             (block, False)
             for number, block in enumerate(outline.blocks)
             if 2 * number + 3 in self._changes
+        }
+        self.places |= {
+            (block, False)
+            for number, block in enumerate(outline.blocks)
+            if 2 * number + 3 in self._unchanged.moments
         }
         if 1 in self._changes:
             self.places.add((outline.blocks[0], True))
@@ -87,11 +94,11 @@ class RowMap:
         """Gives the other traces that have the rows of a trace at a boundary."""
         moment = self._outline.moment(boundary.module_path, is_input=boundary.is_input)
         assert moment is not None
-        lane = self._tree.lane_at(place, moment)
+        lane = self._unchanged.lane_at(place, moment)
         return [
             other
             for other in self._tree.traces[lane]
-            if other != place and self._tree.lane_at(other, moment) == lane
+            if other != place and self._unchanged.lane_at(other, moment) == lane
         ]
 
     def enter(self, boundary: Boundary, arguments: Arguments) -> Arguments | None:
@@ -114,6 +121,7 @@ class RowMap:
 
     def drop(self, boundary: Boundary, result: Any) -> Any:
         """Drops the rows that are not needed after a block; None if all are."""
+        self._find_unchanged(boundary, result)
         return self._moved(boundary, result, 1)
 
     def trim(self, boundary: Boundary, arguments: Arguments) -> Arguments | None:
@@ -122,7 +130,8 @@ class RowMap:
         if not is_head or not self._head.is_trimmed or boundary.call_index:
             return None
         hidden, rest = _split(arguments)
-        return _join(arguments, self._head.chosen(hidden, self._lanes, self._first_rows), rest)
+        chosen = self._head.chosen(hidden, self._first_rows, self._unchanged)
+        return _join(arguments, chosen, rest)
 
     def parts(
         self,
@@ -141,7 +150,7 @@ class RowMap:
         """
         moment = self._outline.moment(boundary.module_path, is_input=boundary.is_input)
         assert moment is not None  # or else the trace runs alone
-        lanes = {place: self._tree.lane_at(place, moment) for place in places}
+        lanes = {place: self._unchanged.lane_at(place, moment) for place in places}
         is_head = (boundary.module_path, boundary.is_input) == (self._outline.head_path, False)
         view = RowView(
             self._structure(boundary.module_path, is_input=boundary.is_input),
@@ -190,11 +199,27 @@ class RowMap:
     def _has_moved(self) -> bool:
         return self._first_rows != self._root_rows
 
-    def _moved(self, boundary: Boundary, result: Any, later: int) -> Any:
-        if boundary.is_input or boundary.module_path not in self._outline.blocks:
+    def _find_unchanged(self, boundary: Boundary, result: Any) -> None:
+        moment = self._end_of_block(boundary)
+        if moment in self._unchanged.moments and not boundary.call_index:
+            self._unchanged.find(
+                moment,
+                result[0] if isinstance(result, tuple) else result,
+                self._packing or Packing.whole(self._num_rows, self._plan.length),
+                self._first_rows,
+                self._model.ranks,
+            )
+
+    def _end_of_block(self, boundary: Boundary) -> int | None:
+        """Gives the moment of a place where rows move at the end of a block; None at others."""
+        is_place = (boundary.module_path, False) in self.places and not boundary.is_input
+        if not is_place or boundary.module_path not in self._outline.blocks:
             return None
-        moment = 2 * self._outline.blocks.index(boundary.module_path) + 3
-        if (boundary.module_path, False) not in self.places:
+        return 2 * self._outline.blocks.index(boundary.module_path) + 3
+
+    def _moved(self, boundary: Boundary, result: Any, later: int) -> Any:
+        moment = self._end_of_block(boundary)
+        if moment is None:
             return None
         if boundary.call_index:
             raise NotPlacedError(boundary.module_path)
@@ -209,16 +234,14 @@ class RowMap:
 
     def _move(self, moment: int, hidden: torch.Tensor) -> torch.Tensor | None:
         """Goes over to the lanes of a moment; gives their hidden state, if they are others."""
-        lanes = self._tree.alive(moment)
+        lanes = self._unchanged.alive(moment)
         is_last = moment > 2 * len(self._outline.blocks)
         # Traces that failed need no rows, and yet the ranks have to go on together.
         if not lanes or (lanes == self._lanes and not (is_last and self._packing)):
             return None
         index: list[int] = []
         for lane in lanes:
-            known = lane if lane in self._first_rows else self._tree.lanes[lane].parent
-            assert known is not None
-            first = self._first_rows[known]
+            first = self._first_rows[self._unchanged.there(lane, self._first_rows)]
             index.extend(range(first, first + len(self._tree.lanes[lane].rows)))
         before, num_rows = self._packing, self._num_rows
         self._lanes = lanes
@@ -237,7 +260,8 @@ class RowMap:
         sources: list[int] = []
         for number in self._lanes:
             lane = self._tree.lanes[number]
-            first = self._first_rows[number if lane.source is None else lane.source]
+            source = number if lane.source is None else lane.source
+            first = self._first_rows[self._unchanged.resolved(source)]
             starts += [lane.start] * len(lane.rows)
             sources += range(first, first + len(lane.rows))
         return Packing.of(starts, sources, self._plan.length) if any(starts) else None

@@ -47,19 +47,28 @@ def main() -> None:
     quick = parser.parse_args().quick
     if quick:
         os.environ["SWEEP_LAYER_STEP"] = "10"
-    num_rounds, sample_size, batched_sample_size = (1, 10, 32) if quick else (7, 40, 128)
     folder = prepare_demo_model()
     with server(MODEL, folder) as address:
-        competitors = _competitors(str(folder), address, sample_size, batched_sample_size)
-        _check_agreement(competitors)
-        rounds = [
-            {name: each.milliseconds_a_trace() for name, each in competitors.items()}
-            for _ in range(num_rounds)
-        ]
-        shares = _shares(competitors[LOCAL].subject, num_rounds)
-        for each in competitors.values():
-            each.subject.close()
+        for prompts in ("alike", "different"):
+            print(f"\nPrompts that begin {prompts}:\n")
+            os.environ["SWEEP_PROMPTS"] = prompts
+            _measure(str(folder), address, (1, 10, 32) if quick else (5, 40, 128))
+
+
+def _measure(folder: str, address: str, sizes: tuple[int, int, int]) -> None:
+    num_rounds, sample_size, batched_sample_size = sizes
+    competitors = _competitors(folder, address, sample_size, batched_sample_size)
+    _check_agreement(competitors)
+    rounds = [
+        {name: each.milliseconds_a_trace() for name, each in competitors.items()}
+        for _ in range(num_rounds)
+    ]
+    shares = _shares(competitors[LOCAL].subject, num_rounds)
+    floor = _floor(competitors[PLAIN].subject)
+    for each in competitors.values():
+        each.subject.close()
     _print(competitors, rounds, shares)
+    print(floor)
 
 
 def _competitors(
@@ -106,6 +115,16 @@ def _shares(subject: Subject, num_rounds: int) -> dict[str, float]:
             rounds, lambda times: (times["explain"] - times["record"]) / times["sweep"]
         )
     return shares
+
+
+def _floor(subject: Subject) -> str:
+    """Says what the operations of the sweep take at the rate of large matrix products here."""
+    needed, of_product = subject.result["operations"]
+    rate = of_product / min(subject.seconds("products") for _ in range(20))
+    return (
+        f"It can not do without {needed / 1e9:.0f} billion floating-point operations: at the "
+        f"{rate / 1e9:.0f} a second of matrix products here they take {needed / rate:.2f} s."
+    )
 
 
 def _print(

@@ -6,7 +6,11 @@ Needs nothing but the standard library.
 import os
 
 CLEAN = "When Mary and John went to the store, John gave a drink to"
-CORRUPTED = "When Mary and John went to the store, Mary gave a drink to"
+# Two prompts that begin alike are the common case: what is patched there changes nothing.
+CORRUPTED = {
+    "alike": "When Mary and John went to the store, Mary gave a drink to",
+    "different": "After Mary and John went to the store, Mary gave a drink to",
+}[os.environ.get("SWEEP_PROMPTS", "alike")]
 ANSWERS = (" Mary", " John")
 NUM_POSITIONS = 14
 LAYERS = range(0, 30, int(os.environ.get("SWEEP_LAYER_STEP", "1")))

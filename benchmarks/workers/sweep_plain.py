@@ -65,8 +65,39 @@ def run_sample():
     return run(sample(sample_size), batch_size)
 
 
+def operations():
+    """Gives the floating-point operations that the sweep needs, and those of `products`.
+
+    A patch changes its position and those after it, in the layers after its own; nothing where both
+    prompts have begun alike. Attention itself is little beside the layers' matrices.
+    """
+    length = clean_ids.shape[1]
+    alike = int((clean_ids == corrupted_ids)[0].int().cumprod(0).sum())
+    tokens = 2 * length * len(LAYERS) + sum(
+        (LAYERS.stop - 1 - layer) * (length - position)
+        for layer, position in CELLS
+        if position >= alike
+    )
+    in_layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
+    rows = 1 + sum(position >= alike for _, position in CELLS)
+    return [
+        2 * (tokens * in_layer + rows * model.lm_head.weight.numel()),
+        2 * PRODUCT[0].numel() * 1536,
+    ]
+
+
+PRODUCT = torch.randn(2048, 576), torch.randn(1536, 576)
+
+
+def products():
+    """Multiplies matrices of the sizes of a layer's."""
+    torch.nn.functional.linear(*PRODUCT)
+
+
 run(CELLS[:1])
 serve(
+    operations=operations,
+    products=products,
     peak_bytes=lambda: peak_bytes(run_sample),
     sweep=lambda: run(CELLS, batch_size),
     sample=run_sample,

@@ -70,6 +70,7 @@ _ops = st.builds(
     kind=st.sampled_from(
         ["save", "add", "set", "whole", "copy", "earlier", "compare", "lens", "log", "append"] * 2
         + ["total", "noise", "fail", "stop", "model out", "inputs", "clone", "replace"]
+        + ["same", "restore"]
     ),
     layer=st.integers(0, NUM_LAYERS - 1),
     point=st.sampled_from(POINTS),
@@ -129,7 +130,7 @@ class _Shared:
     hidden: Any = None
 
 
-def _do(  # noqa: C901 - one case a kind
+def _do(  # noqa: C901, PLR0915 - one case a kind
     model: Any, tracer: Any, op: Op, shared: _Shared, values: dict[str, Any], name: str
 ) -> None:
     target = _target(model, op)
@@ -141,6 +142,12 @@ def _do(  # noqa: C901 - one case a kind
             target[part] += op.scale
         case "set":
             target[part] = op.scale
+        case "same":
+            target[part] = target[part].clone()
+        case "restore" if shared.hidden is not None:
+            target[:1, 2] = shared.hidden
+        case "restore":
+            shared.hidden = target[:1, 2]
         case "whole":
             _write(model, op, target * op.scale)
         case "replace":

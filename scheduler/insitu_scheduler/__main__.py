@@ -107,6 +107,14 @@ def run(
             help="How long a user may wait for a turn, however much the user has had.",
         ),
     ] = 600.0,
+    model_turn_seconds: Annotated[
+        float,
+        typer.Option(
+            envvar="INSITU_MODEL_TURN_SECONDS",
+            help="How long a host keeps a model loaded that is in use, while sessions wait for "
+            "another that its memory does not hold beside it.",
+        ),
+    ] = 60.0,
     retention_seconds: Annotated[
         float,
         typer.Option(
@@ -158,6 +166,7 @@ def run(
             max_queued_sessions=max_queued_sessions,
             max_attempts=max_attempts,
             max_wait_seconds=max_wait_seconds,
+            model_turn_seconds=model_turn_seconds,
             retention_seconds=retention_seconds,
             lease_ttl_seconds=lease_ttl_seconds,
             orphan_grace_seconds=orphan_grace_seconds,

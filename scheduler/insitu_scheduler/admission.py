@@ -15,7 +15,7 @@ from insitu_scheduler.journal import AcceptedSession
 from insitu_scheduler.live_session import LiveSession
 from insitu_scheduler.queue import SessionId
 from insitu_scheduler.refusals import check_limit
-from insitu_scheduler.segments import cut, models_named, work_of
+from insitu_scheduler.segments import cut, models_named, models_of, work_of
 from insitu_scheduler.terms import Terms, clamp
 from insitu_scheduler.validation import check_size, validate
 from insitu_wire.errors import Error, Reason, error
@@ -90,6 +90,7 @@ class Admission:
         terms = Terms(clamp(request.tier, key.tier), key.weight, key.limits.within(self._limits))
         models = self._catalog.served()
         await _off_loop(session, lambda: _check(session, key, terms.limits, models))
+        self._dispatcher.hosting.check_together(models_of(session))
         # Refused now where it can be known; it may be lost later, too.
         self._dispatcher.kept.group_of(user, session)
         accepted = AcceptedSession(

@@ -44,6 +44,8 @@ class SchedulerConfig:
     """How often a session is run at most, if what runs it is lost each time."""
     max_wait_seconds: float = 600.0
     """How long a user may wait for a turn, however much more than the others the user has had."""
+    model_turn_seconds: float = 60.0
+    """How long a host keeps a model loaded that is in use, while others wait for its memory."""
     retention_seconds: float = 7 * 24 * 3600.0
     """How long a session that has ended is kept, with what it saved."""
     lease_ttl_seconds: float = 10.0
@@ -71,6 +73,7 @@ class SchedulerConfig:
         for flag, seconds in (
             ("--lease-ttl-seconds", self.lease_ttl_seconds),
             ("--max-wait-seconds", self.max_wait_seconds),
+            ("--model-turn-seconds", self.model_turn_seconds),
             ("--retention-seconds", self.retention_seconds),
         ):
             _check(flag, seconds, "more than 0", seconds > 0)

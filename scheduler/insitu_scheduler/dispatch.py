@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from insitu_proto.v1.event_pb2 import Event
     from insitu_scheduler.events import EventBook, EventLog
     from insitu_scheduler.fair_queue import FairQueue
+    from insitu_scheduler.hosting import Hosting
     from insitu_scheduler.metrics import SchedulerMetrics
     from insitu_scheduler.queue import SessionId
     from insitu_scheduler.registry import Group, Registry
@@ -60,6 +61,7 @@ class Dispatcher:
         results: ResultStore,
         uploads: UploadStore,
         metrics: SchedulerMetrics,
+        hosting: Hosting,
         *,
         max_queued: int,
         max_attempts: int,
@@ -74,6 +76,7 @@ class Dispatcher:
         self._results = results
         self._uploads = uploads
         self._metrics = metrics
+        self.hosting = hosting
         self._max_queued = max_queued
         self._max_attempts = max_attempts
         self._positions = PositionAnnouncer(queue, self._show_position)
@@ -82,6 +85,7 @@ class Dispatcher:
         self._background = Background()
         self._num_reserved = 0
         self._num_of_user = Counter[str]()
+        self._untold: set[SessionId] = set()
         self._is_stopping = False
         self.is_draining = False
         """Whether it takes no new sessions, by order of an administrator."""
@@ -187,6 +191,7 @@ class Dispatcher:
         self._queue.push(waiting)
         self._count(waiting.user, 1)
         self._positions.pushed(session_id, position)
+        self._untold.add(session_id)
         self._queue_changed(waiting)
 
     async def cancel(self, session_id: SessionId) -> None:
@@ -233,6 +238,10 @@ class Dispatcher:
                 self._withdraw(live)
                 self._background.spawn(self._end(live, events.failed(replica_lost())))
 
+    def hosts_changed(self) -> None:
+        """Takes note that a host has come, or has told what it does."""
+        self._match()
+
     def heard(self, group: Group) -> None:
         """Takes note that a group has renewed its lease."""
         self.groups_changed(group.model)
@@ -278,6 +287,19 @@ class Dispatcher:
         """Fills the free places of all groups with the next sessions that these can run."""
         while not self._is_stopping and self._place_one():
             pass
+        if not self._is_stopping:
+            self._review_hosts()
+
+    def _review_hosts(self) -> None:
+        """Has hosts load what is asked for, and tells those who wait for it."""
+        concerned = self._untold & self._live.keys()
+        self._untold.clear()
+        for model in self.hosting.review(self.kept, time.monotonic()):
+            concerned.update(waiting.session_id for waiting in self._queue.waiting_for(model))
+        for session_id in concerned:
+            live = self._live[session_id]
+            if live.work is None and self.hosting.text(models_of(live.session)):
+                self._show_position(session_id, self._positions.shown(session_id))
 
     def _place_one(self) -> bool:
         """Starts one session, where there are the most free places; False if none can start."""
@@ -431,7 +453,9 @@ class Dispatcher:
         self._background.spawn(self.cancel(session_id))
 
     def _show_position(self, session_id: SessionId, position: int) -> None:
-        self._book.publish(self._live[session_id].log, events.queued(position))
+        live = self._live[session_id]
+        waits_for = self.hosting.text(models_of(live.session))
+        self._book.publish(live.log, events.queued(position, waits_for))
 
     def _queue_changed(self, waiting: WaitingSession) -> None:
         for model in waiting.models:

@@ -32,11 +32,12 @@ def approved() -> Event:
     return Event(kind=EventKind.EVENT_KIND_APPROVED, message="Your session has been approved.")
 
 
-def queued(position: int) -> Event:
-    """The session waits at a position."""
+def queued(position: int, waits_for: str = "") -> Event:
+    """The session waits at a position; for something beside its turn, if that is said."""
+    reason = f"; {waits_for}" if waits_for else ""
     return Event(
         kind=EventKind.EVENT_KIND_QUEUED,
-        message=f"Your session is at position {position} in the queue.",
+        message=f"Your session is at position {position} in the queue{reason}.",
         queue_position=position,
     )
 

@@ -148,6 +148,10 @@ class FairLine:
         """Counts the users whom the line remembers."""
         return len(self._shares)
 
+    def __iter__(self) -> Iterator[WaitingSession]:
+        """Yields the sessions that wait, in the order of arrival."""
+        return iter(list(self._arrivals.values()))
+
     def __len__(self) -> int:
         """Counts the sessions that wait."""
         return len(self._arrivals)

@@ -109,6 +109,10 @@ class FairQueue:
         """Gives the session that has waited longest for a model."""
         return self._line(model).oldest
 
+    def waiting_for(self, model: str | None) -> Iterator[WaitingSession]:
+        """Yields the sessions that wait for a model, in the order of arrival."""
+        yield from self._line(model)
+
     def __len__(self) -> int:
         """Counts all sessions that wait."""
         return len(self._waiting)

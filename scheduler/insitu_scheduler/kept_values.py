@@ -85,6 +85,10 @@ class KeptValues:
         """Gives where a value is kept."""
         return self._values.get((user, handle_id))
 
+    def has_any(self, lease_id: LeaseId) -> bool:
+        """Whether users keep values with a group."""
+        return any(place.lease_id == lease_id for place in self._values.values())
+
     def forget(self, user: str, handle_id: str) -> None:
         """Takes note that a value is kept no longer."""
         self._values.pop((user, handle_id), None)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from insitu_proto.v1.model_pb2 import ModelDescription
+    from insitu_scheduler.hosting import Hosting
     from insitu_scheduler.registry import Registry
 
 # A group that died is back by then, or its operator is at work.
@@ -52,13 +53,14 @@ class KnownModel:
 
 
 class ModelCatalog:
-    """The models that some group with a lease holds, or held until a short while ago.
+    """The models that some group holds, or held until a short while ago, or that a host can load.
 
     Sessions for a model whose last group has died wait for the next one.
     """
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, hosting: Hosting) -> None:
         self._registry = registry
+        self._hosting = hosting
         self._known: dict[str, KnownModel] = {}
         self._left_at: dict[str, float] = {}
 
@@ -81,7 +83,8 @@ class ModelCatalog:
         """Gives the models that are served, or will be soon, by name."""
         since = time.monotonic() - _AWAITED_SECONDS
         awaited = {name for name, left_at in self._left_at.items() if left_at > since}
-        return {name: self._known[name] for name in sorted(awaited | {*self._registry.replicas()})}
+        names = awaited | self._hosting.models | {*self._registry.replicas()}
+        return {name: self._known[name] for name in sorted(names)}
 
     def find(self, name: str) -> KnownModel:
         """Gives a model that is served.

@@ -37,6 +37,10 @@ class PositionAnnouncer:
         """Takes in a session that waits, and what it was told."""
         self._shown[session_id] = position
 
+    def shown(self, session_id: SessionId) -> int:
+        """Gives the position that a waiting session was told last."""
+        return self._shown[session_id]
+
     def left(self, session_id: SessionId) -> None:
         """Takes note that a session waits no more, so that others move up."""
         self._shown.pop(session_id, None)

@@ -33,6 +33,8 @@ class Group:
     max_sessions: int
     """How many sessions it takes at once."""
     expires_at: float
+    host_id: str = ""
+    """The host that started it; empty if none did."""
     num_sessions_of: Counter[str] = field(default_factory=Counter)
     """How many it has of each user, until each has been released."""
     is_draining: bool = False
@@ -82,10 +84,13 @@ class Registry:
         num_ranks: int,
         max_sessions: int,
         now: float,
+        host_id: str = "",
     ) -> Group:
         """Grants a lease to a group."""
         expires_at = now + self.ttl_seconds
-        group = Group(lease_id, group_id, model, address, num_ranks, max_sessions, expires_at)
+        group = Group(
+            lease_id, group_id, model, address, num_ranks, max_sessions, expires_at, host_id
+        )
         self._groups[lease_id] = group
         return group
 

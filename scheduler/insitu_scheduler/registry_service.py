@@ -91,6 +91,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
             # Groups from before sessions ran beside each other do not tell.
             max_sessions=message.max_sessions or 1,
             now=time.monotonic(),
+            host_id=message.host_id,
         )
         self._dispatcher.join(group, client)
         _log.info("shard group %s serves %s at %s", group.group_id, group.model, group.address)

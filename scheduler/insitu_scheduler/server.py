@@ -15,6 +15,8 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from insitu_proto.v1 import (
+    host_service_pb2,
+    host_service_pb2_grpc,
     registry_service_pb2,
     registry_service_pb2_grpc,
     scheduler_service_pb2,
@@ -29,6 +31,8 @@ from insitu_scheduler.dispatch import Dispatcher
 from insitu_scheduler.events import EventBook
 from insitu_scheduler.fair_queue import FairQueue
 from insitu_scheduler.gate import Gate
+from insitu_scheduler.host_service import HostServicer
+from insitu_scheduler.hosting import Hosting
 from insitu_scheduler.housekeeping import keep_house
 from insitu_scheduler.journal import Journal
 from insitu_scheduler.metrics import MetricsServer, SchedulerMetrics
@@ -54,6 +58,7 @@ _log = logging.getLogger(__name__)
 _SERVICE_NAMES = (
     scheduler_service_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name,
     registry_service_pb2.DESCRIPTOR.services_by_name["RegistryService"].full_name,
+    host_service_pb2.DESCRIPTOR.services_by_name["HostService"].full_name,
 )
 
 
@@ -109,7 +114,9 @@ class Server:
         cleanup.push_async_callback(journal.close)
         book = EventBook(journal)
         registry = Registry(ttl_seconds=config.lease_ttl_seconds)
-        catalog = ModelCatalog(registry)
+        queue = FairQueue(max_wait_seconds=config.max_wait_seconds)
+        hosting = Hosting(registry, queue, turn_seconds=config.model_turn_seconds)
+        catalog = ModelCatalog(registry, hosting)
         results = ResultStore(data_dir.results_path)
         housekeeping = asyncio.create_task(
             keep_house(journal, book, results, retention_seconds=config.retention_seconds)
@@ -119,12 +126,13 @@ class Server:
         await uploads.open()
         metrics.watch_uploads(lambda: uploads.num_bytes)
         dispatcher = Dispatcher(
-            FairQueue(max_wait_seconds=config.max_wait_seconds),
+            queue,
             registry,
             book,
             results,
             uploads,
             metrics,
+            hosting,
             max_queued=config.max_queued_sessions,
             max_attempts=config.max_attempts,
             orphan_grace_seconds=config.orphan_grace_seconds,
@@ -154,7 +162,9 @@ class Server:
         registry_servicer = RegistryServicer(registry, catalog, dispatcher)
         gate = Gate(Authenticator(keys, BadAttempts(), on_failure=metrics.refused))
         interceptors = [ErrorInterceptor(metrics.answered), gate]
-        await self._serve(cleanup, scheduler_servicer, registry_servicer, dispatcher, interceptors)
+        host_servicer = HostServicer(hosting, catalog, dispatcher)
+        servicers = (scheduler_servicer, registry_servicer, host_servicer)
+        await self._serve(cleanup, *servicers, dispatcher, interceptors)
         data_dir.publish(self.address, self.metrics_address)
 
     async def _serve(
@@ -162,6 +172,7 @@ class Server:
         cleanup: AsyncExitStack,
         scheduler_servicer: SchedulerServicer,
         registry_servicer: RegistryServicer,
+        host_servicer: HostServicer,
         dispatcher: Dispatcher,
         interceptors: Sequence[grpc.aio.ServerInterceptor],
     ) -> None:
@@ -171,6 +182,7 @@ class Server:
             scheduler_servicer, server
         )
         registry_service_pb2_grpc.add_RegistryServiceServicer_to_server(registry_servicer, server)
+        host_service_pb2_grpc.add_HostServiceServicer_to_server(host_servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         names = (*_SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
@@ -179,6 +191,7 @@ class Server:
         cleanup.push_async_callback(server.stop, grace_seconds)
         await server.start()
         cleanup.push_async_callback(registry_servicer.stop)
+        cleanup.callback(host_servicer.stop)
         cleanup.push_async_callback(dispatcher.stop, grace_seconds)
         registry_servicer.start()
         for name in ("", *_SERVICE_NAMES):

@@ -200,7 +200,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
     ) -> pb.GetServerStateResponse:
         """Tells the server's version, limits, shard groups and queues."""
         key = caller()
-        models = [model for model in sorted(self._registry.replicas()) if key.may_use(model)]
+        models = [model for model in self._catalog.served() if key.may_use(model)]
         return pb.GetServerStateResponse(
             version=self._version,
             operations_version=OPERATIONS_VERSION,
@@ -209,6 +209,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
             queues=[self._dispatcher.queue_state(model) for model in models],
             is_draining=self._dispatcher.is_draining,
             user=key.user,
+            hosts=list(self._dispatcher.hosting.states(key.may_use)),
         )
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
@@ -279,6 +280,7 @@ def _group_state(group: Group) -> pb.GroupState:
             address=group.address,
             num_ranks=group.num_ranks,
             max_sessions=group.max_sessions,
+            host_id=group.host_id,
         ),
         state=ShardGroupState.Value(f"SHARD_GROUP_STATE_{group.state.value}"),
         num_sessions=group.num_sessions,

@@ -97,6 +97,9 @@ def run(
             help="How long a value that a user keeps stays after its last use, in seconds.",
         ),
     ] = 3600.0,
+    host_id: Annotated[
+        str, typer.Option(help="Name of the host that starts the group.", hidden=True)
+    ] = "",
     upload_cache_bytes: Annotated[
         int,
         typer.Option(
@@ -127,6 +130,7 @@ def run(
             upload_cache_bytes=upload_cache_bytes,
             kept_bytes=kept_bytes,
             kept_seconds=kept_seconds,
+            host_id=host_id,
         )
         from insitu_shard.placing import with_placement
 

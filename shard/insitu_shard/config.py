@@ -65,6 +65,8 @@ class ShardConfig:
     """How long a kept value stays after it was last used."""
     collective_timeout_seconds: float = 60.0
     """How long a rank waits for the others inside a forward pass before the group gives up."""
+    host_id: str = ""
+    """Name of the host that started the group; empty if none did."""
     grace_seconds: float = 30.0
     """How long a running segment may still take once the group is told to stop."""
 

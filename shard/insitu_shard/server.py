@@ -172,4 +172,5 @@ def _shard_group(config: ShardConfig, address: str) -> placement_pb2.ShardGroup:
         address=config.advertise_address or address,
         num_ranks=config.num_ranks,
         max_sessions=config.max_sessions,
+        host_id=config.host_id,
     )

@@ -25,6 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from insitu_proto.v1 import event_pb2 as insitu__proto_dot_v1_dot_event__pb2
+from insitu_proto.v1 import host_service_pb2 as insitu__proto_dot_v1_dot_host__service__pb2
 from insitu_proto.v1 import model_pb2 as insitu__proto_dot_v1_dot_model__pb2
 from insitu_proto.v1 import placement_pb2 as insitu__proto_dot_v1_dot_placement__pb2
 from insitu_proto.v1 import result_pb2 as insitu__proto_dot_v1_dot_result__pb2
@@ -32,81 +33,83 @@ from insitu_proto.v1 import session_pb2 as insitu__proto_dot_v1_dot_session__pb2
 from insitu_proto.v1 import tensor_pb2 as insitu__proto_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'insitu_proto/v1/scheduler_service.proto\x12\tinsitu.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1binsitu_proto/v1/event.proto\x1a\x1binsitu_proto/v1/model.proto\x1a\x1finsitu_proto/v1/placement.proto\x1a\x1cinsitu_proto/v1/result.proto\x1a\x1dinsitu_proto/v1/session.proto\x1a\x1cinsitu_proto/v1/tensor.proto\"\x83\x01\n\x14SubmitSessionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x07session\x18\x02 \x01(\x0b\x32\x12.insitu.v1.Session\x12\x13\n\x0bis_detached\x18\x03 \x01(\x08\x12\x1d\n\x04tier\x18\x04 \x01(\x0e\x32\x0f.insitu.v1.Tier\"+\n\x15SubmitSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\"3\n\x19\x46indMissingUploadsRequest\x12\x16\n\x0e\x63ontent_hashes\x18\x01 \x03(\t\"4\n\x1a\x46indMissingUploadsResponse\x12\x16\n\x0e\x63ontent_hashes\x18\x01 \x03(\t\"R\n\x13UploadTensorRequest\x12#\n\x06tensor\x18\x01 \x01(\x0b\x32\x11.insitu.v1.TensorH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04kind\"\x16\n\x14UploadTensorResponse\"A\n\x13WatchSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x04\"7\n\x14WatchSessionResponse\x12\x1f\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Event\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"5\n\x12GetSessionResponse\x12\x1f\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Event\"N\n\x12\x46\x65tchResultRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08node_ids\x18\x02 \x03(\x04\x12\x12\n\nis_partial\x18\x03 \x01(\x08\"\x88\x01\n\x13\x46\x65tchResultResponse\x12+\n\x07summary\x18\x01 \x01(\x0b\x32\x18.insitu.v1.ResultSummaryH\x00\x12,\n\x0bsaved_value\x18\x02 \x01(\x0b\x32\x15.insitu.v1.SavedValueH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04kind\"6\n\rResultSummary\x12\x12\n\nnum_values\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"*\n\x14\x43\x61ncelSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"*\n\x15\x43\x61ncelSessionResponse\x12\x11\n\thad_ended\x18\x01 \x01(\x08\"O\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x11\n\tall_users\x18\x03 \x01(\x08\"\\\n\x14ListSessionsResponse\x12+\n\x08sessions\x18\x01 \x03(\x0b\x32\x19.insitu.v1.SessionSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xc7\x01\n\x0eSessionSummary\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.insitu.v1.EventKind\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04user\x18\x06 \x01(\t\",\n\x17ReleaseKeptValueRequest\x12\x11\n\thandle_id\x18\x01 \x01(\t\"-\n\x18ReleaseKeptValueResponse\x12\x11\n\thad_value\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.insitu.v1.ServedModel\"1\n\x0bServedModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cnum_replicas\x18\x02 \x01(\r\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"D\n\x10GetModelResponse\x12\x30\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1b.insitu.v1.ModelDescription\"(\n\x18\x44ownloadTokenizerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x19\x44ownloadTokenizerResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x17\n\x15GetServerStateRequest\"\xd1\x01\n\x16GetServerStateResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x1a\n\x12operations_version\x18\x02 \x01(\r\x12\x19\n\x11max_session_bytes\x18\x03 \x01(\x04\x12%\n\x06groups\x18\x04 \x03(\x0b\x32\x15.insitu.v1.GroupState\x12%\n\x06queues\x18\x05 \x03(\x0b\x32\x15.insitu.v1.QueueState\x12\x13\n\x0bis_draining\x18\x06 \x01(\x08\x12\x0c\n\x04user\x18\x07 \x01(\t\"s\n\nGroupState\x12$\n\x05group\x18\x01 \x01(\x0b\x32\x15.insitu.v1.ShardGroup\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.insitu.v1.ShardGroupState\x12\x14\n\x0cnum_sessions\x18\x03 \x01(\r\"\xa0\x01\n\nQueueState\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x13\n\x0bnum_running\x18\x03 \x01(\r\x12*\n\x07\x62\x61\x63klog\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\noldest_age\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"/\n\x0c\x44rainRequest\x12\x11\n\tgroup_ids\x18\x01 \x03(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\"\"\n\rDrainResponse\x12\x11\n\tgroup_ids\x18\x01 \x03(\t*T\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0e\n\nTIER_BATCH\x10\x01\x12\x10\n\x0cTIER_DEFAULT\x10\x02\x12\x14\n\x10TIER_INTERACTIVE\x10\x03\x32\x91\t\n\x10SchedulerService\x12R\n\rSubmitSession\x12\x1f.insitu.v1.SubmitSessionRequest\x1a .insitu.v1.SubmitSessionResponse\x12\x61\n\x12\x46indMissingUploads\x12$.insitu.v1.FindMissingUploadsRequest\x1a%.insitu.v1.FindMissingUploadsResponse\x12Q\n\x0cUploadTensor\x12\x1e.insitu.v1.UploadTensorRequest\x1a\x1f.insitu.v1.UploadTensorResponse(\x01\x12Q\n\x0cWatchSession\x12\x1e.insitu.v1.WatchSessionRequest\x1a\x1f.insitu.v1.WatchSessionResponse0\x01\x12I\n\nGetSession\x12\x1c.insitu.v1.GetSessionRequest\x1a\x1d.insitu.v1.GetSessionResponse\x12N\n\x0b\x46\x65tchResult\x12\x1d.insitu.v1.FetchResultRequest\x1a\x1e.insitu.v1.FetchResultResponse0\x01\x12R\n\rCancelSession\x12\x1f.insitu.v1.CancelSessionRequest\x1a .insitu.v1.CancelSessionResponse\x12O\n\x0cListSessions\x12\x1e.insitu.v1.ListSessionsRequest\x1a\x1f.insitu.v1.ListSessionsResponse\x12[\n\x10ReleaseKeptValue\x12\".insitu.v1.ReleaseKeptValueRequest\x1a#.insitu.v1.ReleaseKeptValueResponse\x12I\n\nListModels\x12\x1c.insitu.v1.ListModelsRequest\x1a\x1d.insitu.v1.ListModelsResponse\x12\x43\n\x08GetModel\x12\x1a.insitu.v1.GetModelRequest\x1a\x1b.insitu.v1.GetModelResponse\x12`\n\x11\x44ownloadTokenizer\x12#.insitu.v1.DownloadTokenizerRequest\x1a$.insitu.v1.DownloadTokenizerResponse0\x01\x12U\n\x0eGetServerState\x12 .insitu.v1.GetServerStateRequest\x1a!.insitu.v1.GetServerStateResponse\x12:\n\x05\x44rain\x12\x17.insitu.v1.DrainRequest\x1a\x18.insitu.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'insitu_proto/v1/scheduler_service.proto\x12\tinsitu.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1binsitu_proto/v1/event.proto\x1a\"insitu_proto/v1/host_service.proto\x1a\x1binsitu_proto/v1/model.proto\x1a\x1finsitu_proto/v1/placement.proto\x1a\x1cinsitu_proto/v1/result.proto\x1a\x1dinsitu_proto/v1/session.proto\x1a\x1cinsitu_proto/v1/tensor.proto\"\x83\x01\n\x14SubmitSessionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x07session\x18\x02 \x01(\x0b\x32\x12.insitu.v1.Session\x12\x13\n\x0bis_detached\x18\x03 \x01(\x08\x12\x1d\n\x04tier\x18\x04 \x01(\x0e\x32\x0f.insitu.v1.Tier\"+\n\x15SubmitSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\"3\n\x19\x46indMissingUploadsRequest\x12\x16\n\x0e\x63ontent_hashes\x18\x01 \x03(\t\"4\n\x1a\x46indMissingUploadsResponse\x12\x16\n\x0e\x63ontent_hashes\x18\x01 \x03(\t\"R\n\x13UploadTensorRequest\x12#\n\x06tensor\x18\x01 \x01(\x0b\x32\x11.insitu.v1.TensorH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04kind\"\x16\n\x14UploadTensorResponse\"A\n\x13WatchSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x04\"7\n\x14WatchSessionResponse\x12\x1f\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Event\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"5\n\x12GetSessionResponse\x12\x1f\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Event\"N\n\x12\x46\x65tchResultRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08node_ids\x18\x02 \x03(\x04\x12\x12\n\nis_partial\x18\x03 \x01(\x08\"\x88\x01\n\x13\x46\x65tchResultResponse\x12+\n\x07summary\x18\x01 \x01(\x0b\x32\x18.insitu.v1.ResultSummaryH\x00\x12,\n\x0bsaved_value\x18\x02 \x01(\x0b\x32\x15.insitu.v1.SavedValueH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04kind\"6\n\rResultSummary\x12\x12\n\nnum_values\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"*\n\x14\x43\x61ncelSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"*\n\x15\x43\x61ncelSessionResponse\x12\x11\n\thad_ended\x18\x01 \x01(\x08\"O\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x11\n\tall_users\x18\x03 \x01(\x08\"\\\n\x14ListSessionsResponse\x12+\n\x08sessions\x18\x01 \x03(\x0b\x32\x19.insitu.v1.SessionSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xc7\x01\n\x0eSessionSummary\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.insitu.v1.EventKind\x12.\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04user\x18\x06 \x01(\t\",\n\x17ReleaseKeptValueRequest\x12\x11\n\thandle_id\x18\x01 \x01(\t\"-\n\x18ReleaseKeptValueResponse\x12\x11\n\thad_value\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.insitu.v1.ServedModel\"1\n\x0bServedModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cnum_replicas\x18\x02 \x01(\r\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"D\n\x10GetModelResponse\x12\x30\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1b.insitu.v1.ModelDescription\"(\n\x18\x44ownloadTokenizerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x19\x44ownloadTokenizerResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x17\n\x15GetServerStateRequest\"\xf6\x01\n\x16GetServerStateResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x1a\n\x12operations_version\x18\x02 \x01(\r\x12\x19\n\x11max_session_bytes\x18\x03 \x01(\x04\x12%\n\x06groups\x18\x04 \x03(\x0b\x32\x15.insitu.v1.GroupState\x12%\n\x06queues\x18\x05 \x03(\x0b\x32\x15.insitu.v1.QueueState\x12\x13\n\x0bis_draining\x18\x06 \x01(\x08\x12\x0c\n\x04user\x18\x07 \x01(\t\x12#\n\x05hosts\x18\x08 \x03(\x0b\x32\x14.insitu.v1.HostState\"s\n\nGroupState\x12$\n\x05group\x18\x01 \x01(\x0b\x32\x15.insitu.v1.ShardGroup\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.insitu.v1.ShardGroupState\x12\x14\n\x0cnum_sessions\x18\x03 \x01(\r\"\xa0\x01\n\nQueueState\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x13\n\x0bnum_running\x18\x03 \x01(\r\x12*\n\x07\x62\x61\x63klog\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\noldest_age\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"/\n\x0c\x44rainRequest\x12\x11\n\tgroup_ids\x18\x01 \x03(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\"\"\n\rDrainResponse\x12\x11\n\tgroup_ids\x18\x01 \x03(\t\"R\n\tHostState\x12\x1d\n\x04host\x18\x01 \x01(\x0b\x32\x0f.insitu.v1.Host\x12&\n\x06models\x18\x02 \x03(\x0b\x32\x16.insitu.v1.HostedModel*T\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0e\n\nTIER_BATCH\x10\x01\x12\x10\n\x0cTIER_DEFAULT\x10\x02\x12\x14\n\x10TIER_INTERACTIVE\x10\x03\x32\x91\t\n\x10SchedulerService\x12R\n\rSubmitSession\x12\x1f.insitu.v1.SubmitSessionRequest\x1a .insitu.v1.SubmitSessionResponse\x12\x61\n\x12\x46indMissingUploads\x12$.insitu.v1.FindMissingUploadsRequest\x1a%.insitu.v1.FindMissingUploadsResponse\x12Q\n\x0cUploadTensor\x12\x1e.insitu.v1.UploadTensorRequest\x1a\x1f.insitu.v1.UploadTensorResponse(\x01\x12Q\n\x0cWatchSession\x12\x1e.insitu.v1.WatchSessionRequest\x1a\x1f.insitu.v1.WatchSessionResponse0\x01\x12I\n\nGetSession\x12\x1c.insitu.v1.GetSessionRequest\x1a\x1d.insitu.v1.GetSessionResponse\x12N\n\x0b\x46\x65tchResult\x12\x1d.insitu.v1.FetchResultRequest\x1a\x1e.insitu.v1.FetchResultResponse0\x01\x12R\n\rCancelSession\x12\x1f.insitu.v1.CancelSessionRequest\x1a .insitu.v1.CancelSessionResponse\x12O\n\x0cListSessions\x12\x1e.insitu.v1.ListSessionsRequest\x1a\x1f.insitu.v1.ListSessionsResponse\x12[\n\x10ReleaseKeptValue\x12\".insitu.v1.ReleaseKeptValueRequest\x1a#.insitu.v1.ReleaseKeptValueResponse\x12I\n\nListModels\x12\x1c.insitu.v1.ListModelsRequest\x1a\x1d.insitu.v1.ListModelsResponse\x12\x43\n\x08GetModel\x12\x1a.insitu.v1.GetModelRequest\x1a\x1b.insitu.v1.GetModelResponse\x12`\n\x11\x44ownloadTokenizer\x12#.insitu.v1.DownloadTokenizerRequest\x1a$.insitu.v1.DownloadTokenizerResponse0\x01\x12U\n\x0eGetServerState\x12 .insitu.v1.GetServerStateRequest\x1a!.insitu.v1.GetServerStateResponse\x12:\n\x05\x44rain\x12\x17.insitu.v1.DrainRequest\x1a\x18.insitu.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'insitu_proto.v1.scheduler_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TIER']._serialized_start=2691
-  _globals['_TIER']._serialized_end=2775
-  _globals['_SUBMITSESSIONREQUEST']._serialized_start=302
-  _globals['_SUBMITSESSIONREQUEST']._serialized_end=433
-  _globals['_SUBMITSESSIONRESPONSE']._serialized_start=435
-  _globals['_SUBMITSESSIONRESPONSE']._serialized_end=478
-  _globals['_FINDMISSINGUPLOADSREQUEST']._serialized_start=480
-  _globals['_FINDMISSINGUPLOADSREQUEST']._serialized_end=531
-  _globals['_FINDMISSINGUPLOADSRESPONSE']._serialized_start=533
-  _globals['_FINDMISSINGUPLOADSRESPONSE']._serialized_end=585
-  _globals['_UPLOADTENSORREQUEST']._serialized_start=587
-  _globals['_UPLOADTENSORREQUEST']._serialized_end=669
-  _globals['_UPLOADTENSORRESPONSE']._serialized_start=671
-  _globals['_UPLOADTENSORRESPONSE']._serialized_end=693
-  _globals['_WATCHSESSIONREQUEST']._serialized_start=695
-  _globals['_WATCHSESSIONREQUEST']._serialized_end=760
-  _globals['_WATCHSESSIONRESPONSE']._serialized_start=762
-  _globals['_WATCHSESSIONRESPONSE']._serialized_end=817
-  _globals['_GETSESSIONREQUEST']._serialized_start=819
-  _globals['_GETSESSIONREQUEST']._serialized_end=858
-  _globals['_GETSESSIONRESPONSE']._serialized_start=860
-  _globals['_GETSESSIONRESPONSE']._serialized_end=913
-  _globals['_FETCHRESULTREQUEST']._serialized_start=915
-  _globals['_FETCHRESULTREQUEST']._serialized_end=993
-  _globals['_FETCHRESULTRESPONSE']._serialized_start=996
-  _globals['_FETCHRESULTRESPONSE']._serialized_end=1132
-  _globals['_RESULTSUMMARY']._serialized_start=1134
-  _globals['_RESULTSUMMARY']._serialized_end=1188
-  _globals['_CANCELSESSIONREQUEST']._serialized_start=1190
-  _globals['_CANCELSESSIONREQUEST']._serialized_end=1232
-  _globals['_CANCELSESSIONRESPONSE']._serialized_start=1234
-  _globals['_CANCELSESSIONRESPONSE']._serialized_end=1276
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=1278
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1357
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1359
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1451
-  _globals['_SESSIONSUMMARY']._serialized_start=1454
-  _globals['_SESSIONSUMMARY']._serialized_end=1653
-  _globals['_RELEASEKEPTVALUEREQUEST']._serialized_start=1655
-  _globals['_RELEASEKEPTVALUEREQUEST']._serialized_end=1699
-  _globals['_RELEASEKEPTVALUERESPONSE']._serialized_start=1701
-  _globals['_RELEASEKEPTVALUERESPONSE']._serialized_end=1746
-  _globals['_LISTMODELSREQUEST']._serialized_start=1748
-  _globals['_LISTMODELSREQUEST']._serialized_end=1767
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1769
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1829
-  _globals['_SERVEDMODEL']._serialized_start=1831
-  _globals['_SERVEDMODEL']._serialized_end=1880
-  _globals['_GETMODELREQUEST']._serialized_start=1882
-  _globals['_GETMODELREQUEST']._serialized_end=1913
-  _globals['_GETMODELRESPONSE']._serialized_start=1915
-  _globals['_GETMODELRESPONSE']._serialized_end=1983
-  _globals['_DOWNLOADTOKENIZERREQUEST']._serialized_start=1985
-  _globals['_DOWNLOADTOKENIZERREQUEST']._serialized_end=2025
-  _globals['_DOWNLOADTOKENIZERRESPONSE']._serialized_start=2027
-  _globals['_DOWNLOADTOKENIZERRESPONSE']._serialized_end=2087
-  _globals['_GETSERVERSTATEREQUEST']._serialized_start=2089
-  _globals['_GETSERVERSTATEREQUEST']._serialized_end=2112
-  _globals['_GETSERVERSTATERESPONSE']._serialized_start=2115
-  _globals['_GETSERVERSTATERESPONSE']._serialized_end=2324
-  _globals['_GROUPSTATE']._serialized_start=2326
-  _globals['_GROUPSTATE']._serialized_end=2441
-  _globals['_QUEUESTATE']._serialized_start=2444
-  _globals['_QUEUESTATE']._serialized_end=2604
-  _globals['_DRAINREQUEST']._serialized_start=2606
-  _globals['_DRAINREQUEST']._serialized_end=2653
-  _globals['_DRAINRESPONSE']._serialized_start=2655
-  _globals['_DRAINRESPONSE']._serialized_end=2689
-  _globals['_SCHEDULERSERVICE']._serialized_start=2778
-  _globals['_SCHEDULERSERVICE']._serialized_end=3947
+  _globals['_TIER']._serialized_start=2848
+  _globals['_TIER']._serialized_end=2932
+  _globals['_SUBMITSESSIONREQUEST']._serialized_start=338
+  _globals['_SUBMITSESSIONREQUEST']._serialized_end=469
+  _globals['_SUBMITSESSIONRESPONSE']._serialized_start=471
+  _globals['_SUBMITSESSIONRESPONSE']._serialized_end=514
+  _globals['_FINDMISSINGUPLOADSREQUEST']._serialized_start=516
+  _globals['_FINDMISSINGUPLOADSREQUEST']._serialized_end=567
+  _globals['_FINDMISSINGUPLOADSRESPONSE']._serialized_start=569
+  _globals['_FINDMISSINGUPLOADSRESPONSE']._serialized_end=621
+  _globals['_UPLOADTENSORREQUEST']._serialized_start=623
+  _globals['_UPLOADTENSORREQUEST']._serialized_end=705
+  _globals['_UPLOADTENSORRESPONSE']._serialized_start=707
+  _globals['_UPLOADTENSORRESPONSE']._serialized_end=729
+  _globals['_WATCHSESSIONREQUEST']._serialized_start=731
+  _globals['_WATCHSESSIONREQUEST']._serialized_end=796
+  _globals['_WATCHSESSIONRESPONSE']._serialized_start=798
+  _globals['_WATCHSESSIONRESPONSE']._serialized_end=853
+  _globals['_GETSESSIONREQUEST']._serialized_start=855
+  _globals['_GETSESSIONREQUEST']._serialized_end=894
+  _globals['_GETSESSIONRESPONSE']._serialized_start=896
+  _globals['_GETSESSIONRESPONSE']._serialized_end=949
+  _globals['_FETCHRESULTREQUEST']._serialized_start=951
+  _globals['_FETCHRESULTREQUEST']._serialized_end=1029
+  _globals['_FETCHRESULTRESPONSE']._serialized_start=1032
+  _globals['_FETCHRESULTRESPONSE']._serialized_end=1168
+  _globals['_RESULTSUMMARY']._serialized_start=1170
+  _globals['_RESULTSUMMARY']._serialized_end=1224
+  _globals['_CANCELSESSIONREQUEST']._serialized_start=1226
+  _globals['_CANCELSESSIONREQUEST']._serialized_end=1268
+  _globals['_CANCELSESSIONRESPONSE']._serialized_start=1270
+  _globals['_CANCELSESSIONRESPONSE']._serialized_end=1312
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1314
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1393
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1395
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1487
+  _globals['_SESSIONSUMMARY']._serialized_start=1490
+  _globals['_SESSIONSUMMARY']._serialized_end=1689
+  _globals['_RELEASEKEPTVALUEREQUEST']._serialized_start=1691
+  _globals['_RELEASEKEPTVALUEREQUEST']._serialized_end=1735
+  _globals['_RELEASEKEPTVALUERESPONSE']._serialized_start=1737
+  _globals['_RELEASEKEPTVALUERESPONSE']._serialized_end=1782
+  _globals['_LISTMODELSREQUEST']._serialized_start=1784
+  _globals['_LISTMODELSREQUEST']._serialized_end=1803
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1805
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1865
+  _globals['_SERVEDMODEL']._serialized_start=1867
+  _globals['_SERVEDMODEL']._serialized_end=1916
+  _globals['_GETMODELREQUEST']._serialized_start=1918
+  _globals['_GETMODELREQUEST']._serialized_end=1949
+  _globals['_GETMODELRESPONSE']._serialized_start=1951
+  _globals['_GETMODELRESPONSE']._serialized_end=2019
+  _globals['_DOWNLOADTOKENIZERREQUEST']._serialized_start=2021
+  _globals['_DOWNLOADTOKENIZERREQUEST']._serialized_end=2061
+  _globals['_DOWNLOADTOKENIZERRESPONSE']._serialized_start=2063
+  _globals['_DOWNLOADTOKENIZERRESPONSE']._serialized_end=2123
+  _globals['_GETSERVERSTATEREQUEST']._serialized_start=2125
+  _globals['_GETSERVERSTATEREQUEST']._serialized_end=2148
+  _globals['_GETSERVERSTATERESPONSE']._serialized_start=2151
+  _globals['_GETSERVERSTATERESPONSE']._serialized_end=2397
+  _globals['_GROUPSTATE']._serialized_start=2399
+  _globals['_GROUPSTATE']._serialized_end=2514
+  _globals['_QUEUESTATE']._serialized_start=2517
+  _globals['_QUEUESTATE']._serialized_end=2677
+  _globals['_DRAINREQUEST']._serialized_start=2679
+  _globals['_DRAINREQUEST']._serialized_end=2726
+  _globals['_DRAINRESPONSE']._serialized_start=2728
+  _globals['_DRAINRESPONSE']._serialized_end=2762
+  _globals['_HOSTSTATE']._serialized_start=2764
+  _globals['_HOSTSTATE']._serialized_end=2846
+  _globals['_SCHEDULERSERVICE']._serialized_start=2935
+  _globals['_SCHEDULERSERVICE']._serialized_end=4104
 # @@protoc_insertion_point(module_scope)

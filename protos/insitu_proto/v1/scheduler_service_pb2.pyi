@@ -11,6 +11,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from insitu_proto.v1 import event_pb2 as _event_pb2
+from insitu_proto.v1 import host_service_pb2 as _host_service_pb2
 from insitu_proto.v1 import model_pb2 as _model_pb2
 from insitu_proto.v1 import placement_pb2 as _placement_pb2
 from insitu_proto.v1 import result_pb2 as _result_pb2
@@ -781,6 +782,7 @@ class GetServerStateResponse(_message.Message):
     QUEUES_FIELD_NUMBER: _builtins.int
     IS_DRAINING_FIELD_NUMBER: _builtins.int
     USER_FIELD_NUMBER: _builtins.int
+    HOSTS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of insitu."""
     operations_version: _builtins.int
@@ -799,6 +801,10 @@ class GetServerStateResponse(_message.Message):
     def queues(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueueState]:
         """Queues, one a model."""
 
+    @_builtins.property
+    def hosts(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostState]:
+        """Hosts that load and unload models."""
+
     def __init__(
         self,
         *,
@@ -809,10 +815,11 @@ class GetServerStateResponse(_message.Message):
         queues: _abc.Iterable[Global___QueueState] | None = ...,
         is_draining: _builtins.bool = ...,
         user: _builtins.str = ...,
+        hosts: _abc.Iterable[Global___HostState] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "is_draining", b"is_draining", "max_session_bytes", b"max_session_bytes", "operations_version", b"operations_version", "queues", b"queues", "user", b"user", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "hosts", b"hosts", "is_draining", b"is_draining", "max_session_bytes", b"max_session_bytes", "operations_version", b"operations_version", "queues", b"queues", "user", b"user", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -943,3 +950,33 @@ class DrainResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
+
+@_typing.final
+class HostState(_message.Message):
+    """Tells the state of a host."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def host(self) -> _host_service_pb2.Host:
+        """The host."""
+
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[_host_service_pb2.HostedModel]:
+        """Its models, in the order in which it has them."""
+
+    def __init__(
+        self,
+        *,
+        host: _host_service_pb2.Host | None = ...,
+        models: _abc.Iterable[_host_service_pb2.HostedModel] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostState: _TypeAlias = HostState  # noqa: Y015

@@ -53,6 +53,13 @@ def up(
         typer.Option(envvar="INSITU_DTYPE", help="Element type of weights; default: as stored."),
     ] = "",
     replicas: Annotated[int, typer.Option(help="Shard groups of each model.")] = 1,
+    max_loaded: Annotated[
+        int | None,
+        typer.Option(
+            help="How many of the models fit into memory at once; they are loaded and unloaded as "
+            "sessions ask for them. Default: all are loaded, and stay."
+        ),
+    ] = None,
 ) -> None:
     """Starts a server on this machine: a scheduler, and shard groups for each model.
 
@@ -68,6 +75,7 @@ def up(
         api_keys_file=api_keys_file,
         dtype=dtype,
         replicas=replicas,
+        max_loaded=max_loaded,
     )
     raise typer.Exit(Deployment(config).run())
 
@@ -91,6 +99,12 @@ def shard(context: typer.Context) -> None:
 def keys(context: typer.Context) -> None:
     """Makes, lists and revokes API keys of a server (`insitu keys --help` tells how)."""
     _become("insitu_scheduler.keys_command", context.args)
+
+
+@app.command(context_settings=_PASS_ON)
+def host(context: typer.Context) -> None:
+    """Starts a host alone (`insitu host --help`): it loads models as they are asked for."""
+    _become("insitu_shard.host", context.args)
 
 
 @app.command(name="demo-model")

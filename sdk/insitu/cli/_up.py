@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from insitu._config import Config
 from insitu.backends.remote import RemoteBackend
-from insitu.cli._supervised import SupervisedProcess
 from insitu_proto.v1 import placement_pb2
 from insitu_wire.errors import Error, Reason, error
+from insitu_wire.supervised import SupervisedProcess
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,6 +44,8 @@ class UpConfig:
     """Element type of weights; by default as stored."""
     replicas: int = 1
     """Shard groups of each model."""
+    max_loaded: int | None = None
+    """How many of the models fit into memory at once; None for all of them."""
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
@@ -52,6 +54,19 @@ class UpConfig:
                 f"--replicas is {self.replicas}; it is the number of shard groups of each model, 1 "
                 "or more",
                 replicas=self.replicas,
+            )
+        if self.max_loaded is not None and self.max_loaded < 1:
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                f"--max-loaded is {self.max_loaded}; it is how many models fit into memory at "
+                "once, 1 or more",
+                maxLoaded=self.max_loaded,
+            )
+        if self.max_loaded is not None and self.replicas > 1:
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                f"--replicas is {self.replicas} and --max-loaded {self.max_loaded}; a model that "
+                "is loaded when it is asked for has one shard group: leave one of the two out",
             )
 
 
@@ -77,7 +92,10 @@ class Deployment:
             signal.signal(number, self._on_signal)
         try:
             address = self._start_scheduler()
-            self._start_shards(address)
+            if self.config.max_loaded is None:
+                self._start_shards(address)
+            else:
+                self._start_host(address, self.config.max_loaded)
             self._wait_until_ready(address)
             if not self.is_stopping:
                 print(f"insitu is ready at {address}", flush=True)
@@ -124,8 +142,16 @@ class Deployment:
                 which = f" {number}" if self.config.replicas > 1 else ""
                 self._start(f"shard group{which} of {name}", "insitu_shard", arguments)
 
+    def _start_host(self, scheduler: str, max_loaded: int) -> None:
+        arguments = [part for model in self.config.models for part in ("--model", model)]
+        arguments += ["--max-loaded", str(max_loaded), "--scheduler", scheduler]
+        arguments += ["--tp", str(self.config.tp)]
+        if self.config.dtype:
+            arguments += ["--dtype", self.config.dtype]
+        self._start("host", "insitu_shard.host", arguments)
+
     def _start(self, name: str, module: str, arguments: list[str]) -> None:
-        self.processes[name] = SupervisedProcess(module, arguments)
+        self.processes[name] = SupervisedProcess("insitu up", module, arguments)
         self.processes[name].start()
 
     def _wait_until_ready(self, address: str) -> None:
@@ -133,11 +159,17 @@ class Deployment:
         wanted = Counter(names * self.config.replicas)
         backend = RemoteBackend(self._client_config(address))
         try:
-            while not self.is_stopping and wanted - _ready_groups(backend):
+            while not self.is_stopping and not self._is_ready(backend, wanted):
                 self._check_processes()
                 time.sleep(_POLL_SECONDS)
         finally:
             backend.close()
+
+    def _is_ready(self, backend: RemoteBackend, wanted: Counter[str]) -> bool:
+        """Whether sessions can be sent: all groups are there, or who will start them."""
+        if self.config.max_loaded is not None:
+            return bool(backend.server_state().hosts)
+        return not wanted - _ready_groups(backend)
 
     def _client_config(self, address: str) -> Config:
         config = Config()

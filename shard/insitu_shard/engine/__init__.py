@@ -21,7 +21,12 @@ from insitu_shard.engine.gguf import convert
 from insitu_shard.engine.handles import HandleStore, KeptValues
 from insitu_shard.engine.loading import load_model
 from insitu_shard.engine.model import LoadedModel
-from insitu_shard.engine.model_folder import load_config, resolve_model_folder
+from insitu_shard.engine.model_folder import (
+    load_config,
+    resolve_model_folder,
+    tokenizer_files,
+    tokenizer_hash,
+)
 from insitu_shard.engine.module import LoadedModule
 from insitu_shard.engine.pool import SegmentPool
 from insitu_shard.engine.segment import SegmentRun
@@ -54,4 +59,6 @@ __all__ = [
     "parse_dtype",
     "rank_device",
     "resolve_model_folder",
+    "tokenizer_files",
+    "tokenizer_hash",
 ]

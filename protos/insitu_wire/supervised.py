@@ -1,9 +1,13 @@
-"""A process of `insitu up` that is started again when it ends by itself."""
+"""A process of a program that starts others, and starts them again when they end by themselves.
+
+As `python -m insitu_wire.supervised` it is the beginning of such a process.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,17 +17,21 @@ from dataclasses import dataclass, field
 _PR_SET_PDEATHSIG = 1
 # One that ran for longer has not failed at its start.
 _STABLE_SECONDS = 60.0
-_MAX_RESTARTS = 5
+MAX_RESTARTS = 5
 _MAX_PAUSE_SECONDS = 10.0
 
 
 @dataclass(slots=True)
 class SupervisedProcess:
-    """One process, in a session of its own: Ctrl-C reaches `insitu up` alone, which ends it."""
+    """One process, in a session of its own: Ctrl-C reaches the program alone, which ends it."""
 
+    program: str
+    """Who starts it, for messages."""
     module: str
     """The Python module that it runs."""
     arguments: list[str]
+    max_restarts: float = MAX_RESTARTS
+    """How often in a row it is started again."""
     process: subprocess.Popen[bytes] = field(init=False)
     _started_at: float = field(init=False)
     _num_restarts: int = field(default=0, init=False)
@@ -34,11 +42,24 @@ class SupervisedProcess:
         self._starts_again_at = None
         self._started_at = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", self.module, *self.arguments],
+            # What is to be done in the child is not done between fork and exec: threads of the
+            # program, such as gRPC's, make that unsafe.
+            [
+                sys.executable,
+                "-m",
+                "insitu_wire.supervised",
+                str(os.getpid()),
+                self.module,
+                *self.arguments,
+            ],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
         )
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether it has ended and is not started again yet."""
+        return self._starts_again_at is not None
 
     def restart_if_ended(self, name: str) -> bool:
         """Starts it again if it has ended, after a pause that grows; False if it ends too often."""
@@ -51,29 +72,32 @@ class SupervisedProcess:
         if time.monotonic() - self._started_at > _STABLE_SECONDS:
             self._num_restarts = 0
         self._num_restarts += 1
-        if self._num_restarts > _MAX_RESTARTS:
+        if self._num_restarts > self.max_restarts:
             return False
-        pause = min(0.5 * 2**self._num_restarts, _MAX_PAUSE_SECONDS)
+        pause = min(0.5 * 2 ** min(self._num_restarts, 10), _MAX_PAUSE_SECONDS)
         self._starts_again_at = time.monotonic() + pause
-        print(
-            f"insitu up: {name} ended with status {status}; starting it again in {pause:g} s",
-            file=sys.stderr,
-            flush=True,
-        )
+        self._say(f"{name} ended with status {status}; starting it again in {pause:g} s")
         self.kill_rest()
         return True
 
     def stop(self, grace_seconds: float) -> None:
         """Ends it, by force if it does not end in time, and whatever is left of it."""
-        if self.process.poll() is None:
-            self.process.terminate()
+        self.terminate()
         try:
             self.process.wait(grace_seconds)
         except subprocess.TimeoutExpired:
-            pid = self.process.pid
-            print(f"insitu up: process {pid} does not end; killing it", file=sys.stderr)
+            self._say(f"process {self.process.pid} does not end; killing it")
         self.kill_rest()
         self.process.wait()
+
+    def _say(self, message: str) -> None:
+        sys.stderr.write(f"{self.program}: {message}\n")
+        sys.stderr.flush()
+
+    def terminate(self) -> None:
+        """Tells it to end."""
+        if self.process.poll() is None:
+            self.process.terminate()
 
     def kill_rest(self) -> None:
         """Kills what is left of its process group."""
@@ -83,7 +107,14 @@ class SupervisedProcess:
             return
 
 
-def _end_with_parent() -> None:
-    """Runs in the child: asks Linux for SIGTERM should `insitu up` itself be killed."""
+def _run(parent: int, module: str, arguments: list[str]) -> None:
+    """Becomes a module, after it has asked Linux for SIGTERM should the program be killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == parent:
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _run(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -1,0 +1,1 @@
+"""A host: starts and ends the shard groups of more models than memory holds, by order."""

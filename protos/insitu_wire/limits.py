@@ -20,6 +20,12 @@ MAX_UPLOAD_BYTES = 4 * 1024**3
 API_KEY_METADATA = "insitu-api-key"
 """Metadata key that carries a client's API key."""
 
+ACCESS_TOKEN_METADATA = "insitu-access-token"
+"""Metadata key of calls to a shard group: the token that it gave the scheduler."""
+
+JOIN_TOKEN_METADATA = "insitu-join-token"
+"""Metadata key of registrations of shard groups: the token that all of a deployment share."""
+
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

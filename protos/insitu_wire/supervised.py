@@ -32,6 +32,8 @@ class SupervisedProcess:
     arguments: list[str]
     max_restarts: float = MAX_RESTARTS
     """How often in a row it is started again."""
+    variables: dict[str, str] = field(default_factory=dict, repr=False)
+    """Of its environment, beside those of this process; what must not be among its arguments."""
     process: subprocess.Popen[bytes] = field(init=False)
     _started_at: float = field(init=False)
     _num_restarts: int = field(default=0, init=False)
@@ -54,6 +56,7 @@ class SupervisedProcess:
             ],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            env={**os.environ, **self.variables},
         )
 
     @property

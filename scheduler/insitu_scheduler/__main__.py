@@ -16,6 +16,7 @@ from insitu_scheduler.server import Server
 from insitu_wire.errors import Error
 from insitu_wire.limits import MAX_SESSION_BYTES
 from insitu_wire.paths import state_folder
+from insitu_wire.tls import Tls
 
 
 def run(
@@ -41,6 +42,39 @@ def run(
             "any key is accepted, on loopback only.",
         ),
     ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(envvar="INSITU_TLS_CERT", help="Certificate to serve with, PEM.")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(envvar="INSITU_TLS_KEY", help="The certificate's key, PEM.")
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="INSITU_TLS_CLIENT_CA",
+            help="Roots of the certificates of scheduler and shard groups, PEM: these alone "
+            "may register, at --shard-port.",
+        ),
+    ] = None,
+    shard_port: Annotated[
+        int | None,
+        typer.Option(
+            envvar="INSITU_SHARD_PORT",
+            help="Port that shard groups register at with --tls-client-ca.",
+        ),
+    ] = None,
+    join_token: Annotated[
+        str,
+        typer.Option(
+            envvar="INSITU_JOIN_TOKEN",
+            show_default=False,
+            help="What shard groups have to know to register; better given as the variable.",
+        ),
+    ] = "",
+    reflection: Annotated[
+        bool,
+        typer.Option(envvar="INSITU_REFLECTION", help="Whether gRPC reflection tells of services."),
+    ] = True,
     operator_key_sha256: Annotated[
         str,
         typer.Option(
@@ -152,6 +186,10 @@ def run(
             port=port,
             metrics_port=metrics_port if metrics_port != -1 else None,
             api_keys_file=api_keys_file,
+            tls=Tls(cert=tls_cert, key=tls_key, ca=tls_client_ca),
+            shard_port=shard_port,
+            join_token=join_token,
+            has_reflection=reflection,
             operator_key_sha256=operator_key_sha256,
             limits=Limits(
                 max_waiting_sessions=max_waiting_sessions,

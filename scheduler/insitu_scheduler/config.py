@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from insitu_scheduler.limits import Limits
 from insitu_wire.errors import Reason, error
 from insitu_wire.limits import MAX_SESSION_BYTES
+from insitu_wire.tls import Tls
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,6 +33,14 @@ class SchedulerConfig:
     accepted, on a loopback host only."""
     operator_key_sha256: str = ""
     """SHA-256 of a key of whoever starts the scheduler, an administrator, in hexadecimal digits."""
+    tls: Tls = field(default_factory=Tls)
+    """Certificates; without any, nothing is encrypted."""
+    shard_port: int | None = None
+    """Port that shard groups register at with certificates of `tls.ca`; 0 takes a free one."""
+    join_token: str = field(default="", repr=False)
+    """What shard groups have to know to register; empty lets all."""
+    has_reflection: bool = True
+    """Whether gRPC reflection tells callers what services there are."""
     limits: Limits = field(default_factory=Limits)
     """What each session and user may take, beside what their API keys say."""
     max_session_bytes: int = MAX_SESSION_BYTES
@@ -57,6 +66,15 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         _check_port("--port", self.port)
+        self.tls.check()
+        if self.tls.is_mutual != (self.shard_port is not None):
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                "--tls-client-ca and --shard-port go together: clients show no certificates, so "
+                "shard groups have a port of their own; give both, or none",
+            )
+        if self.shard_port is not None:
+            _check_port("--shard-port", self.shard_port)
         if self.metrics_port is not None:
             _check_port("--metrics-port", self.metrics_port)
         size = self.max_session_bytes
@@ -90,7 +108,7 @@ class SchedulerConfig:
                 Reason.INVALID_CONFIGURATION,
                 "--operator-key-sha256 is not a SHA-256; it must be 64 hexadecimal digits",
             )
-        if self.api_keys_file is None and not _is_loopback(self.host):
+        if self.api_keys_file is None and not is_loopback(self.host):
             raise error(
                 Reason.INVALID_CONFIGURATION,
                 f"--host is {self.host}, which other machines reach, and there is no key file; "
@@ -119,7 +137,8 @@ def _check(flag: str, value: float | None, allowed: str, is_allowed: bool) -> No
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from its own machine alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -16,6 +16,7 @@ from insitu_scheduler.models import KnownModel
 from insitu_scheduler.registry import LeaseId
 from insitu_scheduler.shards import ShardClient
 from insitu_wire.errors import Reason, error
+from insitu_wire.tls import Tls
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -34,10 +35,17 @@ _log = logging.getLogger(__name__)
 class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
     """Grants leases, and takes them away from groups that leave or fall silent."""
 
-    def __init__(self, registry: Registry, catalog: ModelCatalog, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        catalog: ModelCatalog,
+        dispatcher: Dispatcher,
+        tls: Tls | None = None,
+    ) -> None:
         self._registry = registry
         self._catalog = catalog
         self._dispatcher = dispatcher
+        self._tls = tls or Tls()
         self._stopping = asyncio.Event()
         self._expiring: asyncio.Task[None] | None = None
 
@@ -48,7 +56,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
         requests = _until(self._stopping, request_iterator)
         first = await anext(requests, RegisterGroupRequest())
         _check_group(first)
-        group = await self._admit(first.group)
+        group = await self._admit(first.group, first.access_token)
         try:
             yield self._lease(group)
             async for request in requests:
@@ -71,9 +79,9 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
             with suppress(asyncio.CancelledError):
                 await self._expiring
 
-    async def _admit(self, message: placement_pb2.ShardGroup) -> Group:
+    async def _admit(self, message: placement_pb2.ShardGroup, access_token: str) -> Group:
         """Learns the group's model and grants it a lease."""
-        client = ShardClient(message.address)
+        client = ShardClient(message.address, access_token=access_token, tls=self._tls)
         try:
             await self._learn(message.model, client)
             self._dispatcher.check_open()

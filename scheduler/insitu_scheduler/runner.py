@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from insitu_proto.v1.shard_service_pb2 import Import, RunSegmentRequest, Segment
+from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest, Segment
 from insitu_scheduler import events
 from insitu_scheduler.limits import Limits
 from insitu_scheduler.refusals import limit_exceeded
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from insitu_proto.v1.session_pb2 import Session
-    from insitu_proto.v1.shard_service_pb2 import RunSegmentResponse, SegmentFinished
+    from insitu_proto.v1.shard_service_pb2 import Import, RunSegmentResponse, SegmentFinished
     from insitu_scheduler.events import EventBook, EventLog
     from insitu_scheduler.queue import SessionId
     from insitu_scheduler.results import ResultWriter
@@ -86,7 +86,7 @@ class SessionRun:
             for segment, transfers in zip(self.segments, self.transfers, strict=True):
                 shard = shards[segment.model] if segment.model else next(iter(shards.values()))
                 imports = [
-                    Import(address=shards[model].address, node_ids=node_ids)
+                    shards[model].importing(node_ids)
                     for model, node_ids in transfers.imports.items()
                 ]
                 if await self._run_segment(shard, segment, imports, transfers.kept):

@@ -25,7 +25,7 @@ from insitu_proto.v1 import (
 from insitu_scheduler.admission import Admission
 from insitu_scheduler.auth import Authenticator, open_keys
 from insitu_scheduler.bad_attempts import BadAttempts
-from insitu_scheduler.config import endpoint
+from insitu_scheduler.config import endpoint, is_loopback
 from insitu_scheduler.data_dir import DataDir
 from insitu_scheduler.dispatch import Dispatcher
 from insitu_scheduler.events import EventBook
@@ -43,22 +43,28 @@ from insitu_scheduler.registry_service import RegistryServicer
 from insitu_scheduler.results import ResultStore
 from insitu_scheduler.service import SchedulerServicer
 from insitu_scheduler.uploads import UploadStore
+from insitu_wire.callers import CallerCheck
 from insitu_wire.errors import Reason, error
 from insitu_wire.interceptor import ErrorInterceptor
-from insitu_wire.limits import SERVER_OPTIONS
+from insitu_wire.limits import JOIN_TOKEN_METADATA, SERVER_OPTIONS
+from insitu_wire.tls import SHARD_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Self
 
     from insitu_scheduler.config import SchedulerConfig
+    from insitu_wire.tls import Tls
 
 _log = logging.getLogger(__name__)
 
-_SERVICE_NAMES = (
-    scheduler_service_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name,
+_SHARD_SIDE_NAMES = (
     registry_service_pb2.DESCRIPTOR.services_by_name["RegistryService"].full_name,
     host_service_pb2.DESCRIPTOR.services_by_name["HostService"].full_name,
+)
+_SERVICE_NAMES = (
+    scheduler_service_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name,
+    *_SHARD_SIDE_NAMES,
 )
 
 
@@ -69,6 +75,7 @@ class Server:
         self._config = config
         self._cleanup = AsyncExitStack()
         self.address = ""
+        self.shard_address: str | None = None
         self.metrics_address: str | None = None
 
     async def start(self) -> None:
@@ -84,6 +91,7 @@ class Server:
             _log.warning(
                 "no key file is given: any non-empty API key is accepted, on loopback only"
             )
+        self._warn_of_what_others_reach()
         _log.info("insitu scheduler is listening at %s", self.address)
 
     async def stop(self) -> None:
@@ -96,6 +104,19 @@ class Server:
 
     async def __aexit__(self, *exception: object) -> None:
         await self.stop()
+
+    def _warn_of_what_others_reach(self) -> None:
+        config = self._config
+        if is_loopback(config.host):
+            return
+        if not config.tls.is_on:
+            _log.warning("without --tls-cert API keys and sessions cross the network in the clear")
+        if not config.join_token and not config.tls.is_mutual:
+            _log.warning(
+                "without INSITU_JOIN_TOKEN or --tls-client-ca whoever reaches %s can register as a "
+                "shard group",
+                self.address,
+            )
 
     async def _start(self, cleanup: AsyncExitStack) -> None:
         """Starts the parts; each is stopped in the reverse order."""
@@ -159,9 +180,15 @@ class Server:
             version=version,
             max_session_bytes=config.max_session_bytes,
         )
-        registry_servicer = RegistryServicer(registry, catalog, dispatcher)
+        registry_servicer = RegistryServicer(registry, catalog, dispatcher, config.tls)
         gate = Gate(Authenticator(keys, BadAttempts(), on_failure=metrics.refused))
-        interceptors = [ErrorInterceptor(metrics.answered), gate]
+        shards_only = CallerCheck(
+            *_SHARD_SIDE_NAMES,
+            metadata_key=JOIN_TOKEN_METADATA,
+            token=config.join_token,
+            names=frozenset({SHARD_NAME} if config.tls.is_mutual else ()),
+        )
+        interceptors = [ErrorInterceptor(metrics.answered), gate, shards_only]
         host_servicer = HostServicer(hosting, catalog, dispatcher)
         servicers = (scheduler_servicer, registry_servicer, host_servicer)
         await self._serve(cleanup, *servicers, dispatcher, interceptors)
@@ -184,10 +211,15 @@ class Server:
         registry_service_pb2_grpc.add_RegistryServiceServicer_to_server(registry_servicer, server)
         host_service_pb2_grpc.add_HostServiceServicer_to_server(host_servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-        names = (*_SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
-        host, grace_seconds = self._config.host, self._config.grace_seconds
-        self.address = endpoint(host, _bind(server, host, self._config.port))
+        config, host, grace_seconds = self._config, self._config.host, self._config.grace_seconds
+        if config.has_reflection:
+            names = (*_SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
+        self.address = endpoint(host, _bind(server, host, config.port, config.tls))
+        if config.shard_port is not None:
+            port = _bind(server, host, config.shard_port, config.tls, is_mutual=True)
+            self.shard_address = endpoint(host, port)
+            _log.info("shard groups register at %s", self.shard_address)
         cleanup.push_async_callback(server.stop, grace_seconds)
         await server.start()
         cleanup.push_async_callback(registry_servicer.stop)
@@ -199,12 +231,14 @@ class Server:
         cleanup.push_async_callback(health_servicer.enter_graceful_shutdown)
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+def _bind(
+    server: grpc.aio.Server, host: str, port: int, tls: Tls, *, is_mutual: bool = False
+) -> int:
     """Has the server listen; gives its port."""
     try:
         # Tried before by hand: gRPC would log lines of its own and not say why.
         socket.create_server((host, port), family=_family(host)).close()
-        return server.add_insecure_port(endpoint(host, port))
+        return tls.add_port(server, endpoint(host, port), is_mutual=is_mutual)
     except (OSError, RuntimeError) as exception:
         why = exception.strerror if isinstance(exception, OSError) else "taken just now"
         raise error(

@@ -9,9 +9,12 @@ import grpc
 from grpc_status import rpc_status
 
 from insitu_proto.v1 import shard_service_pb2, shard_service_pb2_grpc
+from insitu_proto.v1.shard_service_pb2 import Import
 from insitu_scheduler.models import TokenizerFile
+from insitu_wire.callers import carrying
 from insitu_wire.errors import Error, Reason, error, from_rpc_error
-from insitu_wire.limits import CHANNEL_OPTIONS
+from insitu_wire.limits import ACCESS_TOKEN_METADATA
+from insitu_wire.tls import SHARD_NAME, Tls
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -24,20 +27,26 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _DESCRIBE_SECONDS = 60.0
+_NO_TLS = Tls()
 
 
 class ShardClient:
     """One open connection to the leader of a shard group."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, access_token: str = "", tls: Tls = _NO_TLS) -> None:
         """Opens a connection.
 
         Args:
             address: the leader's, as host:port.
+            access_token: what the group wants calls to carry.
+            tls: how the scheduler shows who it is.
         """
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._stub = shard_service_pb2_grpc.ShardServiceStub(self._channel)
+        self.access_token = access_token
+        self._channel = tls.channel(address, SHARD_NAME)
+        self._stub = shard_service_pb2_grpc.ShardServiceStub(
+            carrying(self._channel, ACCESS_TOKEN_METADATA, access_token)
+        )
 
     async def describe(self, model: str) -> ModelDescription:
         """Asks for the model's structure.
@@ -129,6 +138,10 @@ class ShardClient:
         except grpc.aio.AioRpcError as rpc_error:
             raise self._lost(rpc_error) from rpc_error
         return response.had_value
+
+    def importing(self, node_ids: Sequence[int]) -> Import:
+        """Tells another group how it gets values of a session that this group has."""
+        return Import(address=self.address, node_ids=node_ids, access_token=self.access_token)
 
     async def close(self) -> None:
         """Closes the connection, and with it what still runs over it."""

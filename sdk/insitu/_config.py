@@ -19,13 +19,14 @@ _SUBMIT_WAIT_SECONDS = 600.0
 class Config:
     """Where the server is and who asks.
 
-    `INSITU_ENDPOINT`, `INSITU_API_KEY`, `INSITU_TIER` and `INSITU_SUBMIT_WAIT_SECONDS` set the same
-    from outside.
+    `INSITU_ENDPOINT`, `INSITU_API_KEY`, `INSITU_TLS_CA`, `INSITU_TIER` and
+    `INSITU_SUBMIT_WAIT_SECONDS` set the same from outside.
     """
 
     def __init__(self) -> None:
         self._endpoint: str | None = None
         self._api_key: str | None = None
+        self._tls_ca: str | None = None
         self._tier: str | None = None
         self._submit_wait: float | None = None
 
@@ -36,6 +37,19 @@ class Config:
     def set_default_api_key(self, api_key: str) -> None:
         """Sets the API key that every call to the server carries."""
         self._api_key = api_key
+
+    def set_tls_ca(self, ca: str | os.PathLike[str]) -> None:
+        """Has the connection encrypted, to a server with a certificate of known roots.
+
+        Args:
+            ca: file of the roots, PEM, or "system" for those of the public CAs.
+        """
+        self._tls_ca = os.fspath(ca)
+
+    @property
+    def tls_ca(self) -> str:
+        """The file of the roots that the server is known by; empty for no encryption."""
+        return self._tls_ca or os.environ.get("INSITU_TLS_CA") or ""
 
     def set_default_tier(self, tier: str) -> None:
         """Sets which share of the server's time sessions ask for.

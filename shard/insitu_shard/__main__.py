@@ -10,12 +10,14 @@ import logging
 import os
 import sys
 import uuid
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import Annotated
 
 import typer
 
 from insitu_shard.config import Placement, ShardConfig, parse_model
 from insitu_wire.errors import Error, Reason, error
+from insitu_wire.tls import Tls
 
 
 def run(
@@ -39,6 +41,32 @@ def run(
             help="host:port under which the scheduler reaches this group, if not where it listens.",
         ),
     ] = "",
+    tls_cert: Annotated[
+        Path | None, typer.Option(envvar="INSITU_TLS_CERT", help="Certificate to serve with, PEM.")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(envvar="INSITU_TLS_KEY", help="The certificate's key, PEM.")
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="INSITU_TLS_CLIENT_CA",
+            help="Roots of the certificates of scheduler and shard groups, PEM: it takes calls "
+            "of these alone.",
+        ),
+    ] = None,
+    join_token: Annotated[
+        str,
+        typer.Option(
+            envvar="INSITU_JOIN_TOKEN",
+            show_default=False,
+            help="What the scheduler wants of groups that register; better given as the variable.",
+        ),
+    ] = "",
+    reflection: Annotated[
+        bool,
+        typer.Option(envvar="INSITU_REFLECTION", help="Whether gRPC reflection tells of services."),
+    ] = True,
     metrics_port: Annotated[
         int,
         typer.Option(envvar="INSITU_METRICS_PORT", help="Port of /metrics; 0 a free one, -1 none."),
@@ -119,6 +147,9 @@ def run(
             host=host,
             port=port,
             advertise_address=advertise_address,
+            tls=Tls(cert=tls_cert, key=tls_key, ca=tls_client_ca),
+            join_token=join_token,
+            has_reflection=reflection,
             metrics_port=metrics_port if metrics_port >= 0 else None,
             num_ranks=tp,
             max_sessions=max_sessions,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from insitu_wire.errors import Reason, error
+from insitu_wire.tls import Tls
 
 if TYPE_CHECKING:
     from insitu_shard.engine import Spread
@@ -39,6 +40,12 @@ class ShardConfig:
     """Port that the leader listens on; 0 takes a free one."""
     advertise_address: str = ""
     """host:port under which the scheduler reaches the leader; by default host and port."""
+    tls: Tls = field(default_factory=Tls)
+    """Certificates; all three, or none for no encryption."""
+    join_token: str = field(default="", repr=False)
+    """What the scheduler wants of groups that register."""
+    has_reflection: bool = True
+    """Whether gRPC reflection tells callers what services there are."""
     metrics_port: int | None = None
     """Port of the leader's /metrics; 0 takes a free one, None serves none."""
     num_ranks: int = 1
@@ -71,6 +78,13 @@ class ShardConfig:
     """How long a running segment may still take once the group is told to stop."""
 
     def __post_init__(self) -> None:
+        self.tls.check()
+        if self.tls.is_on != self.tls.is_mutual:
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                "--tls-cert, --tls-key and --tls-client-ca go together: a shard group takes "
+                "calls of the scheduler and other groups alone; give all three, or none",
+            )
         if self.upload_cache_bytes < 0:
             raise error(
                 Reason.INVALID_CONFIGURATION,

@@ -9,8 +9,10 @@ import grpc
 
 from insitu_proto.v1 import shard_service_pb2, shard_service_pb2_grpc
 from insitu_wire import torch_codec
+from insitu_wire.callers import carrying
 from insitu_wire.errors import Reason, error
-from insitu_wire.limits import CHANNEL_OPTIONS
+from insitu_wire.limits import ACCESS_TOKEN_METADATA
+from insitu_wire.tls import SHARD_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,10 +20,11 @@ if TYPE_CHECKING:
     import torch
 
     from insitu_shard.engine import HandleStore
+    from insitu_wire.tls import Tls
 
 
 async def fetch_values(
-    request: shard_service_pb2.RunSegmentRequest, source: shard_service_pb2.Import
+    request: shard_service_pb2.RunSegmentRequest, source: shard_service_pb2.Import, tls: Tls
 ) -> tuple[shard_service_pb2.ImportedValues, list[bytearray]]:
     """Asks another group for values.
 
@@ -40,8 +43,10 @@ async def fetch_values(
     )
     data: list[bytearray] = []
     try:
-        async with grpc.aio.insecure_channel(source.address, options=CHANNEL_OPTIONS) as channel:
-            stub = shard_service_pb2_grpc.ShardServiceStub(channel)
+        async with tls.channel(source.address, SHARD_NAME) as channel:
+            stub = shard_service_pb2_grpc.ShardServiceStub(
+                carrying(channel, ACCESS_TOKEN_METADATA, source.access_token)
+            )
             async for response in stub.FetchValues(asked):
                 if response.HasField("value"):
                     imported.values.append(response.value)

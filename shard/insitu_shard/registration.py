@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import grpc
 
 from insitu_proto.v1 import placement_pb2, registry_service_pb2, registry_service_pb2_grpc
-from insitu_wire.limits import CHANNEL_OPTIONS
+from insitu_wire.callers import carrying
+from insitu_wire.limits import JOIN_TOKEN_METADATA
+from insitu_wire.tls import SCHEDULER_NAME, Tls
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,6 +20,7 @@ _log = logging.getLogger(__name__)
 
 _FIRST_RETRY_SECONDS = 0.2
 _LAST_RETRY_SECONDS = 5.0
+_NO_TLS = Tls()
 
 
 class Registration:
@@ -28,6 +31,10 @@ class Registration:
         scheduler: str,
         group: placement_pb2.ShardGroup,
         on_lost: Callable[[], Awaitable[object]],
+        *,
+        access_token: str = "",
+        join_token: str = "",
+        tls: Tls = _NO_TLS,
     ) -> None:
         """Makes it.
 
@@ -36,7 +43,13 @@ class Registration:
             group: what to register.
             on_lost: called when the stream has broken, before it is opened again: nobody will ask
                 any more for what sessions have here.
+            access_token: what the group wants calls to carry.
+            join_token: what the scheduler wants of groups that register.
+            tls: how the group shows who it is.
         """
+        self._access_token = access_token
+        self._join_token = join_token
+        self._tls = tls
         self._scheduler = scheduler
         self._group = group
         self._on_lost = on_lost
@@ -48,10 +61,10 @@ class Registration:
         delay = _FIRST_RETRY_SECONDS
         while True:
             try:
-                async with grpc.aio.insecure_channel(
-                    self._scheduler, options=CHANNEL_OPTIONS
-                ) as channel:
-                    stub = registry_service_pb2_grpc.RegistryServiceStub(channel)
+                async with self._tls.channel(self._scheduler, SCHEDULER_NAME) as channel:
+                    stub = registry_service_pb2_grpc.RegistryServiceStub(
+                        carrying(channel, JOIN_TOKEN_METADATA, self._join_token)
+                    )
                     async for response in stub.RegisterGroup(self._requests()):
                         delay = _FIRST_RETRY_SECONDS
                         self._granted(response.lease)
@@ -72,7 +85,9 @@ class Registration:
         self._keep_alive_seconds = lease.ttl.ToTimedelta().total_seconds() / 3
 
     async def _requests(self) -> AsyncIterator[registry_service_pb2.RegisterGroupRequest]:
-        yield registry_service_pb2.RegisterGroupRequest(group=self._group)
+        yield registry_service_pb2.RegisterGroupRequest(
+            group=self._group, access_token=self._access_token
+        )
         while True:
             was_draining = self._draining.is_set()
             if was_draining:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import secrets
 import signal
 import time
 import uuid
@@ -27,9 +28,11 @@ from insitu_shard.metrics import ShardMetrics
 from insitu_shard.registration import Registration
 from insitu_shard.service import ShardServicer
 from insitu_shard.upload_cache import UploadCache
+from insitu_wire.callers import CallerCheck
 from insitu_wire.errors import Reason, error
 from insitu_wire.interceptor import ErrorInterceptor
-from insitu_wire.limits import SERVER_OPTIONS
+from insitu_wire.limits import ACCESS_TOKEN_METADATA, SERVER_OPTIONS
+from insitu_wire.tls import SCHEDULER_NAME, SHARD_NAME
 
 if TYPE_CHECKING:
     from insitu_shard.config import ShardConfig
@@ -110,8 +113,9 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
         stopping.set()
 
     engine = EngineThread(leader, metrics, thread=thread, on_lost=lost)
-    servicer = ShardServicer(leader, description, engine)
-    server, health, address = await _start(config, servicer)
+    servicer = ShardServicer(leader, description, engine, config.tls)
+    access_token = secrets.token_hex(32)
+    server, health, address = await _start(config, servicer, access_token)
     if config.metrics_port is not None:
         httpd, _ = start_http_server(
             config.metrics_port, addr=config.host, registry=metrics.registry
@@ -119,7 +123,12 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
         _log.info("metrics are at http://%s:%d/metrics", config.host, httpd.server_port)
     _stop_on_signals(stopping)
     registration = Registration(
-        config.scheduler, _shard_group(config, address), on_lost=servicer.release_all
+        config.scheduler,
+        _shard_group(config, address),
+        on_lost=servicer.release_all,
+        access_token=access_token,
+        join_token=config.join_token,
+        tls=config.tls,
     )
     registering = asyncio.create_task(registration.run())
     tidying = asyncio.create_task(servicer.tidy(min(config.kept_seconds, _TIDY_SECONDS)))
@@ -136,16 +145,23 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
 
 
 async def _start(
-    config: ShardConfig, servicer: ShardServicer
+    config: ShardConfig, servicer: ShardServicer, access_token: str
 ) -> tuple[grpc.aio.Server, health_aio.HealthServicer, str]:
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+    peers_only = CallerCheck(
+        _SERVICE_NAME,
+        metadata_key=ACCESS_TOKEN_METADATA,
+        token=access_token,
+        names=frozenset({SCHEDULER_NAME, SHARD_NAME} if config.tls.is_mutual else ()),
+    )
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(), peers_only], options=SERVER_OPTIONS)
     shard_service_pb2_grpc.add_ShardServiceServicer_to_server(servicer, server)
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    names = (_SERVICE_NAME, reflection.SERVICE_NAME, "grpc.health.v1.Health")
-    reflection.enable_server_reflection(names, server)
+    if config.has_reflection:
+        names = (_SERVICE_NAME, reflection.SERVICE_NAME, "grpc.health.v1.Health")
+        reflection.enable_server_reflection(names, server)
     try:
-        port = server.add_insecure_port(f"{config.host}:{config.port}")
+        port = config.tls.add_port(server, f"{config.host}:{config.port}", is_mutual=True)
     except RuntimeError as exception:
         raise error(
             Reason.INVALID_CONFIGURATION,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from insitu_proto.v1 import model_pb2
     from insitu_shard.engine_thread import EngineThread
     from insitu_shard.group import Leader
+    from insitu_wire.tls import Tls
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -30,7 +31,11 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
     """Runs segments of several sessions beside each other."""
 
     def __init__(
-        self, leader: Leader, description: model_pb2.ModelDescription, engine: EngineThread
+        self,
+        leader: Leader,
+        description: model_pb2.ModelDescription,
+        engine: EngineThread,
+        tls: Tls,
     ) -> None:
         """Makes the service.
 
@@ -38,7 +43,9 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
             leader: runs segments on all ranks; on the engine's thread only.
             description: the model's.
             engine: does what the leader is asked for.
+            tls: how the group shows other groups who it is.
         """
+        self._tls = tls
         self._leader = leader
         self._description = description
         self._engine = engine
@@ -81,7 +88,9 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
         self, request: shard_service_pb2.RunSegmentRequest, context: Context
     ) -> AsyncIterator[shard_service_pb2.RunSegmentResponse]:
         """Runs a segment beside those of other sessions, and streams what happens."""
-        for imported, data in [await fetch_values(request, at) for at in request.imports]:
+        for imported, data in [
+            await fetch_values(request, at, self._tls) for at in request.imports
+        ]:
             await self._engine.do(partial(self._leader.store_values, imported, data))
         async with aclosing(self._engine.run(request)) as events:
             async for event in events:

@@ -19,9 +19,16 @@ from insitu_proto.v1.session_pb2 import Session, Step
 from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest, RunSegmentResponse
 from insitu_proto.v1.tensor_pb2 import Dtype, Tensor
 from insitu_proto.v1.trace_pb2 import Invoke, TokenRow, Trace, TraceMode
+from insitu_wire.callers import CallerCheck, carrying
 from insitu_wire.content_hash import wrong_content
 from insitu_wire.interceptor import ErrorInterceptor
-from insitu_wire.limits import CHUNK_BYTES, SERVER_OPTIONS
+from insitu_wire.limits import (
+    ACCESS_TOKEN_METADATA,
+    CHUNK_BYTES,
+    JOIN_TOKEN_METADATA,
+    SERVER_OPTIONS,
+)
+from insitu_wire.tls import SCHEDULER_NAME, Tls
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -134,6 +141,9 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
     uploads: dict[str, bytes] = field(default_factory=dict)
     refuses_uploads: bool = False
     num_cancelled: int = 0
+    join_token: str = ""
+    access_token: str = ""
+    tls: Tls = field(default_factory=Tls)
     num_tokenizer_fetches: int = 0
     address: str = ""
 
@@ -146,9 +156,18 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
         self.hold.set()
 
     async def __aenter__(self) -> FakeShard:
-        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        peers_only = CallerCheck(
+            "insitu.v1.ShardService",
+            metadata_key=ACCESS_TOKEN_METADATA,
+            token=self.access_token,
+            names=frozenset({SCHEDULER_NAME} if self.tls.is_mutual else ()),
+        )
+        self._server = grpc.aio.server(
+            interceptors=[ErrorInterceptor(), peers_only], options=SERVER_OPTIONS
+        )
         shard_service_pb2_grpc.add_ShardServiceServicer_to_server(self, self._server)
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        port = self.tls.add_port(self._server, "127.0.0.1:0", is_mutual=True)
+        self.address = f"127.0.0.1:{port}"
         await self._server.start()
         self._registration = asyncio.create_task(self._register())
         return self
@@ -176,10 +195,13 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
             num_ranks=1,
             max_sessions=self.max_sessions,
         )
-        async with grpc.aio.insecure_channel(self.scheduler) as channel:
-            stub = registry_service_pb2_grpc.RegistryServiceStub(channel)
+        async with self.tls.channel(self.scheduler, SCHEDULER_NAME) as channel:
+            stub = registry_service_pb2_grpc.RegistryServiceStub(
+                carrying(channel, JOIN_TOKEN_METADATA, self.join_token)
+            )
             call = stub.RegisterGroup()
-            await call.write(RegisterGroupRequest(group=group))
+            first = RegisterGroupRequest(group=group, access_token=self.access_token)
+            await call.write(first)
             while (response := await call.read()) is not grpc.aio.EOF:
                 self.registered.set()
                 await asyncio.sleep(response.lease.ttl.ToTimedelta().total_seconds() / 4)

@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from insitu_proto.v1 import placement_pb2 as insitu__proto_dot_v1_dot_placement__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&insitu_proto/v1/registry_service.proto\x12\tinsitu.v1\x1a\x1finsitu_proto/v1/placement.proto\"r\n\x14RegisterGroupRequest\x12&\n\x05group\x18\x01 \x01(\x0b\x32\x15.insitu.v1.ShardGroupH\x00\x12*\n\nkeep_alive\x18\x02 \x01(\x0b\x32\x14.insitu.v1.KeepAliveH\x00\x42\x06\n\x04kind\" \n\tKeepAlive\x12\x13\n\x0bis_draining\x18\x01 \x01(\x08\"8\n\x15RegisterGroupResponse\x12\x1f\n\x05lease\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Lease2i\n\x0fRegistryService\x12V\n\rRegisterGroup\x12\x1f.insitu.v1.RegisterGroupRequest\x1a .insitu.v1.RegisterGroupResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&insitu_proto/v1/registry_service.proto\x12\tinsitu.v1\x1a\x1finsitu_proto/v1/placement.proto\"\x88\x01\n\x14RegisterGroupRequest\x12&\n\x05group\x18\x01 \x01(\x0b\x32\x15.insitu.v1.ShardGroupH\x00\x12*\n\nkeep_alive\x18\x02 \x01(\x0b\x32\x14.insitu.v1.KeepAliveH\x00\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x03 \x01(\tB\x06\n\x04kind\" \n\tKeepAlive\x12\x13\n\x0bis_draining\x18\x01 \x01(\x08\"8\n\x15RegisterGroupResponse\x12\x1f\n\x05lease\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Lease2i\n\x0fRegistryService\x12V\n\rRegisterGroup\x12\x1f.insitu.v1.RegisterGroupRequest\x1a .insitu.v1.RegisterGroupResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'insitu_proto.v1.registry_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REGISTERGROUPREQUEST']._serialized_start=86
-  _globals['_REGISTERGROUPREQUEST']._serialized_end=200
-  _globals['_KEEPALIVE']._serialized_start=202
-  _globals['_KEEPALIVE']._serialized_end=234
-  _globals['_REGISTERGROUPRESPONSE']._serialized_start=236
-  _globals['_REGISTERGROUPRESPONSE']._serialized_end=292
-  _globals['_REGISTRYSERVICE']._serialized_start=294
-  _globals['_REGISTRYSERVICE']._serialized_end=399
+  _globals['_REGISTERGROUPREQUEST']._serialized_start=87
+  _globals['_REGISTERGROUPREQUEST']._serialized_end=223
+  _globals['_KEEPALIVE']._serialized_start=225
+  _globals['_KEEPALIVE']._serialized_end=257
+  _globals['_REGISTERGROUPRESPONSE']._serialized_start=259
+  _globals['_REGISTERGROUPRESPONSE']._serialized_end=315
+  _globals['_REGISTRYSERVICE']._serialized_start=317
+  _globals['_REGISTRYSERVICE']._serialized_end=422
 # @@protoc_insertion_point(module_scope)

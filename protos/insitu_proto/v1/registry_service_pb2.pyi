@@ -25,6 +25,11 @@ class RegisterGroupRequest(_message.Message):
 
     GROUP_FIELD_NUMBER: _builtins.int
     KEEP_ALIVE_FIELD_NUMBER: _builtins.int
+    ACCESS_TOKEN_FIELD_NUMBER: _builtins.int
+    access_token: _builtins.str
+    """Of the first request: what calls to the group carry as metadata "insitu-access-token"; it takes no
+    others. Unset where it takes all.
+    """
     @_builtins.property
     def group(self) -> _placement_pb2.ShardGroup:
         """Registers the group."""
@@ -38,10 +43,11 @@ class RegisterGroupRequest(_message.Message):
         *,
         group: _placement_pb2.ShardGroup | None = ...,
         keep_alive: Global___KeepAlive | None = ...,
+        access_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "keep_alive", b"keep_alive", "kind", b"kind"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "keep_alive", b"keep_alive", "kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "group", b"group", "keep_alive", b"keep_alive", "kind", b"kind"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["group", "keep_alive"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015

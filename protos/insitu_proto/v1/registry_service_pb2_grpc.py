@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class RegistryServiceStub:
-    """Takes registrations of shard groups. Served by the scheduler, called by the leaders of the groups.
+    """Takes registrations of shard groups. Served by the scheduler, called by the leaders of the groups. Calls
+    carry the join token as metadata "insitu-join-token", where the scheduler has one.
     """
 
     def __init__(self, channel):
@@ -43,13 +44,14 @@ class RegistryServiceStub:
 
 
 class RegistryServiceServicer:
-    """Takes registrations of shard groups. Served by the scheduler, called by the leaders of the groups.
+    """Takes registrations of shard groups. Served by the scheduler, called by the leaders of the groups. Calls
+    carry the join token as metadata "insitu-join-token", where the scheduler has one.
     """
 
     def RegisterGroup(self, request_iterator, context):
         """Registers a group for as long as the stream lives and is kept alive. The first request must be
         `group`; all others `keep_alive`. Each is answered by the lease. Fails with MALFORMED_SESSION if the
-        order is broken, with PERMISSION_DENIED if the group may not register.
+        order is broken, with INVALID_CREDENTIAL if the group may not register.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,7 +74,8 @@ def add_RegistryServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RegistryService:
-    """Takes registrations of shard groups. Served by the scheduler, called by the leaders of the groups.
+    """Takes registrations of shard groups. Served by the scheduler, called by the leaders of the groups. Calls
+    carry the join token as metadata "insitu-join-token", where the scheduler has one.
     """
 
     @staticmethod

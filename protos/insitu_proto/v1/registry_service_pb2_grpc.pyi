@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RegistryServiceStub:
-    """Takes registrations of shard groups. Served by the scheduler, called by the leaders of the groups."""
+    """Takes registrations of shard groups. Served by the scheduler, called by the leaders of the groups. Calls
+    carry the join token as metadata "insitu-join-token", where the scheduler has one.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -36,22 +38,26 @@ class RegistryServiceStub:
     RegisterGroup: _grpc.StreamStreamMultiCallable[_registry_service_pb2.RegisterGroupRequest, _registry_service_pb2.RegisterGroupResponse]
     """Registers a group for as long as the stream lives and is kept alive. The first request must be
     `group`; all others `keep_alive`. Each is answered by the lease. Fails with MALFORMED_SESSION if the
-    order is broken, with PERMISSION_DENIED if the group may not register.
+    order is broken, with INVALID_CREDENTIAL if the group may not register.
     """
 
 @_typing.type_check_only
 class RegistryServiceAsyncStub(RegistryServiceStub):
-    """Takes registrations of shard groups. Served by the scheduler, called by the leaders of the groups."""
+    """Takes registrations of shard groups. Served by the scheduler, called by the leaders of the groups. Calls
+    carry the join token as metadata "insitu-join-token", where the scheduler has one.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterGroup: _aio.StreamStreamMultiCallable[_registry_service_pb2.RegisterGroupRequest, _registry_service_pb2.RegisterGroupResponse]  # type: ignore[assignment]
     """Registers a group for as long as the stream lives and is kept alive. The first request must be
     `group`; all others `keep_alive`. Each is answered by the lease. Fails with MALFORMED_SESSION if the
-    order is broken, with PERMISSION_DENIED if the group may not register.
+    order is broken, with INVALID_CREDENTIAL if the group may not register.
     """
 
 class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Takes registrations of shard groups. Served by the scheduler, called by the leaders of the groups."""
+    """Takes registrations of shard groups. Served by the scheduler, called by the leaders of the groups. Calls
+    carry the join token as metadata "insitu-join-token", where the scheduler has one.
+    """
 
     @_abc_1.abstractmethod
     def RegisterGroup(
@@ -61,7 +67,7 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_registry_service_pb2.RegisterGroupResponse], _abc.AsyncIterator[_registry_service_pb2.RegisterGroupResponse]]:
         """Registers a group for as long as the stream lives and is kept alive. The first request must be
         `group`; all others `keep_alive`. Each is answered by the lease. Fails with MALFORMED_SESSION if the
-        order is broken, with PERMISSION_DENIED if the group may not register.
+        order is broken, with INVALID_CREDENTIAL if the group may not register.
         """
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

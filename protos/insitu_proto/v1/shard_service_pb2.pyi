@@ -339,8 +339,11 @@ class Import(_message.Message):
 
     ADDRESS_FIELD_NUMBER: _builtins.int
     NODE_IDS_FIELD_NUMBER: _builtins.int
+    ACCESS_TOKEN_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """Address of the leader of the group that has them."""
+    access_token: _builtins.str
+    """What calls to that group carry as metadata "insitu-access-token"."""
     @_builtins.property
     def node_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ids of the nodes that made them."""
@@ -350,10 +353,11 @@ class Import(_message.Message):
         *,
         address: _builtins.str = ...,
         node_ids: _abc.Iterable[_builtins.int] | None = ...,
+        access_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "node_ids", b"node_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "address", b"address", "node_ids", b"node_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,6 +11,7 @@ import grpc
 from insitu_proto.v1 import scheduler_service_pb2_grpc
 from insitu_wire.errors import Reason, error, from_rpc_error
 from insitu_wire.limits import API_KEY_METADATA, CHANNEL_OPTIONS
+from insitu_wire.tls import client_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,5 +71,9 @@ class Connection:
             self.close()
             self.endpoint = self._config.endpoint
             options = (*CHANNEL_OPTIONS, ("grpc.service_config", json.dumps(_SERVICE_CONFIG)))
-            self._channel = grpc.insecure_channel(self.endpoint, options=options)
+            self._channel = (
+                grpc.secure_channel(self.endpoint, client_credentials(ca), options=options)
+                if (ca := self._config.tls_ca)
+                else grpc.insecure_channel(self.endpoint, options=options)
+            )
         return scheduler_service_pb2_grpc.SchedulerServiceStub(self._channel)

@@ -79,6 +79,8 @@ class Deployment:
     is_stopping: bool = False
     operator_key: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
     """Its own key, of which the scheduler is told the hash."""
+    join_token: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
+    """What its shard groups know, and no others."""
 
     def run(self) -> int:
         """Starts everything, keeps it running until a signal, ends everything.
@@ -151,7 +153,9 @@ class Deployment:
         self._start("host", "insitu_shard.host", arguments)
 
     def _start(self, name: str, module: str, arguments: list[str]) -> None:
-        self.processes[name] = SupervisedProcess("insitu up", module, arguments)
+        process = SupervisedProcess("insitu up", module, arguments)
+        process.variables["INSITU_JOIN_TOKEN"] = self.join_token
+        self.processes[name] = process
         self.processes[name].start()
 
     def _wait_until_ready(self, address: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import uuid
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +17,7 @@ from insitu_shard.config import ShardConfig, parse_model
 from insitu_shard.host.agent import HostAgent
 from insitu_shard.host.groups import HostedGroups
 from insitu_wire.errors import Error, Reason, error
+from insitu_wire.tls import Tls
 
 
 def run(
@@ -41,7 +44,7 @@ def run(
     """Loads and unloads models as the scheduler orders, until SIGTERM or Ctrl-C.
 
     Each is served by a shard group of its own, which reads the settings of `insitu shard` from the
-    environment.
+    environment; the host itself those of certificates and the join token.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
@@ -64,7 +67,22 @@ async def _serve(
     shared += ["--metrics-port", "0", *(["--dtype", dtype] if dtype else [])]
     arguments = {name: ["--model", f"{name}={path}", *shared] for name, path in models.items()}
     groups = HostedGroups(arguments, max_loaded=max_loaded)
-    await HostAgent(scheduler, host, descriptions, groups).run(stopping)
+    agent = HostAgent(
+        scheduler,
+        host,
+        descriptions,
+        groups,
+        join_token=os.environ.get("INSITU_JOIN_TOKEN", ""),
+        tls=_tls_of_environment(),
+    )
+    await agent.run(stopping)
+
+
+def _tls_of_environment() -> Tls:
+    names = ("INSITU_TLS_CERT", "INSITU_TLS_KEY", "INSITU_TLS_CLIENT_CA")
+    tls = Tls(*(Path(os.environ[name]) if os.environ.get(name) else None for name in names))
+    tls.check()
+    return tls
 
 
 def _checked(max_loaded: int) -> int:

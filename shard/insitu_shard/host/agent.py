@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from insitu_proto.v1 import host_service_pb2, host_service_pb2_grpc
-from insitu_wire.limits import CHANNEL_OPTIONS
+from insitu_wire.callers import carrying
+from insitu_wire.limits import JOIN_TOKEN_METADATA
+from insitu_wire.tls import SCHEDULER_NAME, Tls
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +24,7 @@ _STEP_SECONDS = 0.2
 _REPORT_SECONDS = 2.0
 _FIRST_RETRY_SECONDS = 0.2
 _LAST_RETRY_SECONDS = 5.0
+_NO_TLS = Tls()
 
 
 class HostAgent:
@@ -33,6 +36,9 @@ class HostAgent:
         host: host_service_pb2.Host,
         descriptions: Sequence[host_service_pb2.RegisterHostRequest],
         groups: HostedGroups,
+        *,
+        join_token: str = "",
+        tls: Tls = _NO_TLS,
     ) -> None:
         """Makes it.
 
@@ -41,7 +47,11 @@ class HostAgent:
             host: what to register.
             descriptions: the messages that describe its models.
             groups: what is started and ended.
+            join_token: what the scheduler wants of those that register.
+            tls: how the host shows who it is.
         """
+        self._join_token = join_token
+        self._tls = tls
         self._scheduler = scheduler
         self._host = host
         self._descriptions = descriptions
@@ -62,10 +72,10 @@ class HostAgent:
         delay = _FIRST_RETRY_SECONDS
         while True:
             try:
-                async with grpc.aio.insecure_channel(
-                    self._scheduler, options=CHANNEL_OPTIONS
-                ) as channel:
-                    stub = host_service_pb2_grpc.HostServiceStub(channel)
+                async with self._tls.channel(self._scheduler, SCHEDULER_NAME) as channel:
+                    stub = host_service_pb2_grpc.HostServiceStub(
+                        carrying(channel, JOIN_TOKEN_METADATA, self._join_token)
+                    )
                     await self._register(stub.RegisterHost())
                     delay = _FIRST_RETRY_SECONDS
             except grpc.aio.AioRpcError as rpc_error:

@@ -21,7 +21,7 @@ from insitu_shard.engine.logs import format_values
 from insitu_shard.engine.memory import compact
 from insitu_shard.engine.model_folder import load_config
 from insitu_shard.engine.ranks import Ranks
-from insitu_wire.errors import ConfigurationError, InvalidTraceError
+from insitu_wire.errors import CapacityError, ConfigurationError, InvalidTraceError
 from support.tiny_models import TinyModels
 
 IDS = [5, 9, 17, 23]
@@ -168,3 +168,25 @@ def test_more_ranks_than_heads_are_refused_with_the_numbers_that_work(tiny: Tiny
 
 def test_sides_have_the_names_that_users_write() -> None:
     assert {side.value for side in Side} == {"input", "inputs", "output"}
+
+
+def test_what_steps_give_to_later_ones_is_bounded(tiny: TinyModels) -> None:
+    segment, trace = _segment()
+    _read(trace, 1, "model.layers.1")
+    segment.steps.add().log.values.add().reference.node_id = 1
+    model = load_model("tiny", tiny.folder("llama"))
+    enough = SegmentRun({"tiny": model}, segment, values={}, max_value_bytes=4 * 64 * 4)
+    assert [type(event) for event in enough.run()][-1] is Logged
+    bounded = SegmentRun({"tiny": model}, segment, values={}, max_value_bytes=4 * 64 * 4 - 1)
+    with pytest.raises(CapacityError, match="at most 1,023") as raised:
+        list(bounded.run())
+    assert raised.value.reason == "LIMIT_EXCEEDED"
+
+
+def test_a_key_bounds_what_its_user_keeps_and_never_more_than_the_group_allows() -> None:
+    kept = HandleStore(max_kept_bytes=8).kept_for("ann")
+    for bound, size in ((4, 2), (100, 3), (None, 3)):
+        kept.bound(bound)
+        with pytest.raises(CapacityError):
+            kept.keep({"h": torch.zeros(size)})
+    kept.keep({"h": torch.zeros(2)})

@@ -1,0 +1,117 @@
+"""Calls between the programs carry tokens, and a service lets those in alone that have them."""
+
+from __future__ import annotations
+
+import hmac
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import grpc
+
+from insitu_wire.errors import Reason, error
+from insitu_wire.tls import peer_names
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    Handler = grpc.RpcMethodHandler[Any, Any] | None
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class CallerCheck(grpc.aio.ServerInterceptor):
+    """Asks callers of some services for a token, or for a name in their certificate."""
+
+    def __init__(
+        self,
+        *services: str,
+        metadata_key: str = "",
+        token: str = "",
+        names: frozenset[str] = frozenset(),
+    ) -> None:
+        """Makes it; without token and names all may call.
+
+        Args:
+            services: full names of the services.
+            metadata_key: where the token is.
+            token: what calls have to carry.
+            names: of which a caller's certificate has to have one.
+        """
+        self._services = services
+        self._metadata_key = metadata_key
+        self._token = token
+        self._names = names
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """Wraps the method that is called."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.split("/")[1] not in self._services:
+            return handler
+        return _wrapped(handler, self._check)
+
+    def _check(self, context: Context) -> None:
+        shown = dict(context.invocation_metadata() or ()).get(self._metadata_key, "")
+        text = shown if isinstance(shown, str) else shown.decode("utf-8", "replace")
+        has_token = hmac.compare_digest(text.encode(), self._token.encode())
+        has_name = not self._names or not self._names.isdisjoint(peer_names(context))
+        if not (has_token or not self._token) or not has_name:
+            raise error(
+                Reason.INVALID_CREDENTIAL,
+                "this service is for the schedulers and shard groups of one deployment alone; give "
+                "them the same join token, and certificates of their own CA where they use TLS",
+            )
+
+
+def carrying(channel: grpc.aio.Channel, metadata_key: str, token: str) -> grpc.aio.Channel:
+    """Gives a channel for stubs whose calls all carry a token; if it is empty, the channel."""
+    if not token:
+        return channel
+    return cast("grpc.aio.Channel", _Carrying(channel, ((metadata_key, token),)))
+
+
+class _Carrying:
+    """Makes the callables that stubs ask a channel for, each with metadata."""
+
+    def __init__(self, channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._channel = channel
+        self._metadata = metadata
+
+    def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
+        return partial(self._channel.unary_unary(*args, **kwargs), metadata=self._metadata)
+
+    def unary_stream(self, *args: Any, **kwargs: Any) -> Any:
+        return partial(self._channel.unary_stream(*args, **kwargs), metadata=self._metadata)
+
+    def stream_unary(self, *args: Any, **kwargs: Any) -> Any:
+        return partial(self._channel.stream_unary(*args, **kwargs), metadata=self._metadata)
+
+    def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
+        return partial(self._channel.stream_stream(*args, **kwargs), metadata=self._metadata)
+
+
+def _wrapped(handler: Any, check: Callable[[Context], None]) -> Handler:
+    serializers = {
+        "request_deserializer": handler.request_deserializer,
+        "response_serializer": handler.response_serializer,
+    }
+    kind = (
+        f"{'stream' if handler.request_streaming else 'unary'}_"
+        f"{'stream' if handler.response_streaming else 'unary'}"
+    )
+    method = getattr(handler, kind)
+
+    async def one(request: Any, context: Context) -> Any:
+        check(context)
+        return await method(request, context)
+
+    async def many(request: Any, context: Context) -> AsyncIterator[Any]:
+        check(context)
+        async for response in method(request, context):
+            yield response
+
+    make = getattr(grpc, f"{kind}_rpc_method_handler")
+    made: Handler = make(many if handler.response_streaming else one, **serializers)
+    return made

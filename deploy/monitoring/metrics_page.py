@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from insitu_scheduler.metrics import SchedulerMetrics
-from insitu_shard.engine import HandleStore
 from insitu_shard.metrics import ShardMetrics
-from insitu_shard.upload_cache import UploadCache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,16 +19,21 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).parents[2] / "docs/metrics.md"
 _HEAD = """# Metrics
 
-Served at `/metrics` by the scheduler (`--metrics-port`) and by the leader of each shard group. How
-long people wait is `insitu_queue_latency_seconds`; a queue that is stuck shows in
-`insitu_queue_oldest_age_seconds`, for what waits has no latency yet. No label holds a user, a
+Served at `/metrics` by the scheduler (`--metrics-port`) and by the leader of each shard group,
+which tells of its other ranks, too. How long people wait is `insitu_queue_latency_seconds`; a
+queue that is stuck shows in `insitu_queue_oldest_age_seconds`, for what waits has no latency yet,
+and `insitu_queue_expected_wait_seconds` says what a newcomer would wait. No label holds a user, a
 session or a key.
 
-Labels: `model` as sessions name it (empty for sessions that need none), `outcome` of a session
-(`completed`, `error`, `cancelled`, or `interrupted` where it is run again) or of a segment
-(`completed`, `failed`, `cancelled`), `reason` as in [errors](errors/README.md), `state` of a group
-(`ready`, `busy`, `draining`), `method` and `code` as in gRPC. Both programs also tell
-their memory, CPU time and open files as `process_...`; a shard group those of its leader.
+Labels: `model` as sessions name it (empty for sessions that need none); `outcome` of a wait
+(`dispatched`, `cancelled`, `error`), of a session (`completed`, `error`, `cancelled`, or
+`interrupted` where it is run again) or of a segment (`completed`, `failed`, `cancelled`);
+`reason` as in [errors](errors/README.md); `state` of a group (`ready`, `busy`, `draining`);
+`event` of a lease (`granted`, `replaced`, `ended`, `expired`); `rank` from 0; `method` and `code`
+as in gRPC. Both programs also tell their memory, CPU time and open files as `process_...`, and
+their garbage collection as `python_gc_...`.
+
+Histograms of times have buckets from 1 ms to 1 h, and one edge at 5 s, the objective of the alerts.
 
 This page is written by `deploy/monitoring/metrics_page.py`.
 """
@@ -38,8 +41,7 @@ This page is written by `deploy/monitoring/metrics_page.py`.
 
 def registries() -> dict[str, CollectorRegistry]:
     """Gives the registries of the programs, by the program's name."""
-    shard = ShardMetrics("", HandleStore(), UploadCache(0))
-    return {"scheduler": SchedulerMetrics("").registry, "shard group": shard.registry}
+    return {"scheduler": SchedulerMetrics("").registry, "shard group": ShardMetrics("").registry}
 
 
 def page() -> str:

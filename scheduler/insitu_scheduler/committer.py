@@ -44,6 +44,11 @@ class Committer:
         self._flushing: asyncio.Future[list[Any]] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
+    @property
+    def num_pending(self) -> int:
+        """Counts the operations that wait for the next commit."""
+        return len(self._pending)
+
     async def open(self) -> None:
         """Opens the file, making it if it is missing."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._connect)

@@ -21,6 +21,7 @@ from insitu_scheduler.cost_model import CostModel
 from insitu_scheduler.kept_values import KeptValues
 from insitu_scheduler.links import GroupLinks
 from insitu_scheduler.live_session import LiveSession, ending
+from insitu_scheduler.observing import Observer
 from insitu_scheduler.positions import PositionAnnouncer
 from insitu_scheduler.queue import WaitingSession
 from insitu_scheduler.refusals import queue_full, quota_exceeded
@@ -81,6 +82,7 @@ class Dispatcher:
         self._max_attempts = max_attempts
         self._positions = PositionAnnouncer(queue, self._show_position)
         self._live: dict[SessionId, LiveSession] = {}
+        self.observer = Observer(queue, registry, self._live, metrics)
         self._links = GroupLinks(registry)
         self._background = Background()
         self._num_reserved = 0
@@ -177,11 +179,12 @@ class Dispatcher:
     def _wait(self, live: LiveSession, position: int) -> None:
         """Has a session wait, shown to its user at a position."""
         session_id = live.log.session_id
+        live.expected_cost = self._costs.expect(live.model, work_of(live.session))
         waiting = WaitingSession(
             session_id,
             user=live.log.user,
             model=live.model,
-            estimated_cost=self._costs.expect(live.model, work_of(live.session)),
+            estimated_cost=live.expected_cost,
             enqueued_at=time.monotonic(),
             others=frozenset(models_of(live.session)) - {live.model},
             lease_id=live.needed_lease_id,
@@ -192,7 +195,7 @@ class Dispatcher:
         self._count(waiting.user, 1)
         self._positions.pushed(session_id, position)
         self._untold.add(session_id)
-        self._queue_changed(waiting)
+        self.observer.queue_changed(waiting)
 
     async def cancel(self, session_id: SessionId) -> None:
         """Cancels a session: one that waits ends at once, one that runs before its next trace."""
@@ -203,13 +206,13 @@ class Dispatcher:
             live.is_cancelled = True
             live.stop(events.cancelled())
             return
-        self._withdraw(live)
+        self._withdraw(live, "cancelled")
         await asyncio.shield(self._background.spawn(self._end(live, events.cancelled())))
 
     def join(self, group: Group, client: ShardClient) -> None:
         """Takes in a group that has just been granted its lease."""
         self._links.add(group, client)
-        self.groups_changed(group.model)
+        self.observer.groups_changed(group.model)
         self._match()
 
     def lose(self, group: Group) -> None:
@@ -217,7 +220,7 @@ class Dispatcher:
         self.kept.lose(group.lease_id)
         self._fail_those_that_need(group)
         unneeded = self._links.remove(group)
-        self.groups_changed(group.model)
+        self.observer.groups_changed(group.model)
         for live in self._live.values():
             if group.lease_id in live.lease_ids:
                 live.stop(events.failed(replica_lost()))
@@ -235,7 +238,7 @@ class Dispatcher:
         """Ends waiting sessions that load what a group kept that is gone."""
         for live in list(self._live.values()):
             if live.work is None and live.needed_lease_id == group.lease_id:
-                self._withdraw(live)
+                self._withdraw(live, "error")
                 self._background.spawn(self._end(live, events.failed(replica_lost())))
 
     def hosts_changed(self) -> None:
@@ -244,33 +247,22 @@ class Dispatcher:
 
     def heard(self, group: Group) -> None:
         """Takes note that a group has renewed its lease."""
-        self.groups_changed(group.model)
+        self.observer.groups_changed(group.model)
         self._match()
-
-    def groups_changed(self, model: str) -> None:
-        """Takes note that groups of a model came, went, or changed their state."""
-        groups = [group for group in self._registry if group.model == model]
-        states = Counter(group.state.value for group in groups)
-        self._metrics.groups_changed(model, states, sum(group.num_sessions for group in groups))
 
     def queue_state(self, model: str) -> QueueState:
         """Tells what waits for a model, and what runs on its groups."""
-        leases = {group.lease_id for group in self._registry if group.model == model}
-        state = QueueState(
-            model=model,
-            num_waiting=self._queue.num_waiting(model),
-            num_running=sum(bool(live.lease_ids & leases) for live in self._live.values()),
-        )
+        now = self.observer.state(model)
+        state = QueueState(model=model, num_waiting=now.num_waiting, num_running=now.num_running)
         state.backlog.FromTimedelta(datetime.timedelta(seconds=self._queue.backlog(model)))
-        if oldest := self._queue.oldest(model):
-            age = datetime.timedelta(seconds=time.monotonic() - oldest.enqueued_at)
-            state.oldest_age.FromTimedelta(age)
+        if now.num_waiting:
+            state.oldest_age.FromTimedelta(datetime.timedelta(seconds=now.oldest_age_seconds))
         return state
 
     def drain(self, group: Group) -> None:
         """Sends a group nothing new; what it runs ends."""
         group.is_draining = True
-        self.groups_changed(group.model)
+        self.observer.groups_changed(group.model)
 
     async def stop(self, grace_seconds: float) -> None:
         """Gives what runs some time; what has not ended then is left to the next scheduler."""
@@ -285,8 +277,10 @@ class Dispatcher:
 
     def _match(self) -> None:
         """Fills the free places of all groups with the next sessions that these can run."""
+        started = time.perf_counter()
         while not self._is_stopping and self._place_one():
             pass
+        self._metrics.decided(time.perf_counter() - started)
         if not self._is_stopping:
             self._review_hosts()
 
@@ -321,11 +315,11 @@ class Dispatcher:
                 groups = [group, *(free[model] for model in needed if model)]
                 for taken in groups:
                     self._registry.take(taken, waiting.user, is_alone=waiting.is_alone)
-                    self.groups_changed(taken.model)
-                self._metrics.dispatched(group.model, now - waiting.enqueued_at)
+                    self.observer.groups_changed(taken.model)
+                self._metrics.waited(group.model, "dispatched", now - waiting.enqueued_at)
                 self._positions.left(waiting.session_id)
                 self._count(waiting.user, -1)
-                self._queue_changed(waiting)
+                self.observer.queue_changed(waiting)
                 self._start(self._live[waiting.session_id], waiting, groups)
                 return True
         return False
@@ -415,6 +409,7 @@ class Dispatcher:
         """Charges the user what the session did cost; what it was expected to, if not known."""
         cost = waiting.estimated_cost if seconds is None else seconds
         self._queue.settle(waiting, cost)
+        self.observer.served(waiting, seconds=cost)
         model = waiting.model or ""
         self._metrics.charged(model, expected=waiting.estimated_cost, seconds=cost)
         if seconds is not None and not waiting.others:
@@ -425,7 +420,7 @@ class Dispatcher:
             await self._links.release(log, group, client)
         finally:
             if group.lease_id in self._registry:
-                self.groups_changed(group.model)
+                self.observer.groups_changed(group.model)
                 self._match()
 
     async def _end(self, live: LiveSession, event: Event) -> None:
@@ -433,14 +428,16 @@ class Dispatcher:
         self.watchers.forget(live.log.session_id)
         self._uploads.release(live.log.session_id)
         if await self._book.end(live.log, event):
-            self._metrics.finished(live.model or "", _outcome(event))
+            self._metrics.finished(live.model or "", _outcome(event), live.log.age_seconds)
 
-    def _withdraw(self, live: LiveSession) -> None:
+    def _withdraw(self, live: LiveSession, outcome: str) -> None:
         waiting = self._queue.remove(live.log.session_id)
         self._positions.left(live.log.session_id)
         if waiting is not None:
             self._count(waiting.user, -1)
-            self._queue_changed(waiting)
+            seconds = time.monotonic() - waiting.enqueued_at
+            self._metrics.waited(live.model or "", outcome, seconds)
+            self.observer.queue_changed(waiting)
 
     def _count(self, user: str, change: int) -> None:
         """Counts the sessions of a user that wait, or are about to."""
@@ -456,16 +453,6 @@ class Dispatcher:
         live = self._live[session_id]
         waits_for = self.hosting.text(models_of(live.session))
         self._book.publish(live.log, events.queued(position, waits_for))
-
-    def _queue_changed(self, waiting: WaitingSession) -> None:
-        for model in waiting.models:
-            oldest = self._queue.oldest(model)
-            self._metrics.queue_changed(
-                model or "",
-                self._queue.num_waiting(model),
-                oldest.enqueued_at if oldest else None,
-                self._queue.backlog(model),
-            )
 
 
 def _outcome(event: Event) -> str:

@@ -145,6 +145,12 @@ class EventLog:
         return max((event.attempt for event in self._events), default=0) or 1
 
     @property
+    def age_seconds(self) -> float:
+        """From its first event to its newest."""
+        first, newest = self._events[0].time, self._events[-1].time
+        return (newest.ToDatetime() - first.ToDatetime()).total_seconds()
+
+    @property
     def num_logged(self) -> int:
         """How many messages the session has printed."""
         return sum(event.kind == EventKind.EVENT_KIND_LOG for event in self._events)

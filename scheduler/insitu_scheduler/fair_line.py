@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from sortedcontainers import SortedList
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from insitu_scheduler.queue import SessionId, WaitingSession
 
@@ -56,6 +57,8 @@ class FairLine:
         self._arrivals: OrderedDict[SessionId, WaitingSession] = OrderedDict()
         # Users by how long they have waited for a turn: longest first.
         self._waits_since: OrderedDict[str, float] = OrderedDict()
+        # Since when something of theirs has waited, without a break.
+        self._busy_since: dict[str, float] = {}
         self._num_turns = 0
 
     def push(self, waiting: WaitingSession) -> None:
@@ -67,6 +70,7 @@ class FairLine:
         if len(share.waiting) == 1:
             share.tag = max(share.tag, self.clock)
             self._waits_since[waiting.user] = waiting.enqueued_at
+            self._busy_since[waiting.user] = waiting.enqueued_at
             self._order.add((share.tag, share.turn, waiting.user))
 
     def in_turn(self, now: float) -> Iterator[WaitingSession]:
@@ -124,6 +128,21 @@ class FairLine:
             if name != user and other.waiting
         )
 
+    @property
+    def busy_since(self) -> Mapping[str, float]:
+        """The users who have sessions here, with the time since when that has been so."""
+        return self._busy_since
+
+    @property
+    def cost_ahead(self) -> float:
+        """What the sessions are expected to cost that would run before a new user's first."""
+        due = self.clock
+        return sum(
+            session.estimated_cost
+            for share in self._shares.values()
+            for session in itertools.islice(share.waiting.values(), _num_due(share, due))
+        )
+
     def expected(self) -> Iterator[SessionId]:
         """Yields the sessions in the order in which they will run if nothing changes."""
         heads = [(tag, turn, user) for tag, turn, user in self._order]
@@ -175,6 +194,7 @@ class FairLine:
         if not share.waiting:
             self._order.remove((share.tag, share.turn, waiting.user))
             del self._waits_since[waiting.user]
+            del self._busy_since[waiting.user]
 
     def _move(self, user: str, share: _Share, tag: float, *, turn: int) -> None:
         if share.waiting:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from insitu_scheduler.fair_line import FairLine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from collections.abc import Set as AbstractSet
 
     from insitu_scheduler.queue import SessionId, WaitingSession
@@ -104,6 +104,19 @@ class FairQueue:
     def backlog(self, model: str | None) -> float:
         """Gives the seconds that the sessions are expected to take that wait for a model."""
         return self._line(model).backlog
+
+    def cost_ahead(self, model: str | None) -> float:
+        """Gives what is expected to be spent on a model before a new user's first session runs."""
+        return self._line(model).cost_ahead
+
+    def busy_since(self, model: str | None) -> Mapping[str, float]:
+        """Gives the users who wait for a model, and since when they have, without a break."""
+        return self._line(model).busy_since
+
+    @property
+    def models(self) -> list[str | None]:
+        """The models that somebody has waited for."""
+        return list(self._lines)
 
     def oldest(self, model: str | None) -> WaitingSession | None:
         """Gives the session that has waited longest for a model."""

@@ -115,6 +115,11 @@ class Journal:
         self._path = path
         self._committer = Committer(path, on_commit)
 
+    @property
+    def num_pending(self) -> int:
+        """Counts what waits to be written."""
+        return self._committer.num_pending
+
     async def open(self) -> None:
         """Opens the file, making it if it is missing, with the newest version of the tables.
 

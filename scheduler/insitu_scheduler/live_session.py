@@ -38,10 +38,17 @@ class LiveSession:
     """What runs it; None while it waits."""
     lease_ids: frozenset[LeaseId] = frozenset()
     """The groups that run it, one a model; none while it waits."""
+    expected_cost: float = 0.0
+    """Seconds of a group's time that it is expected to take."""
+    num_bytes: int = field(init=False)
+    """Its size, as it was sent."""
     is_cancelled: bool = False
     """Whether its user, or the lack of one, has ended it."""
     verdict: Event | None = None
     """How it is to end, once its work has been stopped from outside."""
+
+    def __post_init__(self) -> None:
+        self.num_bytes = self.session.ByteSize()
 
     def stop(self, verdict: Event) -> None:
         """Stops its work; the first verdict stands."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import platform
 import time
 from typing import TYPE_CHECKING
 
@@ -10,25 +10,26 @@ from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
+    GCCollector,
     Histogram,
     Info,
     ProcessCollector,
-    start_http_server,
 )
-
-from insitu_scheduler.config import endpoint
-from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from threading import Thread
-    from wsgiref.simple_server import WSGIServer
 
+    from insitu_wire.errors import Reason
     from insitu_wire.interceptor import Answer
 
 _SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600,
     1800, 3600,
+)  # fmt: skip
+
+
+_SHORT_SECONDS = (
+    0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1,
 )  # fmt: skip
 
 
@@ -38,10 +39,13 @@ class SchedulerMetrics:
     def __init__(self, version: str) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self._refreshers: list[Callable[[], None]] = []
         self._queue_latency = Histogram(
             "insitu_queue_latency_seconds",
-            "Time from a session's acceptance to its dispatch to a shard group.",
-            ["model"],
+            "Time from a session's acceptance to its dispatch to a shard group, or to its leaving "
+            "the queue without.",
+            ["model", "outcome"],
             buckets=_SECONDS,
             registry=self.registry,
         )
@@ -50,6 +54,19 @@ class SchedulerMetrics:
             "Time from a session's dispatch to its end.",
             ["model", "outcome"],
             buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._duration = Histogram(
+            "insitu_session_duration_seconds",
+            "Time from a session's acceptance to its end, all attempts together.",
+            ["model", "outcome"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._decision_seconds = Histogram(
+            "insitu_decision_seconds",
+            "Time that it took to find the next sessions for the free places of all groups.",
+            buckets=_SHORT_SECONDS,
             registry=self.registry,
         )
         self._cost_ratio = Histogram(
@@ -74,6 +91,11 @@ class SchedulerMetrics:
         self._commit_failures = Counter(
             "insitu_journal_errors_total",
             "Commits of the journal that failed.",
+            registry=self.registry,
+        )
+        self._pending = Gauge(
+            "insitu_journal_pending",
+            "Writes that wait for the journal's next commit.",
             registry=self.registry,
         )
         self._rpc_seconds = Histogram(
@@ -106,6 +128,29 @@ class SchedulerMetrics:
             ["reason"],
             registry=self.registry,
         )
+        self._leases = Counter(
+            "insitu_leases_total",
+            "Leases of shard groups, by what happened to them.",
+            ["model", "event"],
+            registry=self.registry,
+        )
+        self._queue_bytes = Gauge(
+            "insitu_queue_bytes",
+            "Size of the sessions that wait or run, as they were sent.",
+            registry=self.registry,
+        )
+        self._queue_users = self._gauge(
+            "insitu_queue_users", "Users of whom at least one session waits."
+        )
+        self._expected_wait = self._gauge(
+            "insitu_queue_expected_wait_seconds",
+            "How long a session would wait that a new user sent now; +Inf while no group serves.",
+        )
+        self._fairness = self._gauge(
+            "insitu_fairness_ratio",
+            "How evenly the users were served who waited all of the last minute: Jain's index, 1 "
+            "if all got the same.",
+        )
         self._queue_length = self._gauge("insitu_queue_sessions", "Sessions that wait.")
         self._oldest_age = self._gauge(
             "insitu_queue_oldest_age_seconds", "How long the session has waited that waits longest."
@@ -127,7 +172,8 @@ class SchedulerMetrics:
             registry=self.registry,
         )
         self._oldest: dict[str, float | None] = {}
-        Info("insitu_build", "What runs.", registry=self.registry).info({"version": version})
+        build = {"version": version, "python": platform.python_version()}
+        Info("insitu_build", "What runs.", registry=self.registry).info(build)
 
     def accepted(self, model: str) -> None:
         """Counts a session that is in the journal."""
@@ -145,17 +191,26 @@ class SchedulerMetrics:
         """Counts a call that was refused for its API key."""
         self._auth_failures.labels(reason).inc()
 
-    def dispatched(self, model: str, queue_seconds: float) -> None:
-        """Records how long a session waited."""
-        self._queue_latency.labels(model).observe(queue_seconds)
+    def waited(self, model: str, outcome: str, seconds: float) -> None:
+        """Records how long a session waited; outcome is "dispatched", "cancelled" or "error"."""
+        self._queue_latency.labels(model, outcome).observe(seconds)
+
+    def decided(self, seconds: float) -> None:
+        """Records how long it took to find what runs next."""
+        self._decision_seconds.observe(seconds)
+
+    def lease_changed(self, model: str, event: str) -> None:
+        """Counts what happens to a lease: "granted", "replaced", "ended" or "expired"."""
+        self._leases.labels(model, event).inc()
 
     def executed(self, model: str, outcome: str, seconds: float) -> None:
         """Records how long a session ran."""
         self._execution_latency.labels(model, outcome).observe(seconds)
 
-    def finished(self, model: str, outcome: str) -> None:
+    def finished(self, model: str, outcome: str, seconds: float) -> None:
         """Counts a session that ended; outcome is "completed", "error" or "cancelled"."""
         self._finished.labels(model, outcome).inc()
+        self._duration.labels(model, outcome).observe(seconds)
 
     def charged(self, model: str, *, expected: float, seconds: float) -> None:
         """Records what a session cost."""
@@ -187,8 +242,33 @@ class SchedulerMetrics:
             self._oldest_age.labels(model).set_function(lambda: self._age(model))
         self._oldest[model] = oldest_at
 
+    def show_queue(
+        self, model: str, *, num_users: int, expected_wait: float, fairness: float
+    ) -> None:
+        """Records what of a queue is found out when somebody asks."""
+        self._queue_users.labels(model).set(num_users)
+        self._expected_wait.labels(model).set(expected_wait)
+        self._fairness.labels(model).set(fairness)
+
+    def show_queue_bytes(self, num_bytes: int) -> None:
+        """Records the size of the sessions that have not ended."""
+        self._queue_bytes.set(num_bytes)
+
+    def refresh_by(self, refresh: Callable[[], None]) -> None:
+        """Has something called before each scrape, on the event loop."""
+        self._refreshers.append(refresh)
+
+    def refresh(self) -> None:
+        """Brings up to date what is found out only when somebody asks."""
+        for refresh in self._refreshers:
+            refresh()
+
+    def watch_journal(self, num_pending: Callable[[], float]) -> None:
+        """Shows how many writes wait for the journal; asked at each scrape."""
+        self._pending.set_function(num_pending)
+
     def watch_uploads(self, num_bytes: Callable[[], float]) -> None:
-        """Shows how much disk the uploads take; asked at each scrape, on its thread."""
+        """Shows how much disk the uploads take; asked at each scrape."""
         self._upload_bytes.set_function(num_bytes)
 
     def groups_changed(self, model: str, states: Mapping[str, int], num_sessions: int) -> None:
@@ -199,7 +279,7 @@ class SchedulerMetrics:
         self._running.labels(model).set(num_sessions)
 
     def _age(self, model: str) -> float:
-        """Gives the age at the time of a scrape, on the scraping thread."""
+        """Gives the age at the time of a scrape."""
         oldest_at = self._oldest[model]
         return time.monotonic() - oldest_at if oldest_at is not None else 0.0
 
@@ -208,36 +288,3 @@ class SchedulerMetrics:
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, ["model"], registry=self.registry)
-
-
-class MetricsServer:
-    """Serves /metrics over HTTP on a thread of its own."""
-
-    def __init__(self, metrics: SchedulerMetrics, host: str, port: int) -> None:
-        """Starts to serve.
-
-        Raises:
-            ConfigurationError: the port can not be used.
-        """
-        self._server: WSGIServer
-        self._thread: Thread
-        try:
-            self._server, self._thread = start_http_server(
-                port, addr=host, registry=metrics.registry
-            )
-        except OSError as exception:
-            raise error(
-                Reason.INVALID_CONFIGURATION,
-                f"can not serve metrics on {host}:{port} ({exception.strerror}); choose a free "
-                "port with --metrics-port, or 0",
-                host=host,
-                port=port,
-            ) from exception
-        self.address = endpoint(host, self._server.server_port)
-
-    async def stop(self) -> None:
-        """Stops serving and frees the port."""
-        # Takes the serving thread up to half a second to notice.
-        await asyncio.to_thread(self._server.shutdown)
-        self._server.server_close()
-        self._thread.join()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import grpc
 
     from insitu_scheduler.dispatch import Dispatcher
+    from insitu_scheduler.metrics import SchedulerMetrics
     from insitu_scheduler.models import ModelCatalog
     from insitu_scheduler.registry import Group, Registry
 
@@ -40,11 +41,13 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
         registry: Registry,
         catalog: ModelCatalog,
         dispatcher: Dispatcher,
+        metrics: SchedulerMetrics,
         tls: Tls | None = None,
     ) -> None:
         self._registry = registry
         self._catalog = catalog
         self._dispatcher = dispatcher
+        self._metrics = metrics
         self._tls = tls or Tls()
         self._stopping = asyncio.Event()
         self._expiring: asyncio.Task[None] | None = None
@@ -63,7 +66,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
                 self._keep_alive(group, request)
                 yield self._lease(group)
         finally:
-            self._revoke(group, "its stream has ended")
+            self._revoke(group, "its stream has ended", "ended")
         if self._stopping.is_set():
             raise error(Reason.SHUTTING_DOWN, "the scheduler is stopping; register again later")
 
@@ -89,7 +92,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
             await client.close()
             raise
         if (former := self._registry.holder(message.group_id)) is not None:
-            self._revoke(former, "it registers again")
+            self._revoke(former, "it registers again", "replaced")
         group = self._registry.grant(
             LeaseId(secrets.token_hex(16)),
             group_id=message.group_id,
@@ -102,6 +105,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
             host_id=message.host_id,
         )
         self._dispatcher.join(group, client)
+        self._metrics.lease_changed(group.model, "granted")
         _log.info("shard group %s serves %s at %s", group.group_id, group.model, group.address)
         return group
 
@@ -132,11 +136,12 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
             )
         self._dispatcher.heard(group)
 
-    def _revoke(self, group: Group, why: str) -> None:
+    def _revoke(self, group: Group, why: str, event: str) -> None:
         if self._registry.revoke(group.lease_id) is not None:
-            self._lost(group, why)
+            self._lost(group, why, event)
 
-    def _lost(self, group: Group, why: str) -> None:
+    def _lost(self, group: Group, why: str, event: str) -> None:
+        self._metrics.lease_changed(group.model, event)
         _log.info("shard group %s of %s is out: %s", group.group_id, group.model, why)
         self._catalog.left(group.model)
         self._dispatcher.lose(group)
@@ -145,7 +150,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
         while True:
             await asyncio.sleep(self._registry.ttl_seconds / 4)
             for group in self._registry.expire(time.monotonic()):
-                self._lost(group, "it was silent for too long")
+                self._lost(group, "it was silent for too long", "expired")
 
     def _lease(self, group: Group) -> RegisterGroupResponse:
         lease = placement_pb2.Lease(lease_id=group.lease_id)

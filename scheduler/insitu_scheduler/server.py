@@ -35,7 +35,7 @@ from insitu_scheduler.host_service import HostServicer
 from insitu_scheduler.hosting import Hosting
 from insitu_scheduler.housekeeping import keep_house
 from insitu_scheduler.journal import Journal
-from insitu_scheduler.metrics import MetricsServer, SchedulerMetrics
+from insitu_scheduler.metrics import SchedulerMetrics
 from insitu_scheduler.models import ModelCatalog
 from insitu_scheduler.recovery import take_over
 from insitu_scheduler.registry import Registry
@@ -43,6 +43,7 @@ from insitu_scheduler.registry_service import RegistryServicer
 from insitu_scheduler.results import ResultStore
 from insitu_scheduler.service import SchedulerServicer
 from insitu_scheduler.uploads import UploadStore
+from insitu_scheduler.web import HttpServer, StatusPage
 from insitu_wire.callers import CallerCheck
 from insitu_wire.errors import Reason, error
 from insitu_wire.interceptor import ErrorInterceptor
@@ -93,6 +94,8 @@ class Server:
             )
         self._warn_of_what_others_reach()
         _log.info("insitu scheduler is listening at %s", self.address)
+        if self.metrics_address:
+            _log.info("its status is shown at http://%s/status", self.metrics_address)
 
     async def stop(self) -> None:
         """Refuses what is new, lets end what runs within the grace, and gives up everything."""
@@ -126,10 +129,6 @@ class Server:
         cleanup.callback(data_dir.close)
         version = importlib.metadata.version("insitu")
         metrics = SchedulerMetrics(version)
-        if config.metrics_port is not None:
-            metrics_server = MetricsServer(metrics, config.host, config.metrics_port)
-            cleanup.push_async_callback(metrics_server.stop)
-            self.metrics_address = metrics_server.address
         journal = Journal(data_dir.journal_path, on_commit=metrics.committed)
         await journal.open()
         cleanup.push_async_callback(journal.close)
@@ -145,6 +144,7 @@ class Server:
         cleanup.callback(housekeeping.cancel)
         uploads = UploadStore(data_dir.uploads_path, max_bytes=config.upload_store_bytes)
         await uploads.open()
+        metrics.watch_journal(lambda: journal.num_pending)
         metrics.watch_uploads(lambda: uploads.num_bytes)
         dispatcher = Dispatcher(
             queue,
@@ -180,8 +180,22 @@ class Server:
             version=version,
             max_session_bytes=config.max_session_bytes,
         )
-        registry_servicer = RegistryServicer(registry, catalog, dispatcher, config.tls)
-        gate = Gate(Authenticator(keys, BadAttempts(), on_failure=metrics.refused))
+        registry_servicer = RegistryServicer(registry, catalog, dispatcher, metrics, config.tls)
+        authenticator = Authenticator(keys, BadAttempts(), on_failure=metrics.refused)
+        status_page = StatusPage(
+            authenticator=authenticator,
+            book=book,
+            catalog=catalog,
+            registry=registry,
+            observer=dispatcher.observer,
+            version=version,
+        )
+        if config.metrics_port is not None:
+            http_server = HttpServer(metrics, status_page)
+            await http_server.start(config.host, config.metrics_port)
+            cleanup.push_async_callback(http_server.stop)
+            self.metrics_address = http_server.address
+        gate = Gate(authenticator)
         shards_only = CallerCheck(
             *_SHARD_SIDE_NAMES,
             metadata_key=JOIN_TOKEN_METADATA,

@@ -39,6 +39,7 @@ class Command(IntEnum):
     DROP_UPLOADS = 7
     STORE_VALUES = 8
     LET_GO = 9
+    REPORT = 10
 
 
 class CommandChannel:

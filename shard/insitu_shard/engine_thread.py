@@ -158,11 +158,13 @@ class EngineThread:
 
     def _round(self) -> None:
         self._is_round_due = False
+        started = time.perf_counter()
         while self._segments:
             for key, event in self._leader.round():
                 self._tell(key, event)
             if self._waiting:
                 break
+        self._metrics.was_busy(time.perf_counter() - started)
         self._plan_round()
 
     def _tell(self, key: str, event: SegmentEvent | Error) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from insitu_proto.v1 import shard_service_pb2
@@ -12,6 +13,7 @@ from insitu_shard.command_channel import Command
 from insitu_shard.engine import Finished, HandleStore, SegmentPool, SegmentRun
 from insitu_shard.imports import keep_values
 from insitu_shard.lifetimes import Lifetimes
+from insitu_shard.rank_report import RankReport, report_all
 from insitu_shard.upload_cache import keep_upload, session_tensors
 from insitu_wire.dtypes import num_bytes
 from insitu_wire.errors import Error
@@ -26,6 +28,18 @@ if TYPE_CHECKING:
     from insitu_shard.engine import LoadedModel, SegmentEvent
     from insitu_shard.engine.pool import PassReport
     from insitu_shard.upload_cache import UploadCache
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReport:
+    """What a group is like."""
+
+    ranks: list[RankReport]
+    num_handles: int
+    handle_bytes: int
+    kept_bytes: int
+    """Of the user who keeps most."""
+    upload_bytes: int
 
 
 class Leader:
@@ -157,6 +171,17 @@ class Leader:
         for session_id in self.handles.session_ids:
             self.release(session_id)
 
+    def report(self) -> GroupReport:
+        """Tells what the group is like now."""
+        self._channel.send(Command.REPORT)
+        return GroupReport(
+            ranks=report_all(self.model),
+            num_handles=self.handles.num_values,
+            handle_bytes=self.handles.num_bytes,
+            kept_bytes=self.handles.largest_kept_bytes,
+            upload_bytes=self.uploads.num_bytes,
+        )
+
     def stop(self) -> None:
         """Ends the followers."""
         self._channel.send(Command.STOP)
@@ -199,6 +224,8 @@ def follow(  # noqa: C901 - one case a command
                 imported = shard_service_pb2.ImportedValues.FromString(payload)
                 data = [channel.receive_data(value.num_bytes) for value in imported.values]
                 keep_values(handles, imported, data, device=model.device)
+            case Command.REPORT:
+                report_all(model)
             case Command.STOP:
                 return
 

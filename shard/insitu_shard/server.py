@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _TIDY_SECONDS = 60.0
+_REPORT_SECONDS = 5.0
 
 _SERVICE_NAME = shard_service_pb2.DESCRIPTOR.services_by_name["ShardService"].full_name
 
@@ -101,8 +102,8 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
         kept_seconds=config.kept_seconds,
         limits=_limits(config),
     )
-    metrics = ShardMetrics(model.name, leader.handles, leader.uploads)
-    metrics.loaded(load_seconds)
+    metrics = ShardMetrics(model.name)
+    metrics.loaded(load_seconds, kept_limit_bytes=config.kept_bytes)
     leader.watch_passes(metrics.pass_ran)
     stopping = asyncio.Event()
     is_lost = False
@@ -115,7 +116,7 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     engine = EngineThread(leader, metrics, thread=thread, on_lost=lost)
     servicer = ShardServicer(leader, description, engine, config.tls)
     access_token = secrets.token_hex(32)
-    server, health, address = await _start(config, servicer, access_token)
+    server, health, address = await _start(config, servicer, access_token, metrics)
     if config.metrics_port is not None:
         httpd, _ = start_http_server(
             config.metrics_port, addr=config.host, registry=metrics.registry
@@ -132,6 +133,7 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     )
     registering = asyncio.create_task(registration.run())
     tidying = asyncio.create_task(servicer.tidy(min(config.kept_seconds, _TIDY_SECONDS)))
+    reporting = asyncio.create_task(_report(leader, engine, metrics))
     _log.info("%s is served at %s over %d rank(s)", model.name, address, config.num_ranks)
     await stopping.wait()
     registration.drain()
@@ -139,13 +141,21 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     await server.stop(None if is_lost else config.grace_seconds)
     registering.cancel()
     tidying.cancel()
+    reporting.cancel()
     if is_lost:
         raise error(Reason.REPLICA_LOST, f"the shard group of {model.name} lost a rank")
     await asyncio.to_thread(engine.stop)
 
 
+async def _report(leader: Leader, engine: EngineThread, metrics: ShardMetrics) -> None:
+    """Has the ranks tell how they are, now and then, between rounds."""
+    while True:
+        metrics.reported(await engine.do(leader.report))
+        await asyncio.sleep(_REPORT_SECONDS)
+
+
 async def _start(
-    config: ShardConfig, servicer: ShardServicer, access_token: str
+    config: ShardConfig, servicer: ShardServicer, access_token: str, metrics: ShardMetrics
 ) -> tuple[grpc.aio.Server, health_aio.HealthServicer, str]:
     peers_only = CallerCheck(
         _SERVICE_NAME,
@@ -153,7 +163,8 @@ async def _start(
         token=access_token,
         names=frozenset({SCHEDULER_NAME, SHARD_NAME} if config.tls.is_mutual else ()),
     )
-    server = grpc.aio.server(interceptors=[ErrorInterceptor(), peers_only], options=SERVER_OPTIONS)
+    interceptors = [ErrorInterceptor(metrics.answered), peers_only]
+    server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
     shard_service_pb2_grpc.add_ShardServiceServicer_to_server(servicer, server)
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

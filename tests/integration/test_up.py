@@ -67,7 +67,7 @@ def test_metrics_show_the_queue_latency(up: Up, model: LanguageModel) -> None:
         model.lm_head.output.argmax(-1).save()
     with urllib.request.urlopen(f"http://{up.metrics_address}/metrics") as response:
         scheduler = response.read().decode()
-    assert 'insitu_queue_latency_seconds_bucket{le="0.001",model="tiny/llama"}' in scheduler
+    assert 'insitu_queue_latency_seconds_bucket{le="0.001",model="tiny/llama",' in scheduler
     shard = next(
         line.partition("metrics are at ")[2]
         for line in up.log.splitlines()

@@ -65,6 +65,11 @@ class HandleStore:
         """How many bytes the kept tensors' memory takes, each memory counted once."""
         return num_bytes([value for values in self._all() for value in values.values()])
 
+    @property
+    def largest_kept_bytes(self) -> int:
+        """How many bytes the values take that one user keeps beyond sessions, at most."""
+        return max((num_bytes(kept) for kept in self._kept.values()), default=0)
+
     def _all(self) -> list[Mapping[Any, object]]:
         return [*self._sessions.values(), *self._kept.values()]
 

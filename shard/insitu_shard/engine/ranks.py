@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(slots=True)
+class Collectives:
+    """How many collectives a rank took part in, and how long they took."""
+
+    number: int = 0
+    seconds: float = 0.0
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Counts what the block does as one."""
+        started = time.perf_counter()
+        yield
+        self.number += 1
+        self.seconds += time.perf_counter() - started
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +37,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    collectives: Collectives = field(default_factory=Collectives, compare=False, repr=False)
 
     @property
     def is_leader(self) -> bool:
@@ -31,7 +53,8 @@ class Ranks:
         if self.size == 1:
             return numbers
         joined = torch.tensor(numbers)
-        dist.all_reduce(joined, op=dist.ReduceOp.MAX)
+        with self.collectives.measured():
+            dist.all_reduce(joined, op=dist.ReduceOp.MAX)
         return joined.tolist()
 
     def gather(self, local: torch.Tensor, *, dim: int, full_size: int) -> torch.Tensor:
@@ -61,7 +84,8 @@ class Ranks:
         if missing := widest - padded.shape[0]:
             padded = torch.cat([padded, padded.new_zeros(missing, *padded.shape[1:])])
         chunks = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(chunks, padded)
+        with self.collectives.measured():
+            dist.all_gather(chunks, padded)
         full = torch.cat([chunk[:size] for chunk, size in zip(chunks, sizes, strict=True)])
         return full.movedim(0, dim)
 

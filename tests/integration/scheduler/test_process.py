@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -112,13 +113,19 @@ async def test_the_metrics_show_the_queue_latency(config: SchedulerConfig) -> No
         url = f"http://{server.metrics_address}/metrics"
         text = (await asyncio.to_thread(_get, url)).splitlines()
     for line in (
-        'insitu_queue_latency_seconds_bucket{le="3600.0",model="tiny/model"} 1.0',
+        'insitu_queue_latency_seconds_count{model="tiny/model",outcome="dispatched"} 1.0',
+        'insitu_session_duration_seconds_count{model="tiny/model",outcome="completed"} 1.0',
+        'insitu_leases_total{event="granted",model="tiny/model"} 1.0',
+        'insitu_queue_expected_wait_seconds{model="tiny/model"} 0.0',
+        'insitu_fairness_ratio{model="tiny/model"} 1.0',
+        "insitu_queue_bytes 0.0",
+        "insitu_journal_pending 0.0",
         'insitu_sessions_accepted_total{model="tiny/model"} 1.0',
         'insitu_sessions_finished_total{model="tiny/model",outcome="completed"} 1.0',
         'insitu_execution_latency_seconds_count{model="tiny/model",outcome="completed"} 1.0',
         'insitu_queue_sessions{model="tiny/model"} 0.0',
         'insitu_queue_oldest_age_seconds{model="tiny/model"} 0.0',
-        'insitu_build_info{version="0.1.0"} 1.0',
+        f'insitu_build_info{{python="{platform.python_version()}",version="0.1.0"}} 1.0',
     ):
         assert line in text
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest
-from insitu_shard.engine import Finished, HandleStore, SegmentEvent, TraceStarted
+from insitu_shard.engine import Finished, SegmentEvent, TraceStarted
 from insitu_shard.engine_thread import EngineThread
 from insitu_shard.metrics import ShardMetrics
-from insitu_shard.upload_cache import UploadCache
 from insitu_wire.errors import Error, Reason, error
 
 ENDLESS = 10**9
@@ -70,7 +69,7 @@ def lost() -> asyncio.Event:
 
 @pytest.fixture
 async def engine(leader: Leader, lost: asyncio.Event) -> AsyncIterator[EngineThread]:
-    metrics = ShardMetrics("tiny", HandleStore(), UploadCache(0))
+    metrics = ShardMetrics("tiny")
     with ThreadPoolExecutor(1) as thread:
         yield EngineThread(leader, metrics, thread=thread, on_lost=lost.set)  # type: ignore[arg-type]
 

@@ -79,8 +79,8 @@ class LanguageModel(BaseModel):
                 gives what became of it. Needs `remote=True`.
             run: whether it runs at all; if not, it is recorded, for its `save`.
             exact: whether each trace has a forward pass of its own, as plain transformers runs it.
-            padding: whether traces of different lengths may share a pass too, padded on the left:
-                faster for many short prompts, and values differ by rounding (1e-3 in float32).
+            padding: whether traces of all lengths may share a pass, in every family of models,
+                padded on the left: values differ by rounding (1e-3 in float32).
         """
         together = Together(exact=exact, padding=padding)
         if blocking:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from insitu_shard.engine import Finished, TraceStarted
+from insitu_shard.gathering import Gathering
 from insitu_wire.errors import Error, Reason, error
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class EngineThread:
     """Does what is asked for in the order of arrival, and rounds as long as nothing else waits.
 
     After a round all that has arrived meanwhile comes before the next: nothing waits for a whole
-    segment to end.
+    segment to end. A round may wait a moment for segments that are about to come.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class EngineThread:
         *,
         thread: ThreadPoolExecutor,
         on_lost: Callable[[], None],
+        gathering: Gathering | None = None,
     ) -> None:
         """Makes it, on the event loop that will use it.
 
@@ -58,6 +60,7 @@ class EngineThread:
             metrics: where segments are counted.
             thread: the one thread that runs the engine.
             on_lost: called when the group can not go on.
+            gathering: tells how long a round waits for more segments.
         """
         self._leader = leader
         self._metrics = metrics
@@ -70,6 +73,8 @@ class EngineThread:
         # From here on: the engine's thread only.
         self._segments: dict[str, _Segment] = {}
         self._is_round_due = False
+        self._is_gathering = False
+        self._gathering = gathering or Gathering()
         self._has_ended = False
 
     async def do(self, work: Callable[[], T]) -> T:
@@ -152,16 +157,35 @@ class EngineThread:
         self._leader.stop()
 
     def _plan_round(self) -> None:
-        if self._segments and not self._is_round_due:
+        if not self._segments or self._is_round_due:
+            return
+        seconds = self._gathering.seconds_left(len(self._segments), now=time.monotonic())
+        if not seconds:
             self._is_round_due = True
             self._submit(self._round)
+        elif not self._is_gathering:
+            self._is_gathering = True
+            self._loop.call_soon_threadsafe(self._loop.call_later, seconds, self._gathered)
+
+    def _gathered(self) -> None:
+        """Has the round begin, on the event loop: it has waited long enough."""
+        if not self._has_ended:
+            self._submit(self._end_gathering)
+
+    def _end_gathering(self) -> None:
+        self._is_gathering = False
+        self._plan_round()
 
     def _round(self) -> None:
         self._is_round_due = False
         started = time.perf_counter()
         while self._segments:
+            started, num_segments = time.monotonic(), len(self._segments)
             for key, event in self._leader.round():
                 self._tell(key, event)
+            if not self._segments:
+                now = time.monotonic()
+                self._gathering.ended(num_segments, seconds=now - started, now=now)
             if self._waiting:
                 break
         self._metrics.was_busy(time.perf_counter() - started)

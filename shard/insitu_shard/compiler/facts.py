@@ -41,6 +41,8 @@ class TraceFacts:
     """First position, and the one after the last, at which it reads the head's output."""
     needs_whole_rows: bool = False
     """Whether it sees what has all positions of a row, and can not be put together from others."""
+    fits_other_lengths: bool = False
+    """Whether rows of other lengths may be in its pass, each with its own positions only."""
     kept_bytes: int = 0
     """Estimate of what stays in memory until the trace ends."""
 

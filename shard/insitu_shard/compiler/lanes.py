@@ -40,6 +40,11 @@ class Lane:
     source: int | None = None
     """The lane that has what is before; None if nothing is."""
 
+    @property
+    def length(self) -> int:
+        """Positions of its longest row."""
+        return max(map(len, self.rows))
+
     def blocks(self, num_blocks: int) -> range:
         """Gives the numbers, from 1, of the blocks that it runs through."""
         first, after = self.first // 2 + self.first % 2, self.last // 2 + 1
@@ -71,11 +76,6 @@ class LaneTree:
         for number, lane in enumerate(self.lanes):
             children[lane.parent].append(number)
         self._order = list(_depth_first(children))
-
-    @property
-    def are_suffixes(self) -> bool:
-        """Whether a lane leaves its first positions to another."""
-        return any(lane.start for lane in self.lanes)
 
     def lane_at(self, trace: int, moment: int) -> int:
         """Gives the lane of a trace, by its place, at a moment."""

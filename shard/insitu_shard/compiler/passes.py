@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
+from math import ceil
 from typing import TYPE_CHECKING
 
 from insitu_shard.compiler.lanes import LaneTree
@@ -14,10 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Sequence
 
     from insitu_shard.compiler.facts import TraceFacts
+    from insitu_shard.compiler.lanes import Lane
     from insitu_shard.compiler.outline import Outline
 
 # Queries, keys, values and what comes of them.
 _WHOLE_STATES = 4
+# The attention takes the time of the longest row for each of them.
+_MAX_RATIO = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +54,7 @@ class Pass:
         """Which rows the traces share."""
         tree = LaneTree(self.traces)
         if self._may_share_prefixes:
-            num_blocks = len(self.outline.blocks)
-            share_prefixes(tree.lanes, length=self.length, num_blocks=num_blocks)
+            share_prefixes(tree.lanes, num_blocks=len(self.outline.blocks))
         return tree
 
     @property
@@ -61,8 +66,26 @@ class Pass:
             and any(fork.position for trace in self.traces for fork in trace.forks)
             and not any(trace.needs_whole_rows for trace in self.traces)
             # Padded, the same position is not the same token.
-            and all(len(row) == self.length for trace in self.traces for row in trace.rows)
+            and (self.has_own_lengths or len(self._lengths) == 1)
         )
+
+    @cached_property
+    def _lengths(self) -> frozenset[int]:
+        return frozenset(len(row) for trace in self.traces for row in trace.rows)
+
+    @cached_property
+    def has_own_lengths(self) -> bool:
+        """Whether rows differ in length, and each has its own positions only."""
+        return len(self._lengths) > 1 and all(trace.fits_other_lengths for trace in self.traces)
+
+    @cached_property
+    def is_packed(self) -> bool:
+        """Whether its rows do not have all positions, and go through the blocks as tokens."""
+        return self.has_own_lengths or any(lane.start for lane in self.tree.lanes)
+
+    def padding(self, trace: TraceFacts) -> int:
+        """Gives the positions before the longest row of a trace begins."""
+        return 0 if self.has_own_lengths else self.length - trace.length
 
     @property
     def is_merged(self) -> bool:
@@ -87,14 +110,17 @@ class Pass:
     @cached_property
     def tokens_of_blocks(self) -> tuple[int, ...]:
         """How many tokens go through each block."""
-        num_blocks, length = len(self.outline.blocks), self.length
+        num_blocks = len(self.outline.blocks)
         if not self.is_merged:
-            return (self.traces[0].num_rows * length,) * num_blocks
+            return (self.traces[0].num_rows * self.length,) * num_blocks
         tokens = (
-            (lane.blocks(num_blocks), len(lane.rows) * (length - lane.start))
+            (lane.blocks(num_blocks), len(lane.rows) * (self._positions(lane) - lane.start))
             for lane in self.tree.lanes
         )
         return _sums(tokens, num_blocks)
+
+    def _positions(self, lane: Lane) -> int:
+        return lane.length if self.has_own_lengths else self.length
 
     @property
     def num_rows(self) -> int:
@@ -109,7 +135,14 @@ class Pass:
     @property
     def layers_run(self) -> int:
         """Decoder layers that run, counted once for as many tokens as a row has."""
-        return -(-sum(self.tokens_of_blocks) // self.length)
+        num_blocks = len(self.outline.blocks)
+        if not self.is_merged:
+            return self.traces[0].num_rows * num_blocks
+        shares = Counter[int]()
+        for lane in self.tree.lanes:
+            length = self._positions(lane)
+            shares[length] += len(lane.rows) * (length - lane.start) * len(lane.blocks(num_blocks))
+        return ceil(sum(Fraction(tokens, length) for length, tokens in shares.items()))
 
     @property
     def layers_saved(self) -> int:
@@ -135,7 +168,7 @@ class Pass:
     @property
     def _row_bytes(self) -> int:
         """Estimates what the attention puts together for whole rows out of several lanes."""
-        if not self.is_merged or not self.tree.are_suffixes:
+        if not self.is_merged or not self.is_packed:
             return 0
         hidden = self.outline.output_bytes(self.outline.blocks[0], is_input=False)
         return _WHOLE_STATES * hidden * self.num_rows * self.length
@@ -165,8 +198,32 @@ def plan_passes(traces: Sequence[TraceFacts], outline: Outline, limits: Limits) 
     groups: dict[Hashable, list[int]] = {}
     for place, trace in enumerate(traces):
         groups.setdefault(("alone", place) if trace.key is None else trace.key, []).append(place)
-    for places in groups.values():
+    for places in _joined(list(groups.values()), traces):
         yield from _split(places, traces, outline, limits)
+
+
+def _joined(groups: list[list[int]], traces: Sequence[TraceFacts]) -> Iterable[list[int]]:
+    """Joins groups whose rows go together, each with its own positions: lengths close enough."""
+    joined: dict[Hashable, list[int]] = {}
+    fitting = [all(traces[place].fits_other_lengths for place in places) for places in groups]
+    lengths = {
+        traces[places[0]].length for places, fits in zip(groups, fitting, strict=True) if fits
+    }
+    shortest = _shortest(sorted(lengths))
+    for number, (places, fits) in enumerate(zip(groups, fitting, strict=True)):
+        key = ("lengths from", shortest[traces[places[0]].length]) if fits else number
+        joined.setdefault(key, []).extend(places)
+    return map(sorted, joined.values())
+
+
+def _shortest(lengths: Sequence[int]) -> dict[int, int]:
+    """Gives for each length the shortest that goes with it."""
+    found: dict[int, int] = {}
+    first = 0
+    for length in lengths:
+        first = first if first and length <= _MAX_RATIO * first else length
+        found[length] = first
+    return found
 
 
 def _split(

@@ -23,16 +23,15 @@ FAMILIES = frozenset(
 """Types of models that are tested so: but for its attention, a block works on each token alone."""
 
 
-def share_prefixes(lanes: Sequence[Lane], *, length: int, num_blocks: int) -> None:
+def share_prefixes(lanes: Sequence[Lane], *, num_blocks: int) -> None:
     """Has lanes begin where they differ from their source, where that saves enough.
 
     Args:
         lanes: the lanes of a pass, parents before children; those that others need live longer.
-        length: positions of each row.
         num_blocks: decoder layers of the model.
     """
     before = [lane.last for lane in lanes]
-    whole = _cost(lanes, length, num_blocks)
+    whole = _cost(lanes, num_blocks)
     # After the last block nobody reads keys.
     ends = [min(lane.last, 2 * num_blocks) for lane in lanes]
     until = list(ends)
@@ -48,20 +47,20 @@ def share_prefixes(lanes: Sequence[Lane], *, length: int, num_blocks: int) -> No
             max(lanes[fork].differs_from - lane.start, 0) * max(ends[fork] - lanes[fork].first, 0)
             for fork in forks
         )
-        source, start = lane.source, lane.start
+        source, start, length = lane.source, lane.start, lane.length
         if saved > (length - start) * max(until[number] - lane.last, 0):
             lane.last = max(lane.last, until[number])
             source, start = number, length
         for fork in forks:
             lanes[fork].start = min(start, lanes[fork].differs_from)
             lanes[fork].source = source if lanes[fork].start else None
-    if whole - _cost(lanes, length, num_blocks) < _MIN_SHARE * whole:
+    if whole - _cost(lanes, num_blocks) < _MIN_SHARE * whole:
         for lane, last in zip(lanes, before, strict=True):
             lane.start, lane.source, lane.last = 0, None, last
 
 
-def _cost(lanes: Sequence[Lane], length: int, num_blocks: int) -> int:
+def _cost(lanes: Sequence[Lane], num_blocks: int) -> int:
     """Counts tokens, once for each block."""
     return sum(
-        len(lane.rows) * (length - lane.start) * len(lane.blocks(num_blocks)) for lane in lanes
+        len(lane.rows) * (lane.length - lane.start) * len(lane.blocks(num_blocks)) for lane in lanes
     )

@@ -96,7 +96,7 @@ class HeadRows:
         """Finds the positions that are read of each lane."""
         for place, trace in enumerate(self._plan.traces):
             if trace.head is not None:
-                padding = self._plan.length - trace.length
+                padding = self._plan.padding(trace)
                 lane = unchanged.resolved(self._plan.tree.paths[place][-1])
                 first, after = (position + padding for position in trace.head)
                 known = self._ranges.get(lane, (first, after))
@@ -122,7 +122,7 @@ class HeadRows:
         found = {}
         for place in places:
             trace = self._plan.traces[place]
-            padding = self._plan.length - trace.length
+            padding = self._plan.padding(trace)
             assert trace.head is not None
             first, after = (position + padding for position in trace.head)
             lane = lanes[place]

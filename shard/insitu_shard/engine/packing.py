@@ -1,4 +1,4 @@
-"""Lanes without their first positions: all tokens of a pass are one row, [1, tokens, ...].
+"""Rows without their first positions, or of several lengths: [1, tokens, ...] for all of them.
 
 What works on each token alone does not notice. For the attention, rows are put together: each from
 its own positions and those of the lanes that it forks from.
@@ -40,22 +40,29 @@ class Packing:
     own: torch.Tensor
 
     @staticmethod
-    def of(starts: Sequence[int], sources: Sequence[int], length: int) -> Packing:
+    def of(
+        starts: Sequence[int], sources: Sequence[int], length: int, ends: Sequence[int] = ()
+    ) -> Packing:
         """Makes a packing.
 
         Args:
             starts: the first position of each row that is computed in it.
             sources: the row that has what is before.
-            length: positions of each row.
+            length: positions of the longest row.
+            ends: the position after the last of each row; not given, rows are of one length.
         """
-        own = torch.arange(length) >= torch.tensor(starts)[:, None]
+        positions = torch.arange(length)
+        own = positions >= torch.tensor(starts)[:, None]
+        behind = positions >= torch.tensor(ends or [length] * len(starts))[:, None]
+        own &= ~behind
         numbers = (own.flatten().cumsum(0) - 1).view_as(own)
         tokens = numbers
         above = torch.tensor(sources)
         while True:
             filled = torch.where(own, numbers, tokens[above])
             if torch.equal(filled, tokens):
-                return Packing(tokens, own)
+                # No position sees what is behind it; yet nothing times nan is nan.
+                return Packing(torch.where(behind, tokens[:, :1], tokens), own)
             tokens = filled
 
     @staticmethod

@@ -192,7 +192,7 @@ class Parts:
             return not part.stride and part.length == self._view.length == at.length and (
                 at.num_rows == self._view.num_rows
             )  # fmt: skip
-        return at.num_rows == self._view.num_rows and not at.padding
+        return at.num_rows == self._view.num_rows and at.length == self._view.length
 
     def _showing(self, place: int, part: Any) -> InputValue | OutputValue:
         if part is self._core:

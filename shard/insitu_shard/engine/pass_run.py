@@ -67,7 +67,7 @@ def _run(plan: Pass, members: Sequence[Pending]) -> None:
     model = members[0].trace.model
     with measured(model.device, plan.num_bytes) as peak:
         has_run = _run_once(plan, members)
-        if not has_run and plan.is_merged and plan.tree.are_suffixes:
+        if not has_run and plan.is_merged and plan.is_packed and not plan.has_own_lengths:
             has_run = _run_once(replace(plan, has_whole_rows=True), members)
         if not has_run:
             for member, facts in zip(members, plan.traces, strict=True):

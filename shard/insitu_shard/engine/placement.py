@@ -157,6 +157,7 @@ def place(
     key: Hashable,
     head: tuple[int, int] | None,
     session: Hashable,
+    may_mix: bool,
 ) -> TraceFacts:
     """Gives the facts of a trace.
 
@@ -167,6 +168,7 @@ def place(
         key: what traces must have alike to share a pass with it.
         head: the positions of the head's output that it reads, if not all.
         session: what tells values of its session from those of others.
+        may_mix: whether its rows are of one length, and not to be padded.
     """
     rows = batch.rows
     kept = _kept_bytes(plan, outline, batch.length) * sum(map(len, rows))
@@ -175,6 +177,7 @@ def place(
         return TraceFacts(rows=rows, alone_because=reason, kept_bytes=kept)
     points = [(at.module_path, at.is_input) for at in plan.at_boundary]
     moments = [outline.moment(path, is_input=is_input) or 0 for path, is_input in points]
+    needs_whole = needs_whole_rows(plan, outline)
     reads_head = (outline.head_path, False) in points
     after_head = outline.moment("", is_input=False) or 0
     is_whole = any(path == "" and not is_input for path, is_input in points)
@@ -182,7 +185,8 @@ def place(
         rows=rows,
         key=key,
         forks=_forks(plan, outline, scope, batch.length),
-        needs_whole_rows=needs_whole_rows(plan, outline),
+        needs_whole_rows=needs_whole,
+        fits_other_lengths=may_mix and outline.shares_prefixes and not needs_whole,
         last_moment=max(moments, default=0) if not is_whole else after_head,
         head=(head or (0, batch.length)) if reads_head or is_whole else None,
         kept_bytes=kept,

@@ -72,9 +72,9 @@ class RowMap:
         }
         if 1 in self._changes:
             self.places.add((outline.blocks[0], True))
-        if self._tree.are_suffixes:
+        if plan.is_packed:
             self.places.add((outline.blocks[-1], False))
-        if self._num_root_rows > 1 or self._tree.are_suffixes:
+        if self._num_root_rows > 1 or plan.is_packed:
             self.places |= {(block, True) for block in outline.blocks}
         if self._head.is_trimmed:
             self.places.add((outline.head_path, True))
@@ -82,7 +82,11 @@ class RowMap:
     @property
     def rows(self) -> tuple[tuple[int, ...], ...]:
         """Token ids of the rows that the pass begins with."""
-        return tuple(row for lane in self._lanes for row in self._tree.lanes[lane].rows)
+        rows = (row for lane in self._lanes for row in self._tree.lanes[lane].rows)
+        if not self._plan.has_own_lengths:
+            return tuple(rows)
+        # What fills them up behind goes before the first block.
+        return tuple(row + row[:1] * (self._plan.length - len(row)) for row in rows)
 
     def are_all_of_one(self, boundary: Boundary) -> bool:
         """Whether one trace has all that the model holds at a boundary."""
@@ -109,7 +113,7 @@ class RowMap:
             raise NotPlacedError(boundary.module_path)
         hidden, rest = _split(arguments)
         moved = None
-        if boundary.module_path == self._outline.blocks[0] and 1 in self._changes:
+        if boundary.module_path == self._outline.blocks[0]:
             moved = self._move(2, hidden)
         if moved is None and not self._has_moved and self._packing is None:
             return None
@@ -175,7 +179,7 @@ class RowMap:
 
     def attention(self) -> AbstractContextManager[None]:
         """Gives the context in which the pass is to run."""
-        if not self._tree.are_suffixes:
+        if not self._plan.is_packed:
             return nullcontext()
         return packed_attention(self._model.module.config)  # type: ignore[arg-type]
 
@@ -192,7 +196,7 @@ class RowMap:
 
     def _rows_of(self, place: int, lane: int) -> InvokeRows:
         trace = self._plan.traces[place]
-        padding = self._plan.length - trace.length
+        padding = self._plan.padding(trace)
         return InvokeRows(self._first_rows[lane], trace.num_rows, padding, trace.length)
 
     @property
@@ -237,7 +241,8 @@ class RowMap:
         lanes = self._unchanged.alive(moment)
         is_last = moment > 2 * len(self._outline.blocks)
         # Traces that failed need no rows, and yet the ranks have to go on together.
-        if not lanes or (lanes == self._lanes and not (is_last and self._packing)):
+        is_due = self._packing is not None if is_last else self._has_to_be_packed
+        if not lanes or (lanes == self._lanes and not is_due):
             return None
         index: list[int] = []
         for lane in lanes:
@@ -254,17 +259,25 @@ class RowMap:
         pack(self._packing)
         return before.moved(hidden, index, after)
 
+    @property
+    def _has_to_be_packed(self) -> bool:
+        return self._plan.has_own_lengths and self._packing is None
+
     def _packed(self) -> Packing | None:
-        """Gives where tokens are, if a lane leaves its first positions to another."""
+        """Gives where tokens are, if rows do not have all positions."""
         starts: list[int] = []
+        ends: list[int] = []
         sources: list[int] = []
         for number in self._lanes:
             lane = self._tree.lanes[number]
             source = number if lane.source is None else lane.source
             first = self._first_rows[self._unchanged.resolved(source)]
             starts += [lane.start] * len(lane.rows)
+            ends += map(len, lane.rows) if self._plan.has_own_lengths else []
             sources += range(first, first + len(lane.rows))
-        return Packing.of(starts, sources, self._plan.length) if any(starts) else None
+        if not any(starts) and all(end == self._plan.length for end in ends):
+            return None
+        return Packing.of(starts, sources, self._plan.length, ends)
 
     def _place_rows(self) -> None:
         self._first_rows, self._num_rows = {}, 0

@@ -102,6 +102,7 @@ class TraceRun:
             key=key,
             head=self._head,
             session=id(self._state),
+            may_mix=not may_pad and len(lengths) == 1,
         )
 
     def _reason_for_alone(self, *, is_padded: bool) -> str:

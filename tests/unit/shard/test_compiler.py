@@ -159,7 +159,7 @@ def test_a_lane_that_forks_again_takes_from_the_nearest_that_stays() -> None:
 
 def test_rows_are_whole_where_little_is_saved_or_nothing_is_known() -> None:
     many = [_positioned((3, str(at), at)) for at in range(10)]
-    assert _sharing(*many).tree.are_suffixes
+    assert _sharing(*many).is_packed
     whole = [
         _sharing(_positioned((3, "a", 4))),
         _sharing(*(_positioned((3, name, 1)) for name in "ab")),
@@ -169,7 +169,7 @@ def test_rows_are_whole_where_little_is_saved_or_nothing_is_known() -> None:
         replace(_sharing(*many), has_whole_rows=True),
     ]
     for planned in whole:
-        assert not planned.tree.are_suffixes
+        assert not planned.is_packed
         assert planned.num_tokens == 10 * planned.num_rows
 
 

@@ -14,6 +14,7 @@ import pytest
 from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest
 from insitu_shard.engine import Finished, SegmentEvent, TraceStarted
 from insitu_shard.engine_thread import EngineThread
+from insitu_shard.gathering import Gathering
 from insitu_shard.metrics import ShardMetrics
 from insitu_wire.errors import Error, Reason, error
 
@@ -153,3 +154,42 @@ async def test_nothing_reaches_the_ranks_after_stop(engine: EngineThread, leader
     with pytest.raises(Error, match="has ended"):
         await engine.do(lambda: None)
     assert leader.commands[-1] == "stop"
+
+
+class _UntilTwo(Gathering):
+    """Waits for a second segment, if it comes before the time is over."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def seconds_left(self, num_sessions: int, *, now: float) -> float:
+        seconds = 0.0 if num_sessions > 1 else self.seconds
+        if seconds < 1:
+            self.seconds = 0.0
+        return seconds
+
+
+@pytest.mark.parametrize("seconds", [60.0, 0.001])
+async def test_a_round_waits_for_segments_that_are_about_to_come(
+    leader: Leader, lost: asyncio.Event, seconds: float
+) -> None:
+    metrics = ShardMetrics("tiny")
+    with ThreadPoolExecutor(1) as thread:
+        engine = EngineThread(
+            leader,  # type: ignore[arg-type]
+            metrics,
+            thread=thread,
+            on_lost=lost.set,
+            gathering=_UntilTwo(seconds),
+        )
+        first = asyncio.create_task(_told(engine, 1))
+        await asyncio.sleep(0)
+        if seconds < 1:
+            await first
+            assert leader.commands == ["begin 1", "round"]
+            return
+        for _ in range(10):
+            await engine.do(lambda: None)
+        await asyncio.gather(first, _told(engine, 1))
+        assert leader.commands == ["begin 1", "begin 2", "round"]

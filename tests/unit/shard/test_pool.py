@@ -43,8 +43,8 @@ def _trace(number: int = 1) -> Step:
 
 
 def _longer(step: Step) -> Step:
-    """A trace over a longer prompt, which shares no pass with the others."""
-    step.trace.invokes[0].rows[0].token_ids.append(4)
+    """A trace over a much longer prompt, which shares no pass with the others."""
+    step.trace.invokes[0].rows[0].token_ids.extend([4] * 40)
     return step
 
 

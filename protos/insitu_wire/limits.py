@@ -44,3 +44,6 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 
 MAX_TENSOR_BYTES = 4 * 1024**3
 """Size of the largest tensor that an operation of a session may make."""
+
+MAX_NEW_TOKENS = 100_000
+"""Most tokens that a generation may add to a row."""

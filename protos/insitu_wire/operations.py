@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-OPERATIONS_VERSION = 2
+OPERATIONS_VERSION = 3
 """Raised with every change of the table; names are added, never removed."""
 
 # Arithmetic, comparison and reduction exist as functions and as methods of a tensor.
@@ -114,6 +114,9 @@ VARIABLE = "insitu.variable"
 SELECT = "insitu.select"
 """Gives its second argument if its first holds, else its third; the other need not be set."""
 
+LAST = "insitu.last"
+"""Gives the last of its arguments that is set; the others need not be."""
+
 # Lists and dicts that are built while a session runs. They take copies, so that nothing in them
 # changes with the tensor that it was made of.
 _CONTAINERS = "list dict append extend set_item len"
@@ -131,7 +134,7 @@ OPERATIONS: frozenset[str] = frozenset(
     | _names("torch.special", _SPECIAL)
     # Takes an item out of a tuple, list or dict.
     | {"operator.getitem"}
-    | {VARIABLE, SELECT}
+    | {VARIABLE, SELECT, LAST}
     | _names("insitu", _CONTAINERS)
 )
 """Every operation, by its public name in torch or the standard library."""

@@ -53,6 +53,8 @@ def values_of(node: Node) -> Iterator[Value]:
             yield getattr(node, kind).value
         case "log":
             yield from node.log.values
+        case "end_generation":
+            yield node.end_generation.when
         case "gradient":
             yield from (node.gradient.loss, node.gradient.value, node.gradient.gradient)
         case "call" | "module_call" as kind:

@@ -13,12 +13,16 @@ from insitu_wire.errors import Error, Reason, error, to_failure
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from insitu_proto.v1.event_pb2 import Tokens
     from insitu_scheduler.journal import Journal, SessionRow
     from insitu_scheduler.queue import SessionId
 
 TERMINAL_KINDS = frozenset(
     {EventKind.EVENT_KIND_COMPLETED, EventKind.EVENT_KIND_ERROR, EventKind.EVENT_KIND_CANCELLED}
 )
+
+OUTPUT_KINDS = frozenset({EventKind.EVENT_KIND_LOG, EventKind.EVENT_KIND_TOKENS})
+"""What a session itself tells; these are no states of it."""
 
 
 def received() -> Event:
@@ -78,6 +82,16 @@ def logged(message: str) -> Event:
     return Event(kind=EventKind.EVENT_KIND_LOG, message=message)
 
 
+def tokens_chosen(tokens: Tokens) -> Event:
+    """A trace of the session has chosen tokens."""
+    ids = ", ".join(map(str, tokens.token_ids))
+    return Event(
+        kind=EventKind.EVENT_KIND_TOKENS,
+        message=f"Trace {tokens.trace_number} has chosen at step {tokens.step}: {ids}.",
+        tokens=tokens,
+    )
+
+
 def completed() -> Event:
     """The session ended well."""
     return Event(kind=EventKind.EVENT_KIND_COMPLETED, message="Your session has been completed.")
@@ -134,10 +148,9 @@ class EventLog:
 
     @property
     def state(self) -> Event:
-        """The newest event that is shown and no LOG: its kind is the session's state."""
-        log = EventKind.EVENT_KIND_LOG
+        """The newest event that is shown and no output: its kind is the session's state."""
         shown = reversed(self._events[: self._num_shown])
-        return next(event for event in shown if event.kind != log)
+        return next(event for event in shown if event.kind not in OUTPUT_KINDS)
 
     @property
     def attempt(self) -> int:
@@ -151,9 +164,9 @@ class EventLog:
         return (newest.ToDatetime() - first.ToDatetime()).total_seconds()
 
     @property
-    def num_logged(self) -> int:
-        """How many messages the session has printed."""
-        return sum(event.kind == EventKind.EVENT_KIND_LOG for event in self._events)
+    def num_told(self) -> int:
+        """How many messages and tokens the session has told."""
+        return sum(event.kind in OUTPUT_KINDS for event in self._events)
 
     @property
     def has_ended(self) -> bool:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from insitu_proto.v1.event_pb2 import Event, EventKind
 from insitu_scheduler.committer import Committer
-from insitu_scheduler.events import TERMINAL_KINDS, kind_name
+from insitu_scheduler.events import OUTPUT_KINDS, TERMINAL_KINDS, kind_name
 from insitu_scheduler.migrations import upgrade
 from insitu_scheduler.queue import SessionId
 from insitu_scheduler.terms import Terms
@@ -253,7 +253,7 @@ def _insert(connection: sa.Connection, session: AcceptedSession, events: Sequenc
 
 def _append(connection: sa.Connection, session_id: SessionId, event: Event) -> None:
     connection.execute(sa.insert(_events).values(**_event_row(session_id, event)))
-    if event.kind == EventKind.EVENT_KIND_LOG:
+    if event.kind in OUTPUT_KINDS:
         return
     values: dict[str, object] = {"state": kind_name(event)}
     if event.kind in TERMINAL_KINDS:

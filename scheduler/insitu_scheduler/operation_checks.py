@@ -71,8 +71,10 @@ class OperationChecker:
             case "assign":
                 self._check_reference(node.assign.node_id)
                 self._check_values([node.assign.value])
-            case "stop":
+            case "stop" | "generated":
                 return
+            case "end_generation":
+                self._check_values([node.end_generation.when])
             case "keep":
                 self._check_handle(node.keep.handle_id)
                 self._check_values([node.keep.value])

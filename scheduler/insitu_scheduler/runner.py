@@ -51,7 +51,7 @@ class SessionRun:
     has_started: bool = field(default=False, init=False)
     """Whether the first RUNNING event has been shown."""
     num_repeated: int = field(default=0, init=False)
-    """How many messages come that an attempt before has shown."""
+    """How many messages and tokens come that an attempt before has shown."""
     shard_seconds: float | None = field(default=None, init=False)
     """What its segments took of their groups' time so far; None if that is not known."""
     saved_bytes: int = field(default=0, init=False)
@@ -79,7 +79,7 @@ class SessionRun:
             raise limit_exceeded(ran, seconds, "max_run_seconds") from None
 
     async def _run(self, shards: Mapping[str, ShardClient]) -> None:
-        self.num_repeated = self.log.num_logged
+        self.num_repeated = self.log.num_told
         try:
             if self.log.attempt > 1:
                 await _release(self.log.session_id, shards)
@@ -145,8 +145,10 @@ class SessionRun:
 
     async def _pass_on(self, response: RunSegmentResponse) -> None:
         match response.WhichOneof("kind"):
-            case "log_line" if self.num_repeated:
+            case "log_line" | "tokens" if self.num_repeated:
                 self.num_repeated -= 1
+            case "tokens":
+                self.book.publish(self.log, events.tokens_chosen(response.tokens))
             case "log_line":
                 self.book.publish(self.log, events.logged(response.log_line.message))
             case "saved_value":

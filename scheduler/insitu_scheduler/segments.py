@@ -60,10 +60,17 @@ def count_traces(session: Session) -> int:
 
 
 def work_of(session: Session) -> Work:
-    """Counts what a session asks of its models; what loops repeat counts once."""
-    traces = (step.trace for step in all_steps(session.steps))
-    rows = (row for trace in traces for invoke in trace.invokes for row in invoke.rows)
-    return Work(count_traces(session), sum(len(row.token_ids) for row in rows))
+    """Counts what a session asks of its models; what loops repeat counts once.
+
+    Each step of a generation is a pass, and counts as a trace with a token a row.
+    """
+    num_passes, num_tokens = count_traces(session), 0
+    for step in all_steps(session.steps):
+        rows = [row for invoke in step.trace.invokes for row in invoke.rows]
+        num_later = max(step.trace.generation.max_new_tokens - 1, 0)
+        num_passes += num_later
+        num_tokens += sum(len(row.token_ids) for row in rows) + num_later * max(len(rows), 1)
+    return Work(num_passes, num_tokens)
 
 
 def _model(step: Step) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from insitu_proto.v1.trace_pb2 import TraceMode
+from insitu_scheduler.generation_checks import check_generation, check_step
 from insitu_scheduler.models import model_not_found
 from insitu_scheduler.operation_checks import MAX_QUOTED, OperationChecker
 from insitu_scheduler.refusals import check_limit, malformed, unsupported
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 MAX_STEPS = 10_000
 MAX_NODES = 100_000
 MAX_TENSORS = 100_000
-_WITHOUT_VALUE = ("write", "save", "log", "assign", "stop", "skip", "keep")
+_WITHOUT_VALUE = ("write", "save", "log", "assign", "stop", "skip", "keep", "end_generation")
 # What runs inside a forward pass only.
-_IN_A_PASS = ("read", "write", "stop", "skip", "gradient")
+_IN_A_PASS = ("read", "write", "stop", "skip", "gradient", "generated", "end_generation")
 MAX_DEPTH = 16
 
 
@@ -148,14 +149,16 @@ class _Validation:
     def _check_trace(self, trace: Trace) -> None:
         if trace.mode == TraceMode.TRACE_MODE_UNSPECIFIED:
             raise malformed(f"the trace of {self._owner} has no mode; set it to forward")
-        if trace.mode != TraceMode.TRACE_MODE_FORWARD:
-            raise unsupported(f"{self._owner} generates, and it runs single forward passes only")
+        if trace.mode not in TraceMode.values():
+            raise unsupported(f"{self._owner} is of mode {trace.mode}, which it does not know")
+        check_generation(trace, self._owner)
         model = self._find_model(trace.model)
         self._check_rows(trace, model.vocabulary_size)
         self._num_invokes = len(trace.invokes)
         self._num_conditions = len(trace.conditions)
         step_location = self._location
         for node in trace.nodes:
+            check_step(node, trace)
             self._check_node(node, model)
         self._check_conditions(trace)
         self._location = step_location

@@ -86,10 +86,14 @@ class BaseModel(Envoy):
         """Opens a trace over an input, in a session of its own or in the one that is open."""
         if session is not None:
             return Tracer(session, self, given, owns_session=True, seed=seed)
+        return Tracer(self._joined_session(), self, given, owns_session=False, seed=seed)
+
+    def _joined_session(self) -> Session:
+        """Gives the session that is open, which the model is a part of from here on."""
         session = active_session()
         assert session is not None
         session.add_model(self._base)
-        return Tracer(session, self, given, owns_session=False, seed=seed)
+        return session
 
     @property
     def _base(self) -> Self:
@@ -104,8 +108,9 @@ class BaseModel(Envoy):
         return copy
 
     def _apply_edits(self, block: BlockRecorder) -> None:
-        for edit in self._edits:
-            edit.apply(block)
+        for step in range(block.max_new_tokens or 1):
+            for edit in self._edits:
+                edit.apply(block, step)
 
     @cached_property
     def _description(self) -> model_pb2.ModelDescription:

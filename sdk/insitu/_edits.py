@@ -45,8 +45,13 @@ class Edit:
             trace.MergeFrom(step.trace)
         return Edit(trace, list(recorder.session.locations), recorder.brought)
 
-    def apply(self, block: BlockRecorder) -> None:
-        """Copies the nodes into a trace, before anything else is recorded in it."""
+    def apply(self, block: BlockRecorder, step: int = 0) -> None:
+        """Copies the nodes into a trace, before anything else is recorded in it.
+
+        Args:
+            block: the trace.
+            step: which step of it, if it generates.
+        """
         assert block.trace is not None
         recorder = block.session_recorder
         new_ids: dict[int, int] = {}
@@ -60,12 +65,25 @@ class Edit:
             copied.CopyFrom(node)
             copied.id = new_ids[node.id] = recorder.next_id()
             copied.condition += first_condition if copied.condition else 0
+            _put_at(copied, step if block.max_new_tokens else None)
             if node.location:
                 at = self.locations[node.location - 1]
                 location = Location(at.file, at.line, at.source)
                 copied.location = recorder.location_index(location)
         new_indices = recorder.brought.adopt(self.brought)
         _renumber(block.trace, new_ids, new_indices, first_condition)
+
+
+def _put_at(node: intervention_pb2.Node, step: int | None) -> None:
+    """Has a node belong to a step of a generation; to none where there are no steps."""
+    if step is None:
+        return
+    node.step = step + 1
+    match node.WhichOneof("operation"):
+        case "read" | "write" as kind:
+            getattr(node, kind).hook_point.step = step
+        case "skip":
+            node.skip.step = step
 
 
 def _renumber(

@@ -85,6 +85,12 @@ class Envoy:
         """
         return Calls(self)
 
+    def next(self) -> Envoy:
+        """Goes on to the module's next step of a generation, for what is recorded from here on."""
+        location = user_location()
+        self._trace(".next()", location).next_step(location, self.path)
+        return self
+
     def skip(self, value: Any) -> None:
         """Has the module not run in this forward pass, and return a value in its place.
 
@@ -104,7 +110,8 @@ class Envoy:
         if self._model._tree[self.path].is_block and isinstance(value, tuple) and len(value) == 1:
             (value,) = value
         self._check_in_time(value, trace, self._place(trace, is_input=True), location)
-        check_fits(self._shapes("output", trace), as_meta(value), self._name("output"), location)
+        name = self._name("output", trace)
+        check_fits(self._shapes("output", trace), as_meta(value), name, location)
         trace.skip(self.path, self._call_index, value, location)
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -186,7 +193,7 @@ class Envoy:
         location = user_location()
         trace = self._trace(f".{side}", location)
         node_id = trace.read(self._hook_point(side, trace), location)
-        name = self._name(side)
+        name = self._name(side, trace)
         place = self._place(trace, is_input=side != "output")
         moment = Moment(trace.number, place, f"{name} ({location})", written_by=place)
         recorder = trace.session_recorder
@@ -201,16 +208,18 @@ class Envoy:
         trace = self._trace(f".{side}", location)
         place = self._place(trace, is_input=side != "output")
         self._check_in_time(value, trace, place, location)
-        check_fits(self._shapes(side, trace), as_meta(value), self._name(side), location)
+        check_fits(self._shapes(side, trace), as_meta(value), self._name(side, trace), location)
         trace.write(self._hook_point(side, trace), value, location)
 
-    def _name(self, side: str) -> str:
+    def _name(self, side: str, trace: BlockRecorder) -> str:
         call = f".calls[{self._call_index}]" if self._call_index else ""
-        return f"{self.path or 'model'}{call}.{side}"
+        step = f" at step {trace.step_of(self.path)}" if trace.max_new_tokens else ""
+        return f"{self.path or 'model'}{call}.{side}{step}"
 
     def _place(self, trace: BlockRecorder, *, is_input: bool) -> int:
         tree = trace.tree or self._model._tree
-        return tree.place(self.path, is_input=is_input, call_index=self._call_index)
+        place = tree.place(self.path, is_input=is_input, call_index=self._call_index)
+        return place and place + trace.step_of(self.path) * tree.num_moments
 
     def _check_in_time(
         self, value: Any, trace: BlockRecorder, place: int, location: Location
@@ -220,8 +229,10 @@ class Envoy:
 
     def _shapes(self, side: str, trace: BlockRecorder) -> Any:
         module = (trace.tree or self._model._tree)[self.path]
-        batch = (trace.num_rows, trace.length)
-        if not all(batch) or self._call_index:
+        step = trace.step_of(self.path)
+        batch = (trace.num_rows, trace.length_at(step))
+        # After the first step, points inside of attention have the keys of all tokens so far.
+        if not all(batch) or self._call_index or (step and module.is_point):
             return Unknown()
         if side == "output":
             return structure(module.output, *batch)
@@ -238,6 +249,7 @@ class Envoy:
             side=_SIDES[side],
             call_index=self._call_index,
             invoke=trace.invoke,
+            step=trace.step_of(self.path),
         )
 
     def _trace(self, what: str, location: Location) -> BlockRecorder:

@@ -111,6 +111,13 @@ def _trace_of(value: Proxy, what: str, location: Location) -> BlockRecorder:
     if recorder.state != "recording":
         raise not_here(value._origin)
     block = recorder.trace
+    if block is not None and block.max_new_tokens:
+        raise error(
+            Reason.UNSUPPORTED_FEATURE,
+            f"{what} of {value._origin} in a trace that generates, which runs without a graph; "
+            "take gradients in a `with model.trace(...)` block over the ids that were generated",
+            location=location,
+        )
     if block is None or value._origin.moment.block_number != block.number:
         raise _invalid(
             f"{what} of {value._origin} outside the trace that makes it; a graph lives as long as "

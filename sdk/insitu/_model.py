@@ -11,6 +11,7 @@ import torch
 
 from insitu._base_model import BaseModel
 from insitu._config import CONFIG
+from insitu._generate import GenerationTracer, Generator, generation_options
 from insitu._proxy import as_meta, reference
 from insitu._session import Session, Together, active_session
 from insitu._shapes import Unknown, applied
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from insitu._generate import Streamer
     from insitu._recorder import BlockRecorder
     from insitu._tokens import Prompt
     from insitu._trace import Tracer
@@ -119,6 +121,56 @@ class LanguageModel(BaseModel):
             return self._open_trace(prompt, None, seed)
         return self._open_trace(prompt, self.session(remote=remote, blocking=blocking), seed)
 
+    def generate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        max_new_tokens: int,
+        remote: bool = False,
+        blocking: bool = True,
+        seed: int = 0,
+        stream: bool = False,
+        streamer: Streamer | None = None,
+        **options: Any,
+    ) -> GenerationTracer:
+        """Opens a generation: transformers' `generate` with its cache, with interventions.
+
+            with model.generate("The Eiffel Tower is in", max_new_tokens=5) as tracer:
+                for step in tracer.iter[:]:
+                    model.model.layers[5].output[0][:, -1] += direction
+                ids = tracer.result.save()
+
+        Args:
+            prompt: see `trace`.
+            max_new_tokens: how many tokens each row gets at most.
+            remote: see `trace`.
+            blocking: see `trace`.
+            seed: of the tokens that are drawn, from 1, as `torch.manual_seed` takes it; by default
+                one that torch's own generator gives.
+            stream: whether tokens are told as they are chosen, for `submission.tokens()`.
+            streamer: takes them as they are chosen, such as `transformers.TextStreamer(tokenizer)`.
+            options: min_new_tokens, do_sample, temperature, top_k, top_p, min_p,
+                repetition_penalty, no_repeat_ngram_size, eos_token_id, pad_token_id and
+                stop_strings, as transformers takes them; what is left out is as the model's own
+                generation configuration has it.
+        """
+        streams = stream or streamer is not None
+        generation = generation_options(max_new_tokens, options, streams=streams)
+        is_alone = active_session() is None
+        if is_alone:
+            session = self.session(remote=remote, blocking=blocking)
+        else:
+            session = self._joined_session()
+        return GenerationTracer(
+            session,
+            self,
+            prompt,
+            generation,
+            owns_session=is_alone,
+            seed=seed,
+            streamer=streamer,
+        )
+
     def scan(self, prompt: Prompt | None = None) -> Tracer:
         """Opens a trace that is recorded and checked, and does not run: for shapes.
 
@@ -126,6 +178,11 @@ class LanguageModel(BaseModel):
             hidden_size = model.model.layers[0].output.shape[-1]
         """
         return self._open_trace(prompt, Session(self, self._backend, run=False), 0)
+
+    @property
+    def generator(self) -> Generator:
+        """What generates, in a `generate` block: its `output` is `tracer.result`."""
+        return Generator()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

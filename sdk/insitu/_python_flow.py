@@ -42,7 +42,7 @@ def truth(value: Proxy) -> bool:
         ValueNotAvailableError: it is not an `if` that asks, or its source can not be read.
     """
     frame = user_frame()
-    statement = _statement(frame, ast.If)
+    statement = statement_at(frame, ast.If)
     if value._origin.recorder.state != "recording":
         raise not_here(value._origin)
     if statement is None or isinstance(statement.test, ast.BoolOp | ast.NamedExpr):
@@ -60,7 +60,7 @@ def items(value: Proxy | Container) -> Iterator[Any]:
         ValueNotAvailableError: it is not a `for` that asks, or its source can not be read.
     """
     frame = user_frame()
-    statement = _statement(frame, ast.For)
+    statement = statement_at(frame, ast.For)
     if value._origin.recorder.state != "recording":
         raise not_here(value._origin)
     if statement is None:
@@ -111,7 +111,7 @@ class _If:
         return False
 
     def _join(self, frame: FrameType) -> None:
-        names = _stored_names([*self._statement.body, *self._statement.orelse])
+        names = stored_names([*self._statement.body, *self._statement.orelse])
         after_body = {name: frame.f_locals.get(name, _MISSING) for name in names}
         joined = {}
         for name in sorted(names):
@@ -158,7 +158,7 @@ class _For:
             self._leave()
             raise StopIteration
         self._has_run = True
-        names = _stored_names(self._statement.body) - _stored_names([self._statement.target])
+        names = stored_names(self._statement.body) - stored_names([self._statement.target])
         bound = self._frame.f_locals
         carried = [name for name in sorted(names) if is_recordable(bound.get(name))]
         self._variables = {name: make_variable(bound[name]) for name in carried}
@@ -178,14 +178,8 @@ class _For:
 
     def _bind_variables(self) -> None:
         """Has the frame's names mean the variables, from its next instruction on."""
-
-        def bind(frame: FrameType, event: str) -> bool:
-            del event
-            _bind(frame, self._variables)
-            return False
-
         if self._variables:
-            _watch(self._frame, bind)
+            bind_soon(self._frame, self._variables)
 
 
 def _carry(variable: Any, value: Any, name: str, location: Location) -> None:
@@ -198,6 +192,17 @@ def _carry(variable: Any, value: Any, name: str, location: Location) -> None:
             location=location,
         )
     variable.update(value)
+
+
+def bind_soon(frame: FrameType, values: Mapping[str, object]) -> None:
+    """Has names of a frame mean values from its next instruction on."""
+
+    def bind(at: FrameType, event: str) -> bool:
+        del event
+        _bind(at, values)
+        return False
+
+    _watch(frame, bind)
 
 
 def _bind(frame: FrameType, values: Mapping[str, object]) -> None:
@@ -223,7 +228,7 @@ def _watch(frame: FrameType, step: Callable[[FrameType, str], bool]) -> None:
     sys.settrace(outer or (lambda *_: None))
 
 
-def _statement(frame: FrameType, kind: type[Any]) -> Any:
+def statement_at(frame: FrameType, kind: type[Any]) -> Any:
     """Finds the statement that a frame's current instruction belongs to, by its position."""
     instructions = itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None)
     position = next(instructions, None)
@@ -251,7 +256,7 @@ def _position(node: ast.stmt | ast.expr) -> tuple[int | None, ...]:
     return node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
 
 
-def _stored_names(nodes: list[Any]) -> set[str]:
+def stored_names(nodes: list[Any]) -> set[str]:
     """Gives the names that statements assign to, without those of functions inside."""
     names: set[str] = set()
     waiting = list(nodes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,6 +20,7 @@ from insitu_wire.steps import all_steps
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 
+    from insitu._generate import Streamer
     from insitu._gradients import Backward
     from insitu._origin import Container, Origin
     from insitu._structure import ModuleTree
@@ -46,6 +48,7 @@ class SessionRecorder:
         loaded: where values that earlier sessions kept come from, by handle.
         trace: the trace whose block is open, if one is.
         scope: where what is recorded now is defined, and so surely set.
+        streamers: who takes the tokens of traces as they are chosen, by their numbers.
     """
 
     def __init__(self, reference: Reference) -> None:
@@ -64,6 +67,7 @@ class SessionRecorder:
         self.containers: list[Container] = []
         self.loaded: dict[str, Origin] = {}
         self.scope: Scope = ()
+        self.streamers: dict[int, Streamer] = {}
         self._reference = reference
         self._steps: MutableSequence[session_pb2.Step] = self.session.steps
         self._compute: BlockRecorder | None = None
@@ -93,12 +97,17 @@ class SessionRecorder:
         self._compute_step.model = model
         return block
 
-    def open_trace(self, model: str, seed: int) -> BlockRecorder:
-        """Starts a trace."""
+    def open_trace(
+        self, model: str, seed: int, generation: trace_pb2.Generation | None = None
+    ) -> BlockRecorder:
+        """Starts a trace; one that generates if it is said how."""
         step = self.add_step().trace
         step.model = model
         step.seed = seed
         step.mode = trace_pb2.TRACE_MODE_FORWARD
+        if generation is not None:
+            step.mode = trace_pb2.TRACE_MODE_GENERATE
+            step.generation.CopyFrom(generation)
         self.num_traces += 1
         self.trace = BlockRecorder(self, step.nodes, next(self._block_numbers), step)
         return self.trace
@@ -218,6 +227,8 @@ class BlockRecorder:
         backward: the backward pass that gradients are of; None before the first.
         tree: the modules as the trace's own input goes through them; None where what the model's
             description tells holds for any input.
+        step: the step of a generation that reads and writes are of, from 0.
+        end_of_steps: place in the pass, as `Moment` counts it, at which a generation has ended.
     """
 
     def __init__(
@@ -236,8 +247,96 @@ class BlockRecorder:
         self.tree: ModuleTree | None = None
         self.conditions: list[object] = []
         self.backward: Backward | None = None
+        self.step = 0
+        self.end_of_steps = 0
         self._nodes = nodes
         self._condition = 0
+        self._own_step = 0
+        self._has_known_length = True
+        self._steps_of_modules: Counter[str] = Counter()
+
+    @property
+    def max_new_tokens(self) -> int:
+        """How many steps it has at most; 0 if it does not generate."""
+        return self.trace.generation.max_new_tokens if self.trace is not None else 0
+
+    def step_of(self, path: str) -> int:
+        """Gives the step that reads and writes of a module are of, from 0."""
+        return self.step + self._steps_of_modules[path]
+
+    def length_at(self, step: int) -> int:
+        """Gives how many tokens a row has at a step; 0 where that is not known."""
+        if not self._has_known_length or not self.length:
+            return 0
+        return 1 if step else self.length
+
+    def next_step(self, location: Location, path: str | None = None) -> None:
+        """Goes on to the next step, for one module or for all."""
+        step = self.step if path is None else self.step_of(path)
+        if step + 1 >= self.max_new_tokens:
+            what = (
+                "it is no generation"
+                if not self.max_new_tokens
+                else (f"it has max_new_tokens={self.max_new_tokens}, so {step} is its last step")
+            )
+            raise error(
+                Reason.MALFORMED_SESSION,
+                f"this trace has no next step: {what}; open it with "
+                "`model.generate(prompt, max_new_tokens=...)` and enough of them",
+                location=location,
+            )
+        if path is None:
+            self.step += 1
+        else:
+            self._steps_of_modules[path] += 1
+
+    @contextmanager
+    def at_step(
+        self, step: int, location: Location, *, has_known_length: bool = True
+    ) -> Iterator[None]:
+        """Records what belongs to a step, for a while.
+
+        Args:
+            step: the step, from 0.
+            location: the user's line.
+            has_known_length: whether all steps that it stands for have as many tokens a row.
+        """
+        if self._own_step:
+            raise error(
+                Reason.MALFORMED_SESSION,
+                "tracer.iter stands inside another tracer.iter; a step has no steps: put one loop "
+                "after the other",
+                location=location,
+            )
+        before = self.step, self._has_known_length
+        self.step, self._own_step, self._has_known_length = step, step + 1, has_known_length
+        try:
+            with self.session_recorder.scoped():
+                yield
+        finally:
+            (self.step, self._has_known_length), self._own_step = before, 0
+
+    @contextmanager
+    def outside_steps(self) -> Iterator[None]:
+        """Records what belongs to no step, for a while."""
+        own, self._own_step = self._own_step, 0
+        try:
+            yield
+        finally:
+            self._own_step = own
+
+    def generated(self, part: intervention_pb2.GeneratedPart.ValueType, location: Location) -> int:
+        """Adds what the generation has made, and gives its node id."""
+        node = self._add_node(location)
+        node.generated.part = part
+        node.generated.invoke = self.invoke
+        return node.id
+
+    def end_generation(self, when: object, location: Location) -> None:
+        """Ends the generation after the step that runs, where a value is true."""
+        encoded = self.session_recorder.encode(when, location)
+        node = self._add_node(location)
+        node.end_generation.when.CopyFrom(encoded)
 
     def add_invoke(self, rows: Sequence[Sequence[int]]) -> int:
         """Adds rows of token ids to a trace's batch and gives the invoke's number."""
@@ -338,6 +437,7 @@ class BlockRecorder:
         node = self._add_node(location)
         node.skip.module_path = path
         node.skip.call_index = call_index
+        node.skip.step = self.step_of(path)
         node.skip.value.CopyFrom(encoded)
 
     def keep(self, value: object, handle_id: str, location: Location) -> None:
@@ -383,9 +483,14 @@ class BlockRecorder:
             id=recorder.next_id(),
             location=recorder.location_index(location),
             condition=self._condition,
+            step=self._own_step,
         )
 
 
 def _needs_seed(step: session_pb2.Step) -> bool:
+    if step.trace.seed:
+        return False
+    # The model's own configuration may say that tokens are drawn.
+    draws_tokens = step.trace.HasField("generation")
     nodes = (*step.trace.nodes, *step.compute.nodes)
-    return not step.trace.seed and any(node.call.name in RANDOM for node in nodes)
+    return draws_tokens or any(node.call.name in RANDOM for node in nodes)

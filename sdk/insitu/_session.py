@@ -14,6 +14,7 @@ from insitu._proxy import fill, reference
 from insitu._recorder import SessionRecorder
 from insitu._session_file import write_session
 from insitu._source import user_location
+from insitu._token_show import TokenShow
 from insitu.backends.remote import RemoteBackend
 from insitu_wire.errors import Reason, error
 
@@ -255,12 +256,21 @@ class Session:
             return
         recorder.state = "running"
         others = [] if self.is_remote else [model._local for model in self._models.values()]
-        self._receive(self.backend.run(recorder.session, tensors, others))
+        show = TokenShow(recorder)
+        try:
+            self._receive(self.backend.run(recorder.session, tensors, others, show.tokens))
+        finally:
+            show.end()
 
     def _receive(self, saved: Iterable[tuple[int, object]]) -> None:
         """Makes saved proxies their values, as these come to the session's end."""
+        # What several steps of a generation save is what the last of them leaves.
+        last: dict[int, tuple[object, object]] = {}
         try:
             for node_id, value in saved:
-                fill(self._recorder.saved[node_id], value)
+                target = self._recorder.saved[node_id]
+                last[id(target)] = target, value
         finally:
             self._recorder.state = "done"
+            for target, value in last.values():
+                fill(target, value)

@@ -143,6 +143,11 @@ class ModuleTree:
         """
         return self._places.get((path, is_input, call_index), 0)
 
+    @property
+    def num_moments(self) -> int:
+        """How many places a forward pass has, of those that are known."""
+        return len(self._places)
+
     def unknown(self, path: str, location: Location) -> Exception:
         """Makes the error for a path that does not exist; names the nearest that do."""
         near = difflib.get_close_matches(path, self._modules, n=3, cutoff=0.6)

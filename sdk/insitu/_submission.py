@@ -13,7 +13,7 @@ from insitu.backends._watch import kind_name, state_name
 from insitu.backends.remote import RemoteBackend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import torch
 
@@ -31,6 +31,18 @@ class SessionState(StrEnum):
     COMPLETED = "COMPLETED"
     ERROR = "ERROR"
     CANCELLED = "CANCELLED"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a step of a generation has chosen."""
+
+    trace_number: int
+    """Number of the trace in the session, from 1."""
+    step: int
+    """The step, from 0."""
+    token_ids: tuple[int, ...]
+    """One id of each row; rows that have ended have padding."""
 
 
 class Submission:
@@ -78,6 +90,22 @@ class Submission:
             self._fetch(is_partial=failure is not None)
         if failure is not None:
             raise failure
+
+    def tokens(self, timeout: float | None = None) -> Iterator[Tokens]:
+        """Yields the tokens of generations with stream=True, as they are chosen, to the end.
+
+        Args:
+            timeout: how long to wait for the session's end, in seconds; None for as long as it
+                takes.
+
+        Raises:
+            Error: why the session failed.
+        """
+        for event in self._watch.events(timeout):
+            if event.HasField("tokens"):
+                told = event.tokens
+                yield Tokens(told.trace_number, told.step, tuple(told.token_ids))
+        self.wait()
 
     def result(self, *, timeout: float | None = None, partial: bool = False) -> dict[str, Any]:
         """Gives the saved values by the names of the user's variables.

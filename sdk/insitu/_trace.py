@@ -158,11 +158,14 @@ class Tracer:
                 location=user_location(),
             )
         self._session._tracer = self
-        self._recorder = self._session._recorder.open_trace(self._model.name, self._seed)
+        self._recorder = self._open_recorder()
         if self._prompt is not None:
             self._add_input(self._prompt)
         if not self._is_edit:
             self._model._apply_edits(self._recorder)
+
+    def _open_recorder(self) -> BlockRecorder:
+        return self._session._recorder.open_trace(self._model.name, self._seed)
 
     def __exit__(
         self,

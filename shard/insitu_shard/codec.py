@@ -7,8 +7,16 @@ import zlib
 from typing import TYPE_CHECKING
 
 from insitu_proto.v1 import shard_service_pb2
+from insitu_proto.v1.event_pb2 import Tokens
 from insitu_proto.v1.result_pb2 import SavedValue
-from insitu_shard.engine import Finished, Logged, Saved, SegmentEvent, TraceStarted
+from insitu_shard.engine import (
+    Finished,
+    Logged,
+    Saved,
+    SegmentEvent,
+    TokensChosen,
+    TraceStarted,
+)
 from insitu_wire import torch_codec
 from insitu_wire.limits import CHUNK_BYTES
 
@@ -25,6 +33,9 @@ def to_responses(event: SegmentEvent) -> Iterator[shard_service_pb2.RunSegmentRe
         case Logged(message=message):
             line = shard_service_pb2.LogLine(message=message)
             yield shard_service_pb2.RunSegmentResponse(log_line=line)
+        case TokensChosen(trace_number=number, step=step, token_ids=token_ids):
+            tokens = Tokens(trace_number=number, step=step, token_ids=token_ids)
+            yield shard_service_pb2.RunSegmentResponse(tokens=tokens)
         case Saved():
             yield from _saved(event)
         case Finished(has_exited=has_exited, seconds=seconds):

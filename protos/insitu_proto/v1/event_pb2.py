@@ -26,15 +26,17 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from insitu_proto.v1 import error_reason_pb2 as insitu__proto_dot_v1_dot_error__reason__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1binsitu_proto/v1/event.proto\x12\tinsitu.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"insitu_proto/v1/error_reason.proto\"\xf0\x01\n\x05\x45vent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\"\n\x04kind\x18\x03 \x01(\x0e\x32\x14.insitu.v1.EventKind\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x16\n\x0equeue_position\x18\x05 \x01(\r\x12\x14\n\x0ctrace_number\x18\x06 \x01(\r\x12\x12\n\nnum_traces\x18\x07 \x01(\r\x12#\n\x07\x66\x61ilure\x18\x08 \x01(\x0b\x32\x12.insitu.v1.Failure\x12\x0f\n\x07\x61ttempt\x18\t \x01(\r*\xe6\x01\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45VENT_KIND_RECEIVED\x10\x01\x12\x17\n\x13\x45VENT_KIND_APPROVED\x10\x02\x12\x15\n\x11\x45VENT_KIND_QUEUED\x10\x03\x12\x16\n\x12\x45VENT_KIND_RUNNING\x10\x04\x12\x12\n\x0e\x45VENT_KIND_LOG\x10\x05\x12\x18\n\x14\x45VENT_KIND_COMPLETED\x10\x06\x12\x14\n\x10\x45VENT_KIND_ERROR\x10\x07\x12\x18\n\x14\x45VENT_KIND_CANCELLED\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1binsitu_proto/v1/event.proto\x12\tinsitu.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"insitu_proto/v1/error_reason.proto\"?\n\x06Tokens\x12\x14\n\x0ctrace_number\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"\x93\x02\n\x05\x45vent\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\"\n\x04kind\x18\x03 \x01(\x0e\x32\x14.insitu.v1.EventKind\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x16\n\x0equeue_position\x18\x05 \x01(\r\x12\x14\n\x0ctrace_number\x18\x06 \x01(\r\x12\x12\n\nnum_traces\x18\x07 \x01(\r\x12#\n\x07\x66\x61ilure\x18\x08 \x01(\x0b\x32\x12.insitu.v1.Failure\x12\x0f\n\x07\x61ttempt\x18\t \x01(\r\x12!\n\x06tokens\x18\n \x01(\x0b\x32\x11.insitu.v1.Tokens*\xfd\x01\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45VENT_KIND_RECEIVED\x10\x01\x12\x17\n\x13\x45VENT_KIND_APPROVED\x10\x02\x12\x15\n\x11\x45VENT_KIND_QUEUED\x10\x03\x12\x16\n\x12\x45VENT_KIND_RUNNING\x10\x04\x12\x12\n\x0e\x45VENT_KIND_LOG\x10\x05\x12\x18\n\x14\x45VENT_KIND_COMPLETED\x10\x06\x12\x14\n\x10\x45VENT_KIND_ERROR\x10\x07\x12\x18\n\x14\x45VENT_KIND_CANCELLED\x10\x08\x12\x15\n\x11\x45VENT_KIND_TOKENS\x10\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'insitu_proto.v1.event_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EVENTKIND']._serialized_start=355
-  _globals['_EVENTKIND']._serialized_end=585
-  _globals['_EVENT']._serialized_start=112
-  _globals['_EVENT']._serialized_end=352
+  _globals['_EVENTKIND']._serialized_start=455
+  _globals['_EVENTKIND']._serialized_end=708
+  _globals['_TOKENS']._serialized_start=111
+  _globals['_TOKENS']._serialized_end=174
+  _globals['_EVENT']._serialized_start=177
+  _globals['_EVENT']._serialized_end=452
 # @@protoc_insertion_point(module_scope)

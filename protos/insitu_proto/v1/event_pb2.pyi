@@ -3,9 +3,11 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from insitu_proto.v1 import error_reason_pb2 as _error_reason_pb2
 import builtins as _builtins
@@ -43,6 +45,8 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     """The session failed. Terminal."""
     EVENT_KIND_CANCELLED: _EventKind.ValueType  # 8
     """The session was cancelled. Terminal."""
+    EVENT_KIND_TOKENS: _EventKind.ValueType  # 9
+    """A trace that generates has chosen tokens. Told where the trace asks for it."""
 
 class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper):
     """Says what happened to a session."""
@@ -65,7 +69,41 @@ EVENT_KIND_ERROR: EventKind.ValueType  # 7
 """The session failed. Terminal."""
 EVENT_KIND_CANCELLED: EventKind.ValueType  # 8
 """The session was cancelled. Terminal."""
+EVENT_KIND_TOKENS: EventKind.ValueType  # 9
+"""A trace that generates has chosen tokens. Told where the trace asks for it."""
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
+
+@_typing.final
+class Tokens(_message.Message):
+    """Holds the tokens that a step of a generation has chosen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRACE_NUMBER_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    trace_number: _builtins.int
+    """Number of the trace in the session, from 1."""
+    step: _builtins.int
+    """The step, from 0."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """One token id of each row; a row that has ended has the padding's."""
+
+    def __init__(
+        self,
+        *,
+        trace_number: _builtins.int = ...,
+        step: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step", "token_ids", b"token_ids", "trace_number", b"trace_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tokens: _TypeAlias = Tokens  # noqa: Y015
 
 @_typing.final
 class Event(_message.Message):
@@ -82,6 +120,7 @@ class Event(_message.Message):
     NUM_TRACES_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Number within the session, from 1, without gaps: a client resumes after the last it has seen."""
     kind: Global___EventKind.ValueType
@@ -104,6 +143,10 @@ class Event(_message.Message):
     def failure(self) -> _error_reason_pb2.Failure:
         """Why the session failed; set for ERROR only."""
 
+    @_builtins.property
+    def tokens(self) -> Global___Tokens:
+        """What was chosen; set for TOKENS only."""
+
     def __init__(
         self,
         *,
@@ -116,10 +159,11 @@ class Event(_message.Message):
         num_traces: _builtins.int = ...,
         failure: _error_reason_pb2.Failure | None = ...,
         attempt: _builtins.int = ...,
+        tokens: Global___Tokens | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "time", b"time", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "failure", b"failure", "kind", b"kind", "message", b"message", "num_traces", b"num_traces", "queue_position", b"queue_position", "sequence", b"sequence", "time", b"time", "trace_number", b"trace_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "failure", b"failure", "kind", b"kind", "message", b"message", "num_traces", b"num_traces", "queue_position", b"queue_position", "sequence", b"sequence", "time", b"time", "tokens", b"tokens", "trace_number", b"trace_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

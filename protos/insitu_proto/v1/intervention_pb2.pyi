@@ -48,6 +48,34 @@ HOOK_SIDE_OUTPUT: HookSide.ValueType  # 3
 """What the call returned. A decoder layer's output is its hidden state in every model family."""
 Global___HookSide: _TypeAlias = HookSide  # noqa: Y015
 
+class _GeneratedPart:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GeneratedPartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GeneratedPart.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GENERATED_PART_UNSPECIFIED: _GeneratedPart.ValueType  # 0
+    """Unset: refused."""
+    GENERATED_PART_TOKEN_IDS: _GeneratedPart.ValueType  # 1
+    """The token ids of all rows, prompts and what was generated, [rows, length]; there when the generation has ended."""
+    GENERATED_PART_NUM_STEPS: _GeneratedPart.ValueType  # 2
+    """How many steps ran; there when the generation has ended."""
+    GENERATED_PART_STEP: _GeneratedPart.ValueType  # 3
+    """The number of the node's own step, from 0."""
+
+class GeneratedPart(_GeneratedPart, metaclass=_GeneratedPartEnumTypeWrapper):
+    """Says what of a generation is meant."""
+
+GENERATED_PART_UNSPECIFIED: GeneratedPart.ValueType  # 0
+"""Unset: refused."""
+GENERATED_PART_TOKEN_IDS: GeneratedPart.ValueType  # 1
+"""The token ids of all rows, prompts and what was generated, [rows, length]; there when the generation has ended."""
+GENERATED_PART_NUM_STEPS: GeneratedPart.ValueType  # 2
+"""How many steps ran; there when the generation has ended."""
+GENERATED_PART_STEP: GeneratedPart.ValueType  # 3
+"""The number of the node's own step, from 0."""
+Global___GeneratedPart: _TypeAlias = GeneratedPart  # noqa: Y015
+
 @_typing.final
 class HookPoint(_message.Message):
     """Names a place in the forward pass where values can be read and written."""
@@ -58,14 +86,17 @@ class HookPoint(_message.Message):
     SIDE_FIELD_NUMBER: _builtins.int
     CALL_INDEX_FIELD_NUMBER: _builtins.int
     INVOKE_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     module_path: _builtins.str
     """Module path as in named_modules(), such as "model.layers.5.mlp"; empty for the model itself."""
     side: Global___HookSide.ValueType
     """Side of the call."""
     call_index: _builtins.int
-    """Which call of the module within the trace, from 0 (generation calls a module once a step)."""
+    """Which call of the module within the pass, from 0."""
     invoke: _builtins.int
     """Index into Trace.invokes, plus 1, of the invoke whose rows are meant, without the padding that other invokes cause; 0 for the whole batch."""
+    step: _builtins.int
+    """Which pass of a trace that generates, from 0, which is the prompt's."""
     def __init__(
         self,
         *,
@@ -73,10 +104,11 @@ class HookPoint(_message.Message):
         side: Global___HookSide.ValueType = ...,
         call_index: _builtins.int = ...,
         invoke: _builtins.int = ...,
+        step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_index", b"call_index", "invoke", b"invoke", "module_path", b"module_path", "side", b"side"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_index", b"call_index", "invoke", b"invoke", "module_path", b"module_path", "side", b"side", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -132,13 +164,18 @@ class Node(_message.Message):
     SKIP_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    GENERATED_FIELD_NUMBER: _builtins.int
+    END_GENERATION_FIELD_NUMBER: _builtins.int
     CONDITION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Unique in the session, from 1, increasing in the order of definition."""
     location: _builtins.int
     """Index into Session.locations, plus 1; 0 where the line is not known."""
     condition: _builtins.int
     """Index into Trace.conditions, plus 1; 0 where the node runs in any case."""
+    step: _builtins.int
+    """Which step of a trace that generates the node belongs to, plus 1: if that does not run, its value is not set. 0 for none."""
     @_builtins.property
     def read(self) -> Global___Read:
         """Gives the value at a hook point."""
@@ -187,6 +224,14 @@ class Node(_message.Message):
     def load(self) -> Global___Load:
         """Gives a value that an earlier session kept."""
 
+    @_builtins.property
+    def generated(self) -> Global___Generated:
+        """Gives what a trace that generates has made."""
+
+    @_builtins.property
+    def end_generation(self) -> Global___EndGeneration:
+        """Ends generation after the step that runs, where a value is true."""
+
     def __init__(
         self,
         *,
@@ -204,17 +249,70 @@ class Node(_message.Message):
         skip: Global___Skip | None = ...,
         keep: Global___Keep | None = ...,
         load: Global___Load | None = ...,
+        generated: Global___Generated | None = ...,
+        end_generation: Global___EndGeneration | None = ...,
         condition: _builtins.int = ...,
+        step: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "call", b"call", "gradient", b"gradient", "keep", b"keep", "load", b"load", "log", b"log", "module_call", b"module_call", "operation", b"operation", "read", b"read", "save", b"save", "skip", b"skip", "stop", b"stop", "write", b"write"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "call", b"call", "end_generation", b"end_generation", "generated", b"generated", "gradient", b"gradient", "keep", b"keep", "load", b"load", "log", b"log", "module_call", b"module_call", "operation", b"operation", "read", b"read", "save", b"save", "skip", b"skip", "stop", b"stop", "write", b"write"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "call", b"call", "condition", b"condition", "gradient", b"gradient", "id", b"id", "keep", b"keep", "load", b"load", "location", b"location", "log", b"log", "module_call", b"module_call", "operation", b"operation", "read", b"read", "save", b"save", "skip", b"skip", "stop", b"stop", "write", b"write"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "call", b"call", "condition", b"condition", "end_generation", b"end_generation", "generated", b"generated", "gradient", b"gradient", "id", b"id", "keep", b"keep", "load", b"load", "location", b"location", "log", b"log", "module_call", b"module_call", "operation", b"operation", "read", b"read", "save", b"save", "skip", b"skip", "step", b"step", "stop", b"stop", "write", b"write"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["read", "write", "call", "module_call", "gradient", "save", "log", "assign", "stop", "skip", "keep", "load"]  # noqa: Y015
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["read", "write", "call", "module_call", "gradient", "save", "log", "assign", "stop", "skip", "keep", "load", "generated", "end_generation"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
 
 Global___Node: _TypeAlias = Node  # noqa: Y015
+
+@_typing.final
+class Generated(_message.Message):
+    """Gives what a trace that generates has made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PART_FIELD_NUMBER: _builtins.int
+    INVOKE_FIELD_NUMBER: _builtins.int
+    part: Global___GeneratedPart.ValueType
+    """What of it."""
+    invoke: _builtins.int
+    """Index into Trace.invokes, plus 1, of the invoke whose rows are meant; 0 for the whole batch."""
+    def __init__(
+        self,
+        *,
+        part: Global___GeneratedPart.ValueType = ...,
+        invoke: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invoke", b"invoke", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Generated: _TypeAlias = Generated  # noqa: Y015
+
+@_typing.final
+class EndGeneration(_message.Message):
+    """Ends generation after the step that runs when the value exists; its token counts still."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHEN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def when(self) -> _value_pb2.Value:
+        """Where it is true generation ends: one element for all rows, or one a row."""
+
+    def __init__(
+        self,
+        *,
+        when: _value_pb2.Value | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["when", b"when"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["when", b"when"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndGeneration: _TypeAlias = EndGeneration  # noqa: Y015
 
 @_typing.final
 class Assign(_message.Message):
@@ -322,10 +420,13 @@ class Skip(_message.Message):
     MODULE_PATH_FIELD_NUMBER: _builtins.int
     CALL_INDEX_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     module_path: _builtins.str
     """Module path as in named_modules()."""
     call_index: _builtins.int
-    """Which call of the module within the trace, from 0."""
+    """Which call of the module within the pass, from 0."""
+    step: _builtins.int
+    """Which pass of a trace that generates, from 0."""
     @_builtins.property
     def value(self) -> _value_pb2.Value:
         """What the call is to return; for a decoder layer, its hidden state."""
@@ -336,10 +437,11 @@ class Skip(_message.Message):
         module_path: _builtins.str = ...,
         call_index: _builtins.int = ...,
         value: _value_pb2.Value | None = ...,
+        step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_index", b"call_index", "module_path", b"module_path", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_index", b"call_index", "module_path", b"module_path", "step", b"step", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from insitu_proto.v1 import error_reason_pb2 as _error_reason_pb2
+from insitu_proto.v1 import event_pb2 as _event_pb2
 from insitu_proto.v1 import intervention_pb2 as _intervention_pb2
 from insitu_proto.v1 import model_pb2 as _model_pb2
 from insitu_proto.v1 import result_pb2 as _result_pb2
@@ -375,6 +376,7 @@ class RunSegmentResponse(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     """The next bytes of the last saved value's data, at most 1 MiB."""
     @_builtins.property
@@ -397,6 +399,10 @@ class RunSegmentResponse(_message.Message):
     def failure(self) -> _error_reason_pb2.Failure:
         """The segment failed. Last."""
 
+    @_builtins.property
+    def tokens(self) -> _event_pb2.Tokens:
+        """A trace that generates has chosen tokens."""
+
     def __init__(
         self,
         *,
@@ -406,12 +412,13 @@ class RunSegmentResponse(_message.Message):
         data: _builtins.bytes = ...,
         finished: Global___SegmentFinished | None = ...,
         failure: _error_reason_pb2.Failure | None = ...,
+        tokens: _event_pb2.Tokens | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "failure", b"failure", "finished", b"finished", "kind", b"kind", "log_line", b"log_line", "saved_value", b"saved_value", "trace_started", b"trace_started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "failure", b"failure", "finished", b"finished", "kind", b"kind", "log_line", b"log_line", "saved_value", b"saved_value", "tokens", b"tokens", "trace_started", b"trace_started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "failure", b"failure", "finished", b"finished", "kind", b"kind", "log_line", b"log_line", "saved_value", b"saved_value", "trace_started", b"trace_started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "failure", b"failure", "finished", b"finished", "kind", b"kind", "log_line", b"log_line", "saved_value", b"saved_value", "tokens", b"tokens", "trace_started", b"trace_started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["trace_started", "log_line", "saved_value", "data", "finished", "failure"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["trace_started", "log_line", "saved_value", "data", "finished", "failure", "tokens"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

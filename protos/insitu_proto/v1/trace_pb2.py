@@ -26,21 +26,25 @@ from insitu_proto.v1 import intervention_pb2 as insitu__proto_dot_v1_dot_interve
 from insitu_proto.v1 import value_pb2 as insitu__proto_dot_v1_dot_value__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1binsitu_proto/v1/trace.proto\x12\tinsitu.v1\x1a\"insitu_proto/v1/intervention.proto\x1a\x1binsitu_proto/v1/value.proto\"\xb6\x01\n\x05Trace\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x04mode\x18\x02 \x01(\x0e\x32\x14.insitu.v1.TraceMode\x12\"\n\x07invokes\x18\x03 \x03(\x0b\x32\x11.insitu.v1.Invoke\x12\x1e\n\x05nodes\x18\x04 \x03(\x0b\x32\x0f.insitu.v1.Node\x12(\n\nconditions\x18\x05 \x03(\x0b\x32\x14.insitu.v1.Condition\x12\x0c\n\x04seed\x18\x06 \x01(\x04\"P\n\tCondition\x12\x1f\n\x05value\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x12\n\nis_negated\x18\x02 \x01(\x08\x12\x0e\n\x06parent\x18\x03 \x01(\r\"\x92\x01\n\x06Invoke\x12!\n\x04rows\x18\x01 \x03(\x0b\x32\x13.insitu.v1.TokenRow\x12\x1e\n\x04\x61rgs\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\x12 \n\x06kwargs\x18\x03 \x01(\x0b\x32\x10.insitu.v1.Value\x12#\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x10.insitu.v1.Value\"\x1d\n\x08TokenRow\x12\x11\n\ttoken_ids\x18\x01 \x03(\r*X\n\tTraceMode\x12\x1a\n\x16TRACE_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12TRACE_MODE_FORWARD\x10\x01\x12\x17\n\x13TRACE_MODE_GENERATE\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1binsitu_proto/v1/trace.proto\x12\tinsitu.v1\x1a\"insitu_proto/v1/intervention.proto\x1a\x1binsitu_proto/v1/value.proto\"\xe1\x01\n\x05Trace\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x04mode\x18\x02 \x01(\x0e\x32\x14.insitu.v1.TraceMode\x12\"\n\x07invokes\x18\x03 \x03(\x0b\x32\x11.insitu.v1.Invoke\x12\x1e\n\x05nodes\x18\x04 \x03(\x0b\x32\x0f.insitu.v1.Node\x12(\n\nconditions\x18\x05 \x03(\x0b\x32\x14.insitu.v1.Condition\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12)\n\ngeneration\x18\x07 \x01(\x0b\x32\x15.insitu.v1.Generation\"\xf1\x03\n\nGeneration\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\x1b\n\x0emin_new_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x16\n\tdo_sample\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x06\x88\x01\x01\x12!\n\x14no_repeat_ngram_size\x18\t \x01(\rH\x07\x88\x01\x01\x12*\n\reos_token_ids\x18\n \x01(\x0b\x32\x13.insitu.v1.TokenSet\x12\x19\n\x0cpad_token_id\x18\x0b \x01(\rH\x08\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x0c \x03(\t\x12\x0f\n\x07streams\x18\r \x01(\x08\x42\x11\n\x0f_min_new_tokensB\x0c\n\n_do_sampleB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x17\n\x15_no_repeat_ngram_sizeB\x0f\n\r_pad_token_id\"\x1d\n\x08TokenSet\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"P\n\tCondition\x12\x1f\n\x05value\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x12\n\nis_negated\x18\x02 \x01(\x08\x12\x0e\n\x06parent\x18\x03 \x01(\r\"\x92\x01\n\x06Invoke\x12!\n\x04rows\x18\x01 \x03(\x0b\x32\x13.insitu.v1.TokenRow\x12\x1e\n\x04\x61rgs\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\x12 \n\x06kwargs\x18\x03 \x01(\x0b\x32\x10.insitu.v1.Value\x12#\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x10.insitu.v1.Value\"\x1d\n\x08TokenRow\x12\x11\n\ttoken_ids\x18\x01 \x03(\r*X\n\tTraceMode\x12\x1a\n\x16TRACE_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12TRACE_MODE_FORWARD\x10\x01\x12\x17\n\x13TRACE_MODE_GENERATE\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'insitu_proto.v1.trace_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRACEMODE']._serialized_start=554
-  _globals['_TRACEMODE']._serialized_end=642
+  _globals['_TRACEMODE']._serialized_start=1128
+  _globals['_TRACEMODE']._serialized_end=1216
   _globals['_TRACE']._serialized_start=108
-  _globals['_TRACE']._serialized_end=290
-  _globals['_CONDITION']._serialized_start=292
-  _globals['_CONDITION']._serialized_end=372
-  _globals['_INVOKE']._serialized_start=375
-  _globals['_INVOKE']._serialized_end=521
-  _globals['_TOKENROW']._serialized_start=523
-  _globals['_TOKENROW']._serialized_end=552
+  _globals['_TRACE']._serialized_end=333
+  _globals['_GENERATION']._serialized_start=336
+  _globals['_GENERATION']._serialized_end=833
+  _globals['_TOKENSET']._serialized_start=835
+  _globals['_TOKENSET']._serialized_end=864
+  _globals['_CONDITION']._serialized_start=866
+  _globals['_CONDITION']._serialized_end=946
+  _globals['_INVOKE']._serialized_start=949
+  _globals['_INVOKE']._serialized_end=1095
+  _globals['_TOKENROW']._serialized_start=1097
+  _globals['_TOKENROW']._serialized_end=1126
 # @@protoc_insertion_point(module_scope)

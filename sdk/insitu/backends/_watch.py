@@ -10,6 +10,9 @@ from insitu_proto.v1 import event_pb2
 from insitu_wire.errors import Error, Reason, UnavailableError, error, from_failure
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from insitu.backends import OnTokens
     from insitu.backends.remote import RemoteBackend
 
 # A scheduler that is started again is back within a minute.
@@ -29,34 +32,50 @@ class Watch:
         self._seen = 0
         self._last: event_pb2.Event | None = None
 
-    def to_end(self, timeout: float | None = None) -> Error | None:
+    def to_end(
+        self, timeout: float | None = None, on_tokens: OnTokens | None = None
+    ) -> Error | None:
         """Waits for the session's end; gives why it failed, if it did.
 
         Args:
             timeout: how long to wait, in seconds; None for as long as it takes.
+            on_tokens: is told tokens as they are chosen.
 
         Raises:
             DeadlineError: WAIT_TIMEOUT, if the session has not ended by then.
+        """
+        for event in self.events(timeout):
+            if event.kind == event_pb2.EVENT_KIND_TOKENS and on_tokens is not None:
+                told = event.tokens
+                on_tokens(told.trace_number, told.step, told.token_ids)
+        return self._failure()
+
+    def events(self, timeout: float | None = None) -> Iterator[event_pb2.Event]:
+        """Yields the session's events to its end, each once; those for people are shown.
+
+        Args:
+            timeout: as for `to_end`.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         num_resumes = 0
         while not self._has_ended:
             before = self._seen
             try:
-                self._show_events(deadline)
+                yield from self._new_events(deadline)
             except UnavailableError:
                 if num_resumes == _MAX_RESUMES - 1:
                     raise
             num_resumes = num_resumes + 1 if self._seen == before else 0
             deadline = self._check_time(deadline, timeout)
             self._pause(num_resumes, deadline)
-        return self._failure()
 
-    def _show_events(self, deadline: float | None) -> None:
+    def _new_events(self, deadline: float | None) -> Iterator[event_pb2.Event]:
         timeout = None if deadline is None else max(deadline - time.monotonic(), 0.0)
         for event in self._backend.events(self._session_id, after=self._seen, timeout=timeout):
             self._seen, self._last = event.sequence, event
-            log_event(self._session_id, kind_name(event), event.message)
+            if event.kind != event_pb2.EVENT_KIND_TOKENS:
+                log_event(self._session_id, kind_name(event), event.message)
+            yield event
 
     def _check_time(self, deadline: float | None, timeout: float | None) -> float | None:
         """Gives the deadline, or none if the session has ended, for its last events to be shown."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from insitu.backends import OnTokens
     from insitu_proto.v1 import model_pb2, session_pb2
 
 
@@ -51,6 +52,7 @@ class LocalBackend:
         session: session_pb2.Session,
         tensors: Mapping[int, torch.Tensor],
         others: Sequence[LocalBackend] = (),
+        on_tokens: OnTokens | None = None,
     ) -> Iterator[tuple[int, object]]:
         """Runs a session and yields saved values.
 
@@ -58,6 +60,7 @@ class LocalBackend:
             session: the session.
             tensors: see `Backend.run`.
             others: the backends of all models that its traces run on, if not this one's alone.
+            on_tokens: is told tokens as they are chosen.
         """
         name = f"local-{uuid.uuid4().hex[:8]}"
         segment = shard_service_pb2.Segment(
@@ -82,6 +85,8 @@ class LocalBackend:
                 match event:
                     case engine.Logged(message=message):
                         log_event(name, "LOG", message)
+                    case engine.TokensChosen() if on_tokens is not None:
+                        on_tokens(event.trace_number, event.step, event.token_ids)
                     case engine.Saved(node_id=node_id, value=value):
                         yield node_id, value
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from insitu._config import Config
+    from insitu.backends import OnTokens
     from insitu.backends._download import Received
     from insitu_proto.v1 import event_pb2, model_pb2, session_pb2
 
@@ -60,11 +61,12 @@ class RemoteBackend:
         session: session_pb2.Session,
         tensors: Mapping[int, torch.Tensor],
         others: Sequence[object] = (),
+        on_tokens: OnTokens | None = None,
     ) -> Iterator[tuple[int, object]]:
         """Submits a session, shows its events, and yields what it saved."""
         session_id = self.submit(session, tensors)
         try:
-            failure = self.watch(session_id).to_end()
+            failure = self.watch(session_id).to_end(on_tokens=on_tokens)
             if any(saves(session.steps)):
                 for received in self.fetch(session_id, is_partial=failure is not None):
                     yield received.node_id, received.value

@@ -45,6 +45,8 @@ class TraceFacts:
     """Whether rows of other lengths may be in its pass, each with its own positions only."""
     kept_bytes: int = 0
     """Estimate of what stays in memory until the trace ends."""
+    state_bytes: int = 0
+    """What of that a trace that generates holds between its passes."""
 
     @property
     def length(self) -> int:

@@ -14,6 +14,7 @@ from insitu_shard.engine.events import (
     Saved,
     SegmentEvent,
     StepFollows,
+    TokensChosen,
     TraceStarted,
 )
 from insitu_shard.engine.explain import explain
@@ -46,6 +47,7 @@ __all__ = [
     "SegmentRun",
     "Spread",
     "StepFollows",
+    "TokensChosen",
     "TraceStarted",
     "check_checkpoint",
     "check_ranks",

@@ -18,12 +18,13 @@ from insitu_shard.engine.memory import storages
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from collections.abc import Set as AbstractSet
 
     from insitu_shard.engine.boundary_value import BoundaryValue, InputValue, OutputValue
     from insitu_shard.engine.graph import Boundary, Node, NodeId
     from insitu_shard.engine.inputs import Batch
+    from insitu_shard.engine.made import Made
     from insitu_shard.engine.memory import StorageKey
     from insitu_shard.engine.module import LoadedModule
     from insitu_shard.engine.plan import Plan
@@ -56,6 +57,7 @@ class BlockRun:
         *,
         batch: Batch | None = None,
         deferred: AbstractSet[NodeId] = frozenset(),
+        runs_to_end: bool = False,
     ) -> None:
         """Makes a run.
 
@@ -68,6 +70,7 @@ class BlockRun:
             handles: the user's values that earlier sessions kept.
             batch: which rows of its input are whose.
             deferred: nodes that run in `finish` only, as if they had run when it was their turn.
+            runs_to_end: whether its generation is to go on though no node needs it.
         """
         self.plan = plan
         self._model = model
@@ -76,9 +79,13 @@ class BlockRun:
             plan, model, earlier, seed, brought, handles, gradients=self._gradients
         )
         self._num_missing = {node_id: len(waits) for node_id, waits in plan.predecessors.items()}
+        self._gated = dict(plan.gated)
+        for node_id in (node_id for those in plan.gated.values() for node_id in those):
+            self._num_missing[node_id] += 1
         self._ready: list[NodeId] = []
         self._batch = batch
         self._deferred = deferred
+        self._runs_to_end = runs_to_end
         self._turns: list[NodeId] = []
         self._num_turns = 0
         self._counted: frozenset[NodeId] | None = None
@@ -101,15 +108,17 @@ class BlockRun:
         return self._gradients is not None
 
     @property
-    def skips(self) -> Mapping[tuple[str, int], object]:
-        """What skipped calls return, by module path and call index."""
+    def skips(self) -> Mapping[tuple[str, int, int], object]:
+        """What skipped calls return, by module path, call index and step."""
         return self._executor.skips
 
     @property
     def needs_no_more(self) -> bool:
         """Whether no further boundary matters to it."""
         executor = self._executor
-        return executor.stopped_at is not None or self._num_turns == len(self.plan.nodes)
+        if executor.stopped_at is not None:
+            return True
+        return self._num_turns == len(self.plan.nodes) and not self._runs_to_end
 
     @property
     def takes_part(self) -> bool:
@@ -129,6 +138,43 @@ class BlockRun:
         ]
         self._run_ready(None, None)
 
+    def begin_step(self, step: int, batch: Batch) -> None:
+        """Runs what waits for a step of a generation and for no boundary.
+
+        Args:
+            step: its number, from 0.
+            batch: which rows of the step's input are whose.
+        """
+        self._batch = batch
+        self._open(self._gated.pop(step, ()))
+        self._run_ready(None, None)
+
+    def end_steps(self, made: Made) -> None:
+        """Runs what waits for the end of a generation; what later steps were to give is not set."""
+        self._executor.made = made
+        self._runs_to_end = False
+        self._open(node_id for those in self._gated.values() for node_id in those)
+        self._gated.clear()
+        for step, boundaries in self.plan.boundaries.items():
+            if step >= made.num_steps:
+                self._push(node_id for at in boundaries for node_id in self.plan.at_boundary[at])
+        self._run_ready(None, None)
+
+    def take_ends(self) -> list[tuple[Node, object]]:
+        """Gives nodes and values that ask for an end of the generation, each once."""
+        ends, self._executor.ends = self._executor.ends, []
+        return ends
+
+    def _open(self, node_ids: Iterable[NodeId]) -> None:
+        for node_id in node_ids:
+            self._num_missing[node_id] -= 1
+            self._push([node_id] if self._can_run(self.plan.nodes[node_id], None) else ())
+
+    def _push(self, node_ids: Iterable[NodeId]) -> None:
+        for node_id in node_ids:
+            if not self._num_missing[node_id]:
+                heapq.heappush(self._ready, node_id)
+
     def at(self, boundary: Boundary, whole: InputValue | OutputValue) -> Any:
         """Runs what waits for a boundary.
 
@@ -144,7 +190,7 @@ class BlockRun:
             whole = self._gradients.shown(boundary, whole, is_written=is_written)
         value = self._by_invoke(boundary, whole)
         self._run_boundary(boundary, value)
-        if boundary not in self.plan.held:
+        if not self.plan.holds(boundary):
             return None
         if boundary.is_input and boundary in self.plan.due_at_boundary:
             self._check_arguments(boundary, value)
@@ -221,7 +267,7 @@ class BlockRun:
         if self._batch is None or boundary not in self.plan.seen_by_invoke:
             return whole
         structure = self._model.structure(boundary.module_path, is_input=boundary.is_input)
-        is_written = boundary in self.plan.held
+        is_written = self.plan.holds(boundary)
         return InvokesValue(whole, structure, self._batch, is_written)
 
     def _check_arguments(self, boundary: Boundary, value: BoundaryValue) -> None:
@@ -233,9 +279,7 @@ class BlockRun:
             self.error = self.error or err
 
     def _run_boundary(self, boundary: Boundary, value: BoundaryValue) -> None:
-        for node_id in self.plan.at_boundary[boundary]:
-            if not self._num_missing[node_id]:
-                heapq.heappush(self._ready, node_id)
+        self._push(self.plan.at_boundary[boundary])
         self._run_ready(boundary, value)
         if self.needs_no_more:
             return
@@ -329,4 +373,6 @@ class BlockRun:
         return alike
 
     def _can_run(self, node: Node, boundary: Boundary | None) -> bool:
-        return not self._num_missing[node.id] and node.boundary in (None, boundary)
+        if self._num_missing[node.id]:
+            return False
+        return node.boundary in (None, boundary) or self._executor.is_over(node)

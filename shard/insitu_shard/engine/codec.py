@@ -21,6 +21,15 @@ _SIDES = {
     intervention_pb2.HOOK_SIDE_INPUTS: graph.Side.INPUTS,
     intervention_pb2.HOOK_SIDE_OUTPUT: graph.Side.OUTPUT,
 }
+_PARTS = {
+    intervention_pb2.GENERATED_PART_TOKEN_IDS: graph.GeneratedPart.TOKEN_IDS,
+    intervention_pb2.GENERATED_PART_NUM_STEPS: graph.GeneratedPart.NUM_STEPS,
+    intervention_pb2.GENERATED_PART_STEP: graph.GeneratedPart.STEP,
+}
+_OPTIONS = (
+    "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+    "no_repeat_ngram_size", "pad_token_id",
+)  # fmt: skip
 
 
 class StepDecoder:
@@ -86,6 +95,7 @@ class StepDecoder:
                 for at in trace.conditions
             ),
             trace.seed,
+            _generation(trace.generation) if trace.HasField("generation") else None,
         )
 
     def _invoke(self, invoke: trace_pb2.Invoke) -> graph.Invoke:
@@ -108,7 +118,8 @@ class StepDecoder:
 
     def _node(self, node: intervention_pb2.Node) -> graph.Node:
         location = self._location(node.location)
-        return graph.Node(node.id, self._operation(node, location), location, node.condition)
+        operation = self._operation(node, location)
+        return graph.Node(node.id, operation, location, node.condition, node.step)
 
     def _operation(  # noqa: C901 - one case a kind
         self, node: intervention_pb2.Node, location: Location | None
@@ -138,7 +149,8 @@ class StepDecoder:
                 return graph.Stop()
             case "skip":
                 skip = node.skip
-                return graph.Skip(skip.module_path, skip.call_index, self._value(skip.value))
+                value = self._value(skip.value)
+                return graph.Skip(skip.module_path, skip.call_index, value, skip.step)
             case "keep":
                 return graph.Keep(self._value(node.keep.value), node.keep.handle_id)
             case "load":
@@ -150,6 +162,10 @@ class StepDecoder:
                     self._value(taken.value),
                     self._value(taken.gradient) if taken.HasField("gradient") else None,
                 )
+            case "generated" if node.generated.part in _PARTS:
+                return graph.Generated(_PARTS[node.generated.part], node.generated.invoke)
+            case "end_generation":
+                return graph.EndGeneration(self._value(node.end_generation.when))
             case kind:
                 raise _unsupported(f"an operation of kind {kind}", location)
 
@@ -171,7 +187,23 @@ class StepDecoder:
 
 
 def _hook_point(point: intervention_pb2.HookPoint) -> graph.HookPoint:
-    return graph.HookPoint(point.module_path, _SIDES[point.side], point.call_index, point.invoke)
+    return graph.HookPoint(
+        point.module_path, _SIDES[point.side], point.call_index, point.invoke, point.step
+    )
+
+
+def _generation(message: trace_pb2.Generation) -> graph.Generation:
+    """Gives the options by the names that transformers has for them."""
+    options: dict[str, object] = {
+        name: getattr(message, name)
+        for name in _OPTIONS
+        if message.HasField(name)  # type: ignore[arg-type]
+    }
+    if message.HasField("eos_token_ids"):
+        options["eos_token_id"] = list(message.eos_token_ids.token_ids) or None
+    if message.stop_strings:
+        options["stop_strings"] = list(message.stop_strings)
+    return graph.Generation(message.max_new_tokens, options, message.streams)
 
 
 def _unsupported(what: str, location: Location | None) -> Exception:

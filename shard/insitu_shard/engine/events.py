@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from insitu_shard.engine.pass_run import Pending
+    from insitu_shard.engine.pending import Pending
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,18 @@ class Logged:
     """The session printed a message."""
 
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokensChosen:
+    """A step of a generation has chosen tokens."""
+
+    trace_number: int
+    """Number of the trace in the session, from 1."""
+    step: int
+    """The step, from 0."""
+    token_ids: tuple[int, ...]
+    """One of each row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,4 +68,4 @@ class StepFollows:
     """Traces that may run now. Whoever drives may run passes of them, and of other sessions'."""
 
 
-SegmentEvent = TraceStarted | Logged | Saved | Finished
+SegmentEvent = TraceStarted | Logged | TokensChosen | Saved | Finished

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from insitu_shard.engine.control import holds
 from insitu_shard.engine.failures import raised
 from insitu_shard.engine.gradients import detached
@@ -12,6 +14,9 @@ from insitu_shard.engine.graph import (
     UNSET,
     Assign,
     Call,
+    EndGeneration,
+    Generated,
+    GeneratedPart,
     Gradient,
     Keep,
     Load,
@@ -41,7 +46,14 @@ from insitu_shard.engine.operations import function
 from insitu_shard.engine.randomness import seeded
 from insitu_shard.engine.sizes import check_size
 from insitu_wire.errors import Error, Reason, error
-from insitu_wire.operations import FACTORIES, RANDOM, SELECT, is_in_place, writes_into_container
+from insitu_wire.operations import (
+    FACTORIES,
+    LAST,
+    RANDOM,
+    SELECT,
+    is_in_place,
+    writes_into_container,
+)
 from insitu_wire.torch_codec import encode_saved
 
 if TYPE_CHECKING:
@@ -51,6 +63,7 @@ if TYPE_CHECKING:
     from insitu_shard.engine.boundary_value import BoundaryValue
     from insitu_shard.engine.gradients import Gradients
     from insitu_shard.engine.graph import Node, NodeId
+    from insitu_shard.engine.made import Made
     from insitu_shard.engine.memory import StorageKey
     from insitu_shard.engine.module import LoadedModule
     from insitu_shard.engine.plan import Plan
@@ -65,7 +78,9 @@ class Executor:
         saved: values of save nodes.
         logs: messages of log nodes.
         kept: handles and values of keep nodes that ran.
-        skips: what skipped calls return, by module path and call index.
+        skips: what skipped calls return, by module path, call index and step.
+        made: what the generation has made; None before it has ended.
+        ends: values that ask for an end of the generation.
         done: nodes that ran, or whose condition did not hold.
         stopped_at: the stop node that ran, if one did.
         is_calling_module: whether a module runs on a node's behalf, so that hooks stay silent.
@@ -108,7 +123,9 @@ class Executor:
         self.saved: dict[NodeId, object] = {}
         self.logs: dict[NodeId, str] = {}
         self.kept: dict[NodeId, tuple[str, object]] = {}
-        self.skips: dict[tuple[str, int], object] = {}
+        self.skips: dict[tuple[str, int, int], object] = {}
+        self.made: Made | None = None
+        self.ends: list[tuple[Node, object]] = []
         self.done: set[NodeId] = set()
         self.stopped_at: NodeId | None = None
         self.is_calling_module = False
@@ -157,8 +174,15 @@ class Executor:
             self._keep(self.values, node.id, value)
         self._free_operands(node)
 
+    def is_over(self, node: Node) -> bool:
+        """Whether a generation has ended before the step that a node belongs to."""
+        if self.made is None:
+            return False
+        step = node.step - 1 if node.boundary is None else node.boundary.step
+        return step >= self.made.num_steps
+
     def _is_to_run(self, node: Node) -> bool:
-        if not self._is_set(node):
+        if self.is_over(node) or not self._is_set(node):
             return False
         number = node.condition
         while number:
@@ -176,6 +200,8 @@ class Executor:
                 if condition is UNSET:
                     return False
                 return self._resolve(one if holds(condition) else other, node.id) is not UNSET
+            case Call(name=name, args=args) if name == LAST:
+                return any(self._resolve(one, node.id) is not UNSET for one in args)
         used = self._plan.uses[node.id]
         return all(self._value_of(node_id, node.id) is not UNSET for node_id in used)
 
@@ -191,6 +217,8 @@ class Executor:
                 if is_in_place(name):
                     self._before_write(node)
                 arguments, keywords = self._resolve((args, dict(kwargs)), node.id)
+                if name == LAST:
+                    arguments = tuple(one for one in arguments if one is not UNSET)
                 if is_in_place(name):
                     arguments = (self._own(arguments[0]), *arguments[1:])
                 return self._own(self._call(node, name, arguments, keywords))
@@ -210,8 +238,8 @@ class Executor:
             case Assign(target=target, value=value):
                 self._copy_for_earlier_readers(node)
                 self.assigned[target] = self._own(self._resolve(value, node.id))
-            case Skip(module_path=path, call_index=index, value=value):
-                self.skips[path, index] = self._own(self._resolve(value, node.id))
+            case Skip(module_path=path, call_index=index, value=value, step=step):
+                self.skips[path, index, step] = self._own(self._resolve(value, node.id))
             case Stop():
                 self.stopped_at = node.id
             case Keep(value=value, handle_id=handle_id):
@@ -219,6 +247,14 @@ class Executor:
                 self.kept[node.id] = (handle_id, copied(kept))
             case Load(handle_id=handle_id):
                 return copied(self._load(handle_id))
+            case Generated(part=GeneratedPart.STEP):
+                return torch.tensor(node.step - 1)
+            case Generated(part=part, invoke=invoke):
+                assert self.made is not None
+                is_ids = part is GeneratedPart.TOKEN_IDS
+                return self.made.ids(invoke) if is_ids else torch.tensor(self.made.num_steps)
+            case EndGeneration(when=when):
+                self.ends.append((node, self._resolve(when, node.id)))
             case Gradient():
                 assert self._gradients is not None
                 return self._gradients.take(node, lambda used: self._value_of(used, node.id))

@@ -101,6 +101,17 @@ def not_reached(node_id: NodeId, plan: Plan) -> Error:
     )
 
 
+def ends_misfit(node: Node, when: object, num_rows: int) -> Error:
+    """Describes a condition for the end of a generation that does not fit its rows."""
+    return error(
+        Reason.SHAPE_MISMATCH,
+        f"the end of a generation hangs on one truth value, or on one for each of its {num_rows} "
+        f"rows, and not on {_describe_value(when)}; reduce it with .any() or .all()",
+        location=node.location,
+        nodeId=node.id,
+    )
+
+
 def _describe(node: Node) -> str:
     point = getattr(node.operation, "hook_point", None)
     return str(point) if point is not None else f"node {node.id}"

@@ -31,15 +31,19 @@ class HookPoint:
     call_index: int = 0
     invoke: int = 0
     """Number of the invoke whose rows are meant, from 1; 0 for the whole batch."""
+    step: int = 0
+    """Which pass of a generation, from 0."""
 
     @property
     def boundary(self) -> Boundary:
         """The moment of the forward pass that the hook point belongs to."""
-        return Boundary(self.module_path, self.side is not Side.OUTPUT, self.call_index)
+        is_input = self.side is not Side.OUTPUT
+        return Boundary(self.module_path, is_input, self.call_index, self.step)
 
     def __str__(self) -> str:
         call = f" (call {self.call_index})" if self.call_index else ""
-        return f"{self.module_path or 'model'}.{self.side.value}{call}"
+        step = f" at step {self.step}" if self.step else ""
+        return f"{self.module_path or 'model'}.{self.side.value}{call}{step}"
 
 
 class Boundary(NamedTuple):
@@ -48,6 +52,8 @@ class Boundary(NamedTuple):
     module_path: str
     is_input: bool
     call_index: int
+    step: int = 0
+    """Which pass of a generation, from 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +131,7 @@ class Skip:
     module_path: str
     call_index: int
     value: object
+    step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +159,45 @@ class Gradient:
     """The gradient of the loss itself; None for 1."""
 
 
+class GeneratedPart(Enum):
+    """What of a generation is meant."""
+
+    TOKEN_IDS = "token ids"
+    NUM_STEPS = "number of steps"
+    STEP = "step"
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """Gives what a trace that generates has made."""
+
+    part: GeneratedPart
+    invoke: int = 0
+    """Number of the invoke whose rows are meant, from 1; 0 for the whole batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndGeneration:
+    """Ends generation after the step that runs, where a value is true."""
+
+    when: object
+
+
 Operation = (
-    Read | Write | Call | ModuleCall | Save | Log | Assign | Stop | Skip | Keep | Load | Gradient
+    Read
+    | Write
+    | Call
+    | ModuleCall
+    | Save
+    | Log
+    | Assign
+    | Stop
+    | Skip
+    | Keep
+    | Load
+    | Gradient
+    | Generated
+    | EndGeneration
 )
 
 
@@ -175,6 +219,8 @@ class Node:
     location: Location | None = None
     condition: int = 0
     """Number of the trace's condition under which it runs, from 1; 0 for none."""
+    step: int = 0
+    """Number of the step of a generation that it belongs to, from 1; 0 for none."""
     used: tuple[NodeId, ...] = field(init=False, compare=False)
     """Ids that its arguments refer to."""
 
@@ -187,8 +233,15 @@ class Node:
         if isinstance(self.operation, Read | Write):
             return self.operation.hook_point.boundary
         if isinstance(self.operation, Skip):
-            return Boundary(self.operation.module_path, True, self.operation.call_index)
+            skip = self.operation
+            return Boundary(skip.module_path, True, skip.call_index, skip.step)
         return None
+
+    @property
+    def waits_for_end(self) -> bool:
+        """Whether it gives what is known when a generation has ended."""
+        operation = self.operation
+        return isinstance(operation, Generated) and operation.part is not GeneratedPart.STEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +269,17 @@ class Invoke:
 
 
 @dataclass(frozen=True, slots=True)
+class Generation:
+    """How a trace generates tokens."""
+
+    max_new_tokens: int
+    options: Mapping[str, object] = field(default_factory=dict)
+    """Further arguments of transformers' `generate`."""
+    streams: bool = False
+    """Whether tokens are told as they are chosen."""
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
     """One run of a model with interventions."""
 
@@ -226,6 +290,8 @@ class Trace:
     conditions: tuple[Condition, ...] = ()
     seed: int = 0
     """Seed of its random numbers; 0 for the session's."""
+    generation: Generation | None = None
+    """How it generates; None for one forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,8 +341,10 @@ class Step:
 def operands(operation: Operation) -> tuple[object, ...]:
     """Gives the arguments of an operation, in which references may be nested."""
     match operation:
-        case Read() | Stop() | Load():
+        case Read() | Stop() | Load() | Generated():
             return ()
+        case EndGeneration(when=when):
+            return (when,)
         case Write(value=value) | Save(value=value) | Skip(value=value) | Keep(value=value):
             return (value,)
         case Assign(target=target, value=value):

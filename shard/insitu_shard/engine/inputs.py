@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,8 @@ from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from transformers import PretrainedConfig
 
     from insitu_shard.engine.graph import Invoke
 
@@ -40,6 +42,13 @@ class Batch:
     def length(self) -> int:
         """Tokens in the longest row."""
         return max(map(len, self.rows))
+
+    def at_step(self, step: int) -> Batch:
+        """Gives the rows as a step of a generation sees them: the first all, others one token."""
+        if not step:
+            return self
+        invokes = tuple(replace(at, padding=0, length=1) for at in self.invokes)
+        return Batch(((0,),) * len(self.rows), invokes)
 
     @staticmethod
     def of(rows_of_invokes: Sequence[Rows]) -> Batch:
@@ -85,6 +94,28 @@ def model_inputs(
         "attention_mask": attention_mask,
         "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0),
     }
+
+
+def generation_inputs(
+    rows: Sequence[Sequence[int]], *, pad_token_id: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Gives the arguments of transformers' `generate`, which makes position ids itself.
+
+    Returns:
+        input_ids and attention_mask, [rows, length].
+    """
+    inputs = model_inputs(rows, pad_token_id=pad_token_id, device=device)
+    ids = inputs["input_ids"]
+    # Without a mask, what looks like padding in a prompt would be taken for it.
+    return {"input_ids": ids, "attention_mask": inputs.get("attention_mask", torch.ones_like(ids))}
+
+
+def state_bytes(config: PretrainedConfig, item_bytes: int) -> int:
+    """Estimates what a cache of keys and values takes for each token, in bytes."""
+    text = config.get_text_config()
+    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * num_heads * head_dim * item_bytes)
 
 
 def rows_of(invoke: Invoke, token_ids: object, vocab_size: int) -> Rows:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from insitu_shard.engine.block_run import BlockRun
+    from insitu_shard.engine.decode_rows import DecodeRows
     from insitu_shard.engine.inputs import ForwardInputs
     from insitu_shard.engine.memory import StorageKey
     from insitu_shard.engine.module import LoadedModule
@@ -36,7 +37,12 @@ class Interleaver:
     """
 
     def __init__(
-        self, model: LoadedModule, runs: Sequence[BlockRun], rows: RowMap | None = None
+        self,
+        model: LoadedModule,
+        runs: Sequence[BlockRun],
+        rows: RowMap | DecodeRows | None = None,
+        *,
+        step: int = 0,
     ) -> None:
         """Prepares a pass.
 
@@ -44,43 +50,50 @@ class Interleaver:
             model: what it runs on.
             runs: the blocks, in the order of definition.
             rows: which rows of the pass are whose; None for one block that has all.
+            step: which pass of a generation it is.
         """
         self._model = model
         self._runs = runs
         self._rows = rows
+        self._step = step
         self._at: dict[Boundary, list[int]] = defaultdict(list)
         self._due: set[Boundary] = set()
         for place, run in enumerate(runs):
-            for boundary in run.plan.at_boundary:
+            for boundary in run.plan.boundaries.get(step, ()):
                 self._at[boundary].append(place)
-            self._due.update(run.plan.held)
+                if run.plan.holds(boundary):
+                    self._due.add(boundary)
         self._num_calls: dict[tuple[str, bool], int] = defaultdict(int)
         self._unfinished = {place for place, run in enumerate(runs) if not run.needs_no_more}
         self._active: BlockRun | None = None
         self.raised: Exception | None = None
         self.shown: set[StorageKey] = set()
 
-    def run(self, inputs: ForwardInputs) -> None:
+    def run(self, inputs: ForwardInputs) -> Any:
         """Runs the forward pass, as far as the blocks need it.
 
         Args:
             inputs: the model's.
+
+        Returns:
+            What the model returned; None if it did not come to its end.
         """
         if not self._unfinished:
-            return
+            return None
         hooks = list(self._install_hooks())
         skipping = {
             node.operation.module_path
             for run in self._runs
-            for node in run.plan.nodes.values()
-            if isinstance(node.operation, Skip)
+            for boundary in run.plan.boundaries.get(self._step, ())
+            for node_id in run.plan.at_boundary[boundary]
+            if isinstance((node := run.plan.nodes[node_id]).operation, Skip)
         }
         replaced = [self._install_skip(path) for path in skipping]
         try:
             attention = self._rows.attention() if self._rows else nullcontext()
             takes_gradients = any(run.takes_gradients for run in self._runs)
             with torch.set_grad_enabled(takes_gradients), attention:
-                self._model.module(*inputs.args, **inputs.kwargs)
+                return self._model.module(*inputs.args, **inputs.kwargs)
         except _NothingIsLeft:
             pass
         except Exception as exception:  # noqa: BLE001 - a write can make the model raise anything
@@ -93,6 +106,7 @@ class Interleaver:
                 hook.remove()
             for undo in replaced:
                 undo()
+        return None
 
     def _install_hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         places = {(at.module_path, at.is_input) for at in self._at}
@@ -117,7 +131,7 @@ class Interleaver:
         (block,) = self._runs  # one that skips is alone
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call = (path, self._num_calls[path, True] - 1)
+            call = (path, self._num_calls[path, True] - 1, self._step)
             if block.is_calling_module or call not in block.skips:
                 return run(*args, **kwargs)
             return layout.scatter(block.skips[call])
@@ -183,7 +197,7 @@ class Interleaver:
         """Counts a call of a module; gives its boundary if something is to be done there."""
         if self._active is not None and self._active.is_calling_module:
             return None
-        boundary = Boundary(path, is_input, self._num_calls[path, is_input])
+        boundary = Boundary(path, is_input, self._num_calls[path, is_input], self._step)
         self._num_calls[path, is_input] += 1
         is_place = self._rows is not None and (path, is_input) in self._rows.places
         return boundary if is_place or boundary in self._at else None
@@ -209,7 +223,7 @@ class Interleaver:
 
     def _run_parts(
         self,
-        rows: RowMap,
+        rows: RowMap | DecodeRows,
         boundary: Boundary,
         whole: InputValue | OutputValue,
         places: Sequence[int],

@@ -6,24 +6,38 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from transformers import AutoTokenizer, StoppingCriteriaList, StopStringCriteria
+
 from insitu_proto.v1 import model_pb2
 from insitu_shard.compiler import Outline
 from insitu_shard.engine.boundary_value import check_token_ids
+from insitu_shard.engine.choosing import Chooser
 from insitu_shard.engine.describe import describe
-from insitu_shard.engine.inputs import Batch, ForwardInputs, model_inputs, rows_of
+from insitu_shard.engine.graph import Generation
+from insitu_shard.engine.inputs import (
+    Batch,
+    ForwardInputs,
+    generation_inputs,
+    model_inputs,
+    rows_of,
+    state_bytes,
+)
 from insitu_shard.engine.measure import block_paths
 from insitu_shard.engine.model_folder import tokenizer_files, tokenizer_hash
 from insitu_shard.engine.module import LoadedModule
+from insitu_shard.engine.transformers_internals import DecodeState, prepare_generation
+from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from insitu_shard.engine.graph import Invoke
     from insitu_shard.engine.inputs import Rows
+    from insitu_shard.engine.transformers_internals import PreparedGeneration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +85,53 @@ class LoadedModel(LoadedModule):
         """Gives what the forward pass over rows of token ids is called with."""
         inputs = model_inputs(rows, pad_token_id=self.pad_token_id, device=self.device)
         return ForwardInputs((), {**inputs, "use_cache": False})
+
+    def chooser(self, batch: Batch, generation: Generation, seed: int) -> Chooser:
+        """Makes what chooses a trace's tokens.
+
+        Args:
+            batch: its rows.
+            generation: how it generates.
+            seed: of its random numbers.
+
+        Raises:
+            Error: MALFORMED_SESSION for options that transformers refuses.
+        """
+        prepared = self._prepared(batch.rows, generation)
+        return Chooser(prepared, seed, generation.max_new_tokens)
+
+    def decode_state(self, batches: Sequence[Batch]) -> DecodeState:
+        """Makes what the model keeps of the rows of traces that generate together."""
+        rows = tuple(row for batch in batches for row in batch.rows)
+        return DecodeState(self.module, self._prepared(rows, Generation(max_new_tokens=1)))
+
+    def _prepared(self, rows: Rows, generation: Generation) -> PreparedGeneration:
+        inputs = generation_inputs(rows, pad_token_id=self.pad_token_id, device=self.device)
+        options: dict[str, Any] = dict(generation.options)
+        if stop_strings := options.pop("stop_strings", None):
+            criterion = StopStringCriteria(self.tokenizer, stop_strings)
+            options["stopping_criteria"] = StoppingCriteriaList([criterion])
+        try:
+            return prepare_generation(
+                self.module, inputs, max_new_tokens=generation.max_new_tokens, **options
+            )
+        except (ValueError, TypeError) as exception:
+            raise error(
+                Reason.MALFORMED_SESSION, f"transformers refuses to generate so: {exception}"
+            ) from exception
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            self.folder, local_files_only=True
+        )
+        return tokenizer
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Estimate of the bytes that stay of each token while a trace generates."""
+        return state_bytes(self.config, self.dtype.itemsize)
 
     @cached_property
     def outline(self) -> Outline:

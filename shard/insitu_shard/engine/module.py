@@ -84,6 +84,11 @@ class LoadedModule:
         del invokes
         return None
 
+    @property
+    def state_bytes(self) -> int:
+        """Estimate of the bytes that stay of each token while a trace generates."""
+        return 0
+
     def inputs_of_rows(self, rows: Rows) -> ForwardInputs:
         """Gives what the forward pass over rows of token ids is called with."""
         raise TypeError(f"{self.name} takes no rows of token ids: {len(rows)}")

@@ -12,7 +12,7 @@ import torch
 from insitu_shard.engine.control import holds
 from insitu_shard.engine.memory import copied
 from insitu_wire.errors import Reason, error
-from insitu_wire.operations import OPERATIONS, SELECT, VARIABLE, nearest
+from insitu_wire.operations import LAST, OPERATIONS, SELECT, VARIABLE, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,6 +49,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
         "torch.Tensor.item": lambda tensor: tensor.reshape(()).clone(),
         VARIABLE: lambda value: value,
         SELECT: lambda condition, one, other: one if holds(condition) else other,
+        LAST: lambda *values: values[-1],
         "insitu.list": lambda items: list(copied(items)),
         "insitu.dict": lambda items: dict(copied(items)),
         "insitu.append": lambda container, item: container.append(copied(item)),

@@ -31,6 +31,7 @@ class PassMemory:
 
     def __init__(self) -> None:
         self._ratios = (1.0, 1.0)
+        self._num_held = 0
 
     @property
     def ratio(self) -> float:
@@ -42,7 +43,12 @@ class PassMemory:
 
     def within(self, limits: Limits) -> Limits:
         """Gives the limits to estimate by, so that what is measured stays in those given."""
-        return Limits(limits.max_tokens, int(limits.max_bytes / self.ratio))
+        left = max(int(limits.max_bytes / self.ratio) - self._num_held, 0)
+        return Limits(limits.max_tokens, left)
+
+    def hold(self, num_bytes: int) -> None:
+        """Takes note of memory that is held from pass to pass; less than 0 where it is freed."""
+        self._num_held += num_bytes
 
     def learn(self, *, estimated: int, measured: int) -> None:
         """Takes note of what a pass took.

@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from insitu_shard.compiler import Limits, Pass, plan_passes
+from insitu_shard.engine.decode_run import run_next_step
 from insitu_shard.engine.interleaver import Interleaver
 from insitu_shard.engine.pass_memory import measured
+from insitu_shard.engine.pending import Pending, RanPass
 from insitu_shard.engine.row_map import RowMap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from collections.abc import Set as AbstractSet
 
     from insitu_shard.engine.block_run import BlockRun
-    from insitu_shard.engine.graph import NodeId
     from insitu_shard.engine.memory import StorageKey
-    from insitu_shard.engine.trace_run import TraceRun
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A trace that may run now."""
-
-    trace: TraceRun
-    is_there: Callable[[NodeId], bool]
-    """Whether it may use a value of an earlier step now."""
-
-
-@dataclass(frozen=True, slots=True)
-class RanPass:
-    """A pass that has run."""
-
-    plan: Pass
-    members: list[Pending]
-    """Its traces, in the plan's order."""
 
 
 def run_next_pass(pending: Sequence[Pending], limits: Limits) -> RanPass | None:
@@ -52,10 +34,16 @@ def run_next_pass(pending: Sequence[Pending], limits: Limits) -> RanPass | None:
         The pass; None if the first of the traces needs none.
     """
     model = pending[0].trace.model
-    candidates = [at for at in pending if at.trace.model is model and at.trace.facts is not None]
-    facts = [at.trace.facts for at in candidates if at.trace.facts is not None]
     if pending[0].trace.facts is None:
         return None
+    if pending[0].trace.generates:
+        return run_next_step(pending, limits)
+    candidates = [
+        at
+        for at in pending
+        if at.trace.model is model and at.trace.facts is not None and not at.trace.generates
+    ]
+    facts = [at.trace.facts for at in candidates if at.trace.facts is not None]
     limits = model.pass_memory.within(limits)
     plan = next(plan_passes(facts, model.outline, limits))
     members = [candidates[place] for place in plan.members]

@@ -11,6 +11,7 @@ from insitu_shard.compiler.outline import has_rows, shows_rows
 from insitu_shard.engine.graph import (
     Assign,
     Call,
+    EndGeneration,
     Keep,
     Load,
     ModuleCall,
@@ -56,7 +57,9 @@ class Needs:
         tied = [
             node.id
             for node in plan.nodes.values()
-            if node.boundary is not None or (isinstance(node.operation, Stop) and node.condition)
+            if node.boundary is not None
+            or isinstance(node.operation, EndGeneration)
+            or (isinstance(node.operation, Stop) and node.condition)
         ]
         due = [node_id for writers in plan.due_at_boundary.values() for node_id in writers]
         self._in_pass = closure([*tied, *due], plan.predecessors)
@@ -171,7 +174,7 @@ def place(
         may_mix: whether its rows are of one length, and not to be padded.
     """
     rows = batch.rows
-    kept = _kept_bytes(plan, outline, batch.length) * sum(map(len, rows))
+    kept = _kept_bytes(plan, outline, batch)
     scope = _Scope(session, outline.head_path, head, batch.invokes)
     if reason := _reason_for_alone(plan, outline):
         return TraceFacts(rows=rows, alone_because=reason, kept_bytes=kept)
@@ -191,6 +194,58 @@ def place(
         head=(head or (0, batch.length)) if reads_head or is_whole else None,
         kept_bytes=kept,
     )
+
+
+def place_generating(
+    plan: Plan,
+    outline: Outline,
+    batch: Batch,
+    *,
+    max_new_tokens: int,
+    state_bytes: int,
+    alone_because: str,
+    may_pad: bool,
+) -> TraceFacts:
+    """Gives the facts of a trace that generates, as its first step has them.
+
+    Args:
+        plan: its plan.
+        outline: the model's.
+        batch: its rows of token ids.
+        max_new_tokens: how many steps it has at most.
+        state_bytes: what stays in memory of each token until it ends.
+        alone_because: why it can not generate with others; empty if it can.
+        may_pad: whether prompts of other lengths may be padded to its own.
+    """
+    lengths = {len(row) for row in batch.rows}
+    num_tokens = (batch.length + max_new_tokens) * len(batch.rows)
+    reason = (
+        alone_because or _reason_for_alone(plan, outline) or _reason_while_generating(plan, outline)
+    )
+    key = "padded" if may_pad else (batch.length, len(lengths) > 1)
+    return TraceFacts(
+        rows=batch.rows,
+        key=None if reason else ("generates", key),
+        alone_because=reason,
+        # No two traces choose the same tokens: each has rows of its own from the start.
+        forks=(Fork(0, object()),),
+        last_moment=outline.moment("", is_input=False) or 0,
+        head=(batch.length - 1, batch.length),
+        kept_bytes=_kept_bytes(plan, outline, batch) + num_tokens * state_bytes,
+        state_bytes=num_tokens * state_bytes,
+    )
+
+
+def _reason_while_generating(plan: Plan, outline: Outline) -> str:
+    for boundary in plan.at_boundary:
+        path = boundary.module_path
+        if not path:
+            return "it reads or writes what the model as a whole takes or gives"
+        if boundary.step and outline.modules[path].is_point:
+            return f"it looks into attention at {path} after the first step"
+    if plan.inputs_seen:
+        return "it reads all arguments of a module"
+    return ""
 
 
 class _Scope(NamedTuple):
@@ -314,23 +369,26 @@ def _canonical(value: object, ordinals: Mapping[NodeId, int], session: Hashable)
     return (type(value).__name__, repr(value))
 
 
-def _kept_bytes(plan: Plan, outline: Outline, length: int) -> int:
-    """Estimates the bytes for each token that stay until the trace ends."""
+def _kept_bytes(plan: Plan, outline: Outline, batch: Batch) -> int:
+    """Estimates the bytes that stay until the trace ends."""
     sizes: dict[NodeId, int] = {}
     saved: set[NodeId] = set()
     for node in plan.nodes.values():
         used = max((sizes.get(at, 0) for at in node.used), default=0)
-        sizes[node.id] = _bytes_per_token(node, used, outline, length)
+        sizes[node.id] = _bytes_of(node, used, outline, batch)
         if isinstance(node.operation, Save):
             saved.update(node.used)
     return sum(sizes.get(node_id, 0) for node_id in plan.outliving | saved)
 
 
-def _bytes_per_token(node: Node, used: int, outline: Outline, length: int) -> int:
+def _bytes_of(node: Node, used: int, outline: Outline, batch: Batch) -> int:
     match node.operation:
         case Read(hook_point=point) if point.module_path in outline.modules:
             is_input = point.side is not Side.OUTPUT
-            return outline.output_bytes(point.module_path, is_input=is_input, length=length)
+            num_tokens = len(batch.rows) if point.step else sum(map(len, batch.rows))
+            return num_tokens * outline.output_bytes(
+                point.module_path, is_input=is_input, length=batch.length
+            )
         case Call(name=name) if last_word(name) in _REDUCING:
             return 0
         case Call(args=(_, tuple() as key)) if any(isinstance(part, int) for part in key):

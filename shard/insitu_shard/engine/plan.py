@@ -30,11 +30,17 @@ from insitu_shard.engine.graph import (
     references,
 )
 from insitu_wire.errors import Reason, error
-from insitu_wire.operations import SELECT, VARIABLE, is_in_place, may_alias, writes_into_container
+from insitu_wire.operations import (
+    LAST,
+    SELECT,
+    VARIABLE,
+    is_in_place,
+    may_alias,
+    writes_into_container,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from collections.abc import Set as AbstractSet
 
     from insitu_shard.engine.differentiated import Differentiated
     from insitu_shard.engine.graph import Condition
@@ -42,6 +48,9 @@ if TYPE_CHECKING:
 Root = NodeId | tuple[Boundary, int]
 """What owns memory: the node that made it, or the boundary and invoke that it was read at; for the
 value of an earlier step, its id negated."""
+
+AT_END = -1
+"""Stands for the step after the last one of a generation."""
 
 # Values of earlier steps may share memory with each other: they have a root in common.
 _ANY_EARLIER = 0
@@ -81,12 +90,15 @@ class Plan:
     """Boundaries at which nodes ask for all arguments of the call."""
     differentiated: Differentiated | None
     """What its gradients are taken by; None if it takes none."""
+    boundaries: Mapping[int, tuple[Boundary, ...]]
+    """Boundaries of each pass; those of one that does not generate have step 0."""
+    gated: Mapping[int, tuple[NodeId, ...]]
+    """Nodes that may not run before a step begins, by its number; at the end those of -1."""
 
-    @property
-    def held(self) -> AbstractSet[Boundary]:
-        """Boundaries from which the model goes on with what nodes have seen."""
-        begun = self.differentiated.boundaries if self.differentiated else frozenset()
-        return self.due_at_boundary.keys() | begun
+    def holds(self, boundary: Boundary) -> bool:
+        """Whether the model goes on from a boundary with what nodes have seen."""
+        is_begun = self.differentiated is not None and boundary in self.differentiated.boundaries
+        return is_begun or boundary in self.due_at_boundary
 
 
 def plan_nodes(
@@ -156,7 +168,7 @@ class _Planner:
         match node.operation:
             case Read(hook_point=point):
                 return frozenset({(point.boundary, point.invoke)})
-            case Call(name=name) if name in (VARIABLE, SELECT):
+            case Call(name=name) if name in (VARIABLE, SELECT, LAST):
                 return frozenset({node.id, *used_roots})
             # A view is of what it is called on, not of an index.
             case Call(name=name, args=(Ref(node_id=target), *_)) if may_alias(name):
@@ -244,4 +256,23 @@ class _Planner:
             seen_by_invoke=frozenset(point.boundary for point in points if point.invoke),
             inputs_seen=frozenset(point.boundary for point in points if point.side is Side.INPUTS),
             differentiated=differentiated(list(self.nodes.values())),
+            boundaries=_by_step(at_boundary),
+            gated=_gated(self.nodes.values()),
         )
+
+
+def _by_step(boundaries: Iterable[Boundary]) -> dict[int, tuple[Boundary, ...]]:
+    steps: dict[int, list[Boundary]] = defaultdict(list)
+    for boundary in boundaries:
+        steps[boundary.step].append(boundary)
+    return {step: tuple(those) for step, those in steps.items()}
+
+
+def _gated(nodes: Iterable[Node]) -> dict[int, tuple[NodeId, ...]]:
+    gated: dict[int, list[NodeId]] = defaultdict(list)
+    for node in nodes:
+        if node.waits_for_end:
+            gated[AT_END].append(node.id)
+        elif node.step and node.boundary is None:
+            gated[node.step - 1].append(node.id)
+    return {step: tuple(those) for step, those in gated.items()}

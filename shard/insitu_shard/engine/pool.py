@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
 
     from insitu_shard.compiler import Pass
-    from insitu_shard.engine.pass_run import Pending
+    from insitu_shard.engine.pending import Pending
     from insitu_shard.engine.segment import SegmentRun
 
 # A segment that computes on and on without a pass lets the others have theirs.
@@ -93,7 +93,7 @@ class SegmentPool:
             yield from self._go_on()
 
     def _run_pass(self, keys: Sequence[str]) -> None:
-        owners = {id(at): key for key in keys for at in self._running[key].pending}
+        owners = {id(at.trace): key for key in keys for at in self._running[key].pending}
         pending = [at for key in keys for at in self._running[key].pending]
         started = time.perf_counter()
         ran = run_next_pass(pending, self._limits)
@@ -101,7 +101,7 @@ class SegmentPool:
         self._turns.took(keys[0])
         if ran is None:
             return
-        costs, sessions = ran.plan.costs, [owners[id(member)] for member in ran.members]
+        costs, sessions = ran.plan.costs, [owners[id(member.trace)] for member in ran.members]
         for key, cost in zip(sessions, costs, strict=True):
             self._turns.charge(key, cost)
             self._running[key].seconds += seconds * cost / sum(costs)

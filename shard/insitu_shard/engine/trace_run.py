@@ -8,16 +8,23 @@ from typing import TYPE_CHECKING
 
 from insitu_shard.compiler import TraceFacts, WindowStep
 from insitu_shard.engine.block_run import BlockRun
+from insitu_shard.engine.events import TokensChosen
 from insitu_shard.engine.graph import Gradient, references
 from insitu_shard.engine.head import trimmed
-from insitu_shard.engine.placement import Needs, place
+from insitu_shard.engine.model import LoadedModel
+from insitu_shard.engine.placement import Needs, place, place_generating
 from insitu_shard.engine.plan import plan_nodes
+from insitu_shard.engine.randomness import seed_of
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from insitu_shard.engine.graph import Invoke, NodeId, Step, Trace
+    import torch
+
+    from insitu_shard.engine.choosing import Chooser
+    from insitu_shard.engine.decode_run import DecodeGroup
+    from insitu_shard.engine.graph import Generation, Invoke, NodeId, Step, Trace
     from insitu_shard.engine.inputs import Batch, ForwardInputs
     from insitu_shard.engine.plan import Plan
     from insitu_shard.engine.session_state import SessionState
@@ -31,6 +38,7 @@ class TraceRun:
         block: its nodes' run, once its pass has begun.
         has_run: whether it has been in a pass, or needs none.
         error: what is wrong with it, if that is known already.
+        decoding: the traces that it generates with, once it has begun to.
     """
 
     def __init__(self, step: Step, trace: Trace, state: SessionState) -> None:
@@ -47,6 +55,10 @@ class TraceRun:
         self.plan: Plan | None = None
         self.has_run = False
         self.error: Error | None = None
+        self.decoding: DecodeGroup | None = None
+        self._num_steps: int | None = None
+        self._chosen: list[TokensChosen] = []
+        self._num_told = 0
         self._trace = trace
         self._state = state
         self._seed = state.block_seed(trace.nodes, trace.seed)
@@ -63,7 +75,7 @@ class TraceRun:
         try:
             self._make_plan()
         except Error as err:
-            self._fail(err)
+            self.fail(err)
 
     @property
     def has_failed(self) -> bool:
@@ -81,13 +93,15 @@ class TraceRun:
         try:
             batch = self._batch
         except Error as err:
-            self._fail(err)
+            self.fail(err)
             return None
         if self._invokes is None or self.plan is None:
             self.has_run = True
             return None
         if batch is None:
             return TraceFacts(rows=((0,),), alone_because="it is a module's")
+        if self._trace.generation is not None:
+            return self._generating(self._trace.generation, batch)
         if self._alone_because:
             return TraceFacts(rows=batch.rows, alone_because=self._alone_because)
         lengths = {len(row) for row in batch.rows}
@@ -103,6 +117,22 @@ class TraceRun:
             head=self._head,
             session=id(self._state),
             may_mix=not may_pad and len(lengths) == 1,
+        )
+
+    def _generating(self, generation: Generation, batch: Batch) -> TraceFacts:
+        assert self.plan is not None
+        assert self._needs is not None
+        reason = self._alone_because
+        if not reason and self._needs.writes_in_pass:
+            reason = "it writes into values of earlier steps on its way"
+        return place_generating(
+            self.plan,
+            self.model.outline,
+            batch,
+            max_new_tokens=generation.max_new_tokens,
+            state_bytes=self.model.state_bytes,
+            alone_because=reason,
+            may_pad=self._state.options.may_pad,
         )
 
     def _reason_for_alone(self, *, is_padded: bool) -> str:
@@ -141,8 +171,76 @@ class TraceRun:
             self._state.handles,
             batch=self._batch,
             deferred=self._needs.deferred(is_there, is_exact=self._is_exact),
+            runs_to_end=self._trace.generation is not None and self._trace.generation.streams,
         )
         return self.block
+
+    @property
+    def generates(self) -> bool:
+        """Whether it is a generation, of many passes."""
+        return self._trace.generation is not None
+
+    @property
+    def max_new_tokens(self) -> int:
+        """How many steps it has at most; 0 if it does not generate."""
+        return self._trace.generation.max_new_tokens if self._trace.generation else 0
+
+    @property
+    def batch(self) -> Batch:
+        """The rows that it runs over."""
+        assert self._batch is not None
+        return self._batch
+
+    def chooser(self) -> Chooser:
+        """Makes what chooses its tokens."""
+        assert self._trace.generation is not None
+        assert isinstance(self.model, LoadedModel)
+        return self.model.chooser(self.batch, self._trace.generation, self._draws_seed)
+
+    def take_tokens(self, step: int, tokens: torch.Tensor) -> None:
+        """Takes note of what a step has chosen, if somebody is to be told."""
+        if self._trace.generation is not None and self._trace.generation.streams:
+            chosen = TokensChosen(self.trace_number, step, tuple(tokens.tolist()))
+            self._chosen[step:] = [chosen]
+
+    def new_tokens(self) -> list[TokensChosen]:
+        """Gives the tokens that have not been told, each once."""
+        new, self._num_told = self._chosen[self._num_told :], max(len(self._chosen), self._num_told)
+        return new
+
+    def end_generation(self, num_steps: int) -> None:
+        """Takes note that it has generated its last token."""
+        self._num_steps = num_steps
+        self.has_run = True
+        self.decoding = None
+
+    def leave(self) -> None:
+        """Lets those go on without it that it generates with."""
+        if self.decoding is not None:
+            self.decoding.leave(self)
+
+    @property
+    def remark(self) -> str:
+        """What people should know of how it ran; empty if nothing."""
+        assert self.plan is not None
+        if self._num_steps is None:
+            return ""
+        missed = {at.step for at in self.plan.due_at_boundary if at.step >= self._num_steps}
+        if not missed or self.has_failed:
+            return ""
+        return (
+            f"trace {self.trace_number} generated {self._num_steps} of at most "
+            f"{self.max_new_tokens} tokens and ended; what it writes at step {min(missed)} and "
+            "after did not happen"
+        )
+
+    @property
+    def _draws_seed(self) -> int:
+        """Seed of the tokens that it draws: its own as it is, in the first run of the trace."""
+        seed, _, run = self._seed.rpartition(":")
+        if self._trace.seed and run == "1":
+            return int(seed)
+        return seed_of(f"{self._seed}:{self.trace_number}")
 
     def forward_inputs(self) -> ForwardInputs:
         """Gives what its own forward pass is called with."""
@@ -155,7 +253,8 @@ class TraceRun:
         self._make_plan()
         self.__dict__.pop("facts", None)
 
-    def _fail(self, err: Error) -> None:
+    def fail(self, err: Error) -> None:
+        """Takes note of what is wrong with it; it does not run."""
         err.trace_number = self.trace_number
         self.error = err
         self.has_run = True
@@ -163,7 +262,8 @@ class TraceRun:
     def _make_plan(self) -> None:
         nodes, conditions = self._trace.nodes, self._trace.conditions
         self._head = None
-        if not self._alone_because and not self._inputs_used and self.model.outline.blocks:
+        may_trim = not self._alone_because and not self._inputs_used and not self.generates
+        if may_trim and self.model.outline.blocks:
             assert self._batch is not None
             head_path = self.model.outline.head_path
             nodes, self._head = trimmed(

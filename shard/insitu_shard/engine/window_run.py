@@ -11,7 +11,8 @@ from insitu_shard.engine.events import Logged, Saved, StepFollows, TraceStarted
 from insitu_shard.engine.graph import Branch, Compute, Exit, Log, Loop, Save, Trace
 from insitu_shard.engine.logs import format_values
 from insitu_shard.engine.memory import compact, copied_together
-from insitu_shard.engine.pass_run import Pending, run_next_pass
+from insitu_shard.engine.pass_run import run_next_pass
+from insitu_shard.engine.pending import Pending
 from insitu_shard.engine.placement import Needs
 from insitu_shard.engine.plan import plan_nodes
 from insitu_shard.engine.trace_run import TraceRun
@@ -69,6 +70,14 @@ class WindowRun:
         Raises:
             Error: a step failed; what steps before it tell has been yielded.
         """
+        try:
+            yield from self._run()
+        finally:
+            for block in self._blocks:
+                if isinstance(block, TraceRun):
+                    block.leave()
+
+    def _run(self) -> Iterator[SegmentEvent | StepFollows]:
         while (head := self._window.head) is not None:
             step, block = self._steps[head], self._blocks[head]
             try:
@@ -77,6 +86,7 @@ class WindowRun:
                     yield TraceStarted(step.trace_number)
                 if isinstance(block, TraceRun) and not block.has_run:
                     yield from self._run_pass(head)
+                    yield from block.new_tokens()
                     continue
                 yield from self._end(step, block)
             except Error as err:
@@ -143,6 +153,7 @@ class WindowRun:
         yield from self._told(run, block.plan, 0)
 
     def _end_trace(self, trace: TraceRun) -> Iterator[SegmentEvent]:
+        yield from trace.new_tokens()
         if trace.error is not None:
             raise trace.error
         if trace.block is None or trace.plan is None:
@@ -151,6 +162,8 @@ class WindowRun:
             self._state.early.pop(node_id, None)
         had_deferred = trace.block.has_deferred
         trace.block.finish()
+        if trace.remark:
+            yield Logged(trace.remark)
         trace.block.has_failed |= trace.block.error is not None
         if had_deferred:
             trace.block.has_failed = trace.model.ranks.any(trace.block.has_failed)

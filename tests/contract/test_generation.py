@@ -1,0 +1,465 @@
+"""Generation gives what plain transformers' generate gives with hooks written by hand."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+import insitu
+from insitu import LanguageModel
+from insitu_wire.errors import Error, Reason
+from support.same_merged import is_there
+from support.tiny_models import CONFIGS, TinyModels
+
+IDS = [5, 9, 17, 23, 42, 61, 7]
+OTHERS = [11, 3, 200, 150, 31, 8, 90]
+STEPS = 10
+_DIRECTION = torch.randn(64, generator=torch.Generator().manual_seed(1))
+_BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyModels) -> Any:
+    return LanguageModel(str(tiny.folder("llama")))
+
+
+@pytest.fixture(scope="module")
+def module(tiny: TinyModels) -> Any:
+    return tiny.module("llama")
+
+
+def _plain(module: Any, rows: list[list[int]], **options: Any) -> torch.Tensor:
+    length = max(map(len, rows))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    generated: torch.Tensor = module.generate(ids, attention_mask=mask, **options)
+    return generated
+
+
+def _block_path(paths: Any) -> str:
+    return next(f"{path}.1" for path in _BLOCKS if f"{path}.1" in paths)
+
+
+def _steered(module: Any, path: str, strengths: dict[int, float], **options: Any) -> Any:
+    """Generates with a hook that adds to the last position at some steps."""
+    seen: list[torch.Tensor] = []
+
+    def hook(_: Any, __: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden[:, -1] += strengths.get(len(seen), 0) * _DIRECTION
+        seen.append(hidden[:, -1].clone())
+
+    handle = dict(module.named_modules())[path].register_forward_hook(hook)
+    try:
+        return _plain(module, [IDS], max_new_tokens=STEPS, **options), seen
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 0.8, "top_k": 50}])
+def test_steering_at_each_step_is_as_with_a_hook(
+    family: str, options: dict[str, Any], tiny: TinyModels
+) -> None:
+    model: Any = LanguageModel(str(tiny.folder(family)))
+    module = tiny.module(family)
+    path = _block_path(model._tree)
+    strengths = dict.fromkeys(range(STEPS), 2.0)
+    torch.manual_seed(7)
+    expected, seen = _steered(module, path, strengths, eos_token_id=None, **options)
+    with model.generate(IDS, max_new_tokens=STEPS, eos_token_id=None, seed=7, **options) as tracer:
+        hidden = insitu.list().save()
+        for _ in tracer.iter[:]:
+            model.get(path).output[0][:, -1] += 2.0 * _DIRECTION
+            hidden.append(model.get(path).output[0][:, -1])
+        ids = tracer.result.save()
+        num_steps = tracer.num_steps.save()
+    assert torch.equal(ids, expected)
+    assert int(num_steps) == len(hidden) == STEPS
+    for ours, theirs in zip(hidden, seen, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 8},
+        {"do_sample": True, "top_p": 0.7},
+        {"do_sample": True, "min_p": 0.05, "temperature": 2.0},
+    ],
+)
+def test_options_mean_what_they_mean_to_transformers(
+    options: dict[str, Any], model: Any, module: Any
+) -> None:
+    torch.manual_seed(3)
+    expected = _plain(module, [IDS], max_new_tokens=20, **options)
+    with model.generate(IDS, max_new_tokens=20, seed=3, **options) as tracer:
+        ids = tracer.result.save()
+    assert torch.equal(ids, expected)
+
+
+def test_chosen_steps_only_are_written_to(model: Any, module: Any) -> None:
+    expected, _ = _steered(module, "model.layers.1", {0: 3.0, 4: 3.0}, eos_token_id=None)
+    with model.generate(IDS, max_new_tokens=STEPS, eos_token_id=None) as tracer:
+        for _ in tracer.iter[[0, 4]]:
+            model.model.layers[1].output[0][:, -1] += 3.0 * _DIRECTION
+        ids = tracer.result.save()
+    assert torch.equal(ids, expected)
+
+
+def test_without_a_step_an_intervention_is_in_the_prompts_pass(model: Any, module: Any) -> None:
+    expected, seen = _steered(module, "model.layers.1", {0: 3.0}, eos_token_id=None)
+    with model.generate(IDS, max_new_tokens=STEPS, eos_token_id=None):
+        model.model.layers[1].output[0][:, -1] += 3.0 * _DIRECTION
+        hidden = model.model.layers[1].output[0].save()
+        logits = model.lm_head.output.save()
+        ids = model.generator.output.save()
+    assert torch.equal(ids, expected)
+    assert hidden.shape == (1, len(IDS), 64)
+    assert logits.shape == (1, len(IDS), 256)
+    torch.testing.assert_close(hidden[:, -1], seen[0])
+
+
+def test_next_goes_on_by_a_step_for_one_module_or_for_all(model: Any, module: Any) -> None:
+    expected = _plain(module, [IDS], max_new_tokens=3, eos_token_id=None)[0, len(IDS) :]
+    with model.generate(IDS, max_new_tokens=3, eos_token_id=None):
+        one = [model.lm_head.output[0, -1].argmax().save()]
+        one += [model.lm_head.next().output[0, -1].argmax().save() for _ in range(2)]
+        first = model.model.layers[0].output[0].save()
+    with model.generate(IDS, max_new_tokens=3, eos_token_id=None) as tracer:
+        other = [model.lm_head.output[0, -1].argmax().save()]
+        for _ in range(2):
+            tracer.next()
+            other.append(model.lm_head.output[0, -1].argmax().save())
+    assert torch.stack(one).tolist() == torch.stack(other).tolist() == expected.tolist()
+    assert first.shape == (1, len(IDS), 64)
+
+
+def test_a_with_block_is_recorded_once_and_runs_at_each_step(model: Any, module: Any) -> None:
+    strengths = {step: float(step) for step in range(STEPS)}
+    expected, seen = _steered(module, "model.layers.1", strengths, eos_token_id=None)
+    num_runs = 0
+    with model.generate(IDS, max_new_tokens=STEPS, eos_token_id=None) as tracer:
+        steps = insitu.list().save()
+        with tracer.all() as step:
+            num_runs += 1
+            model.model.layers[1].output[0][:, -1] += step * _DIRECTION
+            steps.append(step)
+            hidden = model.model.layers[1].output[0][:, -1].save()
+        ids = tracer.result.save()
+    assert num_runs == 1
+    assert torch.equal(ids, expected)
+    assert [int(step) for step in steps] == list(range(STEPS))
+    torch.testing.assert_close(hidden, seen[-1])
+
+
+def test_an_early_end_cuts_nothing_off_that_follows_the_loop(
+    model: Any, module: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    strengths = dict.fromkeys(range(STEPS), 1.5)
+    whole, _ = _steered(module, "model.layers.1", strengths, eos_token_id=None)
+    generated = whole[0, len(IDS) :].tolist()
+    num_steps = next(n for n in range(3, STEPS) if generated.index(generated[n - 1]) == n - 1)
+    end = generated[num_steps - 1]
+    expected, seen = _steered(module, "model.layers.1", strengths, eos_token_id=end)
+    each: list[Any] = []
+    with (
+        caplog.at_level(logging.INFO, logger="insitu"),
+        model.generate(IDS, max_new_tokens=STEPS, eos_token_id=end) as tracer,
+    ):
+        hidden = insitu.list().save()
+        total = torch.zeros(())
+        for step in tracer.iter[:]:
+            model.model.layers[1].output[0][:, -1] += 1.5 * _DIRECTION
+            last = model.model.layers[1].output[0][:, -1].save()
+            hidden.append(last)
+            total = total + last.sum()
+            if step == 2:
+                third = last.norm().save()
+            each.append(last)
+        twice = (total * 2).save()
+        ids = tracer.result.save()
+        ran = tracer.num_steps.save()
+    assert torch.equal(ids, expected)
+    assert int(ran) == len(hidden) == num_steps
+    assert [is_there(value) for value in each] == [True] * num_steps + [False] * (STEPS - num_steps)
+    assert torch.equal(last, hidden[-1])
+    assert torch.equal(third, hidden[2].norm())
+    torch.testing.assert_close(twice, 2 * torch.stack([at.sum() for at in seen]).sum())
+    assert f"generated {num_steps} of at most {STEPS} tokens" in caplog.text
+
+
+def test_a_recorded_condition_ends_generation_after_its_step(model: Any, module: Any) -> None:
+    expected = _plain(module, [IDS], max_new_tokens=40, eos_token_id=None)
+    token = int(expected[0, len(IDS) + 5])
+    first = expected[0, len(IDS) :].tolist().index(token)
+    with model.generate(IDS, max_new_tokens=40, eos_token_id=None) as tracer:
+        for _ in tracer.iter[:]:
+            tracer.stop(when=model.lm_head.output[:, -1].argmax(-1) == token)
+        ids = tracer.result.save()
+        norms = insitu.list().save()
+        norms.append(ids.sum())
+    assert torch.equal(ids, expected[:, : len(IDS) + first + 1])
+    assert len(norms) == 1
+
+
+def test_rows_end_by_themselves_and_are_filled_with_padding(model: Any, module: Any) -> None:
+    rows = [IDS, OTHERS]
+    whole = _plain(module, rows, max_new_tokens=STEPS, eos_token_id=None)
+    end = int(whole[0, len(IDS) + 2])
+    expected = _plain(module, rows, max_new_tokens=STEPS, eos_token_id=end)
+    with model.generate(rows, max_new_tokens=STEPS, eos_token_id=end) as tracer:
+        ids = tracer.result.save()
+    assert torch.equal(ids, expected)
+    with model.generate(rows, max_new_tokens=STEPS, eos_token_id=None) as tracer:
+        for _ in tracer.iter[:]:
+            tracer.stop(when=model.lm_head.output[:, -1].argmax(-1) == end)
+        stopped = tracer.result.save()
+    assert torch.equal(stopped, expected)
+
+
+def test_a_stop_ends_generation_where_nothing_more_is_needed(model: Any) -> None:
+    with model.generate(IDS, max_new_tokens=STEPS) as tracer:
+        for step in tracer.iter[:3]:
+            hidden = model.model.layers[1].output[0][:, -1].save()
+            if step == 2:
+                tracer.stop()
+                later = model.model.layers[2].output[0].save()
+    assert hidden.shape == (1, 64)
+    assert not is_there(later)
+
+
+def test_stop_strings_end_rows(demo_folder: Any) -> None:
+    model: Any = LanguageModel(str(demo_folder))
+    prompt = "The Eiffel Tower is in the city of"
+    with model.generate(prompt, max_new_tokens=12) as tracer:
+        whole = tracer.result.save()
+    with model.generate(prompt, max_new_tokens=12, stop_strings=" Paris") as tracer:
+        ids = tracer.result.save()
+    text = model.tokenizer.decode(ids[0])
+    assert text.endswith(" Paris")
+    assert ids.shape[1] < whole.shape[1]
+    assert torch.equal(ids[0], whole[0, : ids.shape[1]])
+
+
+def test_invokes_of_other_lengths_are_rows_of_one_generation(model: Any, module: Any) -> None:
+    expected = _plain(module, [IDS, OTHERS[:4]], max_new_tokens=STEPS, eos_token_id=None)
+    with model.generate(max_new_tokens=STEPS, eos_token_id=None) as tracer:
+        with tracer.invoke(IDS):
+            for step in tracer.iter[:2]:
+                shape = model.model.layers[1].output[0].shape
+                assert shape == (1, 1 if step else len(IDS), 64)
+        with tracer.invoke(OTHERS[:4]):
+            for _ in tracer.iter[:2]:
+                hidden = model.model.layers[1].output[0].save()
+            other = tracer.result.save()
+        ids = tracer.result.save()
+    assert torch.equal(ids, expected)
+    assert hidden.shape == (1, 1, 64)
+    assert torch.equal(other, expected[1:, 3:])
+
+
+def test_a_write_of_one_invoke_changes_its_rows_alone(model: Any, module: Any) -> None:
+    expected, _ = _steered(module, "model.layers.1", dict.fromkeys(range(STEPS), 2.0),
+                           eos_token_id=None)  # fmt: skip
+    with model.generate(max_new_tokens=STEPS, eos_token_id=None) as tracer:
+        with tracer.invoke(IDS):
+            for _ in tracer.iter[:]:
+                model.model.layers[1].output[0][:, -1] += 2.0 * _DIRECTION
+        with tracer.invoke(OTHERS):
+            pass
+        ids = tracer.result.save()
+    assert torch.equal(ids[:1], expected)
+    assert torch.equal(ids[1:], _plain(module, [OTHERS], max_new_tokens=STEPS, eos_token_id=None))
+
+
+def test_attention_is_seen_at_each_step(model: Any) -> None:
+    with model.generate(IDS, max_new_tokens=4, eos_token_id=None) as tracer:
+        patterns = insitu.list().save()
+        for _ in tracer.iter[:]:
+            patterns.append(model.model.layers[1].self_attn.heads.pattern)
+        ids = tracer.result.save()
+    assert [list(at.shape[2:]) for at in patterns] == [[7, 7], [1, 8], [1, 9], [1, 10]]
+    with model.trace(ids[:, :-1]):
+        whole = model.model.layers[1].self_attn.heads.pattern.save()
+    torch.testing.assert_close(patterns[-1], whole[:, :, -1:], rtol=1e-4, atol=1e-5)
+
+
+def test_an_edit_holds_at_each_step(model: Any, module: Any) -> None:
+    expected, _ = _steered(module, "model.layers.1", dict.fromkeys(range(STEPS), 2.0),
+                           eos_token_id=None)  # fmt: skip
+    with model.edit() as edited:
+        model.model.layers[1].output[0][:, -1] += 2.0 * _DIRECTION
+    with edited.generate(IDS, max_new_tokens=STEPS, eos_token_id=None) as tracer:
+        ids = tracer.result.save()
+    assert torch.equal(ids, expected)
+
+
+def test_a_module_is_skipped_at_a_step(model: Any, module: Any) -> None:
+    calls = 0
+
+    def skip(_: Any, args: Any, output: torch.Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        return args[0].clone() if calls == 3 else output
+
+    handle = module.model.layers[1].register_forward_hook(skip)
+    expected = _plain(module, [IDS], max_new_tokens=STEPS, eos_token_id=None)
+    handle.remove()
+    with model.generate(IDS, max_new_tokens=STEPS, eos_token_id=None) as tracer:
+        for _ in tracer.iter[2]:
+            model.model.layers[1].skip(model.model.layers[0].output)
+        ids = tracer.result.save()
+    assert torch.equal(ids, expected)
+
+
+def test_values_of_earlier_traces_are_used_at_steps_and_ids_go_on_to_later_ones(
+    model: Any, module: Any
+) -> None:
+    with model.session():
+        with model.trace(OTHERS):
+            hidden = model.model.layers[1].output[0][:, -1]
+            kept = hidden.save()
+        with model.generate(IDS, max_new_tokens=4, eos_token_id=None) as tracer:
+            for _ in tracer.iter[:]:
+                model.model.layers[1].output[0][:, -1] = hidden
+            ids = tracer.result
+            generated = ids.save()
+        with model.trace(ids):
+            logits = model.lm_head.output.save()
+        with model.generate(ids, max_new_tokens=3, eos_token_id=None) as tracer:
+            longer = tracer.result.save()
+
+    def patch(_: Any, __: Any, output: Any) -> None:
+        (output[0] if isinstance(output, tuple) else output)[:, -1] = kept
+
+    handle = module.model.layers[1].register_forward_hook(patch)
+    assert torch.equal(generated, _plain(module, [IDS], max_new_tokens=4, eos_token_id=None))
+    handle.remove()
+    with torch.no_grad():
+        torch.testing.assert_close(logits, module(generated).logits)
+    rows = generated.tolist()
+    assert torch.equal(longer, _plain(module, rows, max_new_tokens=3, eos_token_id=None))
+
+
+def test_the_same_seed_draws_the_same_and_each_item_of_a_loop_others(model: Any) -> None:
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        with model.session() as session:
+            found = insitu.list().save()
+            with session.iter([0, 1]):
+                with model.generate(IDS, max_new_tokens=STEPS, do_sample=True) as tracer:
+                    found.append(tracer.result)
+            with model.generate(IDS, max_new_tokens=STEPS, do_sample=True) as tracer:
+                last = tracer.result.save()
+        drawn.append([*(at.tolist() for at in found), last.tolist()])
+    assert drawn[0] == drawn[1]
+    assert len({str(ids) for ids in drawn[0]}) == 3
+
+
+class _Streamer:
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.told.append(value.tolist())
+
+    def end(self) -> None:
+        self.told.append("end")
+
+
+def test_a_streamer_is_given_tokens_as_they_are_chosen(model: Any, module: Any) -> None:
+    ours, theirs = _Streamer(), _Streamer()
+    _plain(module, [IDS], max_new_tokens=5, streamer=theirs)
+    with model.generate(IDS, max_new_tokens=5, streamer=ours):
+        pass
+    assert ours.told == theirs.told
+
+
+def test_what_nodes_write_that_no_token_can_be_drawn_from_is_an_error(model: Any) -> None:
+    with pytest.raises(Error) as caught, model.generate(IDS, max_new_tokens=3, do_sample=True):
+        model.lm_head.output[:] = float("nan")
+        model.generator.output.save()
+    assert caught.value.reason is Reason.INTERVENTION_RAISED
+
+
+def _refused(model: Any, **options: Any) -> Error:
+    with pytest.raises(Error) as caught, model.generate(IDS, **{"max_new_tokens": 5, **options}):
+        pass
+    assert caught.value.location is not None
+    assert caught.value.location.file == __file__
+    return caught.value
+
+
+def test_an_unknown_option_is_an_error_that_lists_the_known(model: Any) -> None:
+    err = _refused(model, num_beams=4)
+    assert "num_beams" in err.message
+    assert "temperature" in err.message
+    assert "did you mean top_k" in _refused(model, topk=4).message
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"max_new_tokens": 0},
+        {"max_new_tokens": True},
+        {"temperature": 0},
+        {"top_p": 1.5},
+        {"do_sample": 1},
+        {"eos_token_id": "x"},
+        {"stop_strings": ""},
+    ],
+)
+def test_an_option_that_can_not_be_is_an_error_that_says_what_can(
+    option: dict[str, Any], model: Any
+) -> None:
+    assert (
+        "; it is a" in _refused(model, **option).message
+        or "True" in _refused(model, **option).message
+    )
+
+
+@pytest.mark.parametrize("steps", [slice(0, 6), slice(-2, None), 5, [0, 9], slice(0, 4, 0)])
+def test_a_step_beyond_the_last_is_an_error_at_its_line(steps: Any, model: Any) -> None:
+    with pytest.raises(Error) as caught, model.generate(IDS, max_new_tokens=5) as tracer:
+        tracer.iter[steps]
+    assert "max_new_tokens=5" in caught.value.message
+    assert caught.value.location is not None
+    assert caught.value.location.source == "tracer.iter[steps]"
+
+
+def test_shapes_are_checked_as_each_step_has_them(model: Any) -> None:
+    with pytest.raises(Error) as caught, model.generate(IDS, max_new_tokens=5) as tracer:
+        for _ in tracer.iter[:]:
+            model.model.layers[1].output[0][:, 3] = 0
+    assert "[1, 1, 64]" in caught.value.message
+    assert caught.value.location is not None
+    assert "[:, 3] = 0" in caught.value.location.source
+
+
+def test_a_value_of_a_later_step_can_not_be_written_at_an_earlier_one(model: Any) -> None:
+    with pytest.raises(Error) as caught, model.generate(IDS, max_new_tokens=5) as tracer:
+        for _ in tracer.iter[2]:
+            later = model.model.layers[0].output[0][:, -1]
+        model.model.layers[1].output[0][:, -1] = later
+    assert caught.value.reason is Reason.CYCLIC_TRACE
+    with pytest.raises(Error) as caught, model.generate(IDS, max_new_tokens=5) as tracer:
+        model.model.layers[1].output[0][:, -1] = tracer.num_steps * torch.ones(64)
+    assert caught.value.reason is Reason.CYCLIC_TRACE
+
+
+def test_there_are_no_gradients_and_no_caches_while_generating(model: Any) -> None:
+    with pytest.raises(Error) as caught, model.generate(IDS, max_new_tokens=5) as tracer:
+        tracer.cache()
+    assert caught.value.reason is Reason.UNSUPPORTED_FEATURE
+    with pytest.raises(Error) as caught, model.generate(IDS, max_new_tokens=5):
+        hidden = model.model.layers[0].output[0]
+        model.lm_head.output.sum().backward()
+        hidden.grad.save()
+    assert caught.value.reason is Reason.UNSUPPORTED_FEATURE

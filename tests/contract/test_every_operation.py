@@ -62,7 +62,8 @@ def test_an_operation_gives_what_torch_gives(
 
 def test_every_operation_is_sampled_or_named_as_one_that_can_not_be() -> None:
     assert NOT_SAMPLED.keys() <= OPERATIONS
-    assert len(NOT_SAMPLED) < 0.02 * len(OPERATIONS)
+    of_torch = [name for name in NOT_SAMPLED if not name.startswith("insitu.")]
+    assert len(of_torch) < 0.015 * len(OPERATIONS)
 
 
 def _call(name: str, hidden: Any) -> tuple[Any, Any]:

@@ -285,3 +285,27 @@ def test_the_command_line_lists_fetches_and_cancels_ones_own_sessions(
     assert "cancelled" in run_insitu("sessions", "cancel", slow.submission.id, **server).stdout
     others = run_insitu("sessions", **{**server, "INSITU_API_KEY": "a-secret-of-bob"}).stdout
     assert session.submission.id not in others
+
+
+def test_tokens_come_while_a_generation_runs_and_a_cancel_ends_it_at_the_next_step(
+    model: LanguageModel,
+) -> None:
+    plain = LanguageModel("tiny/llama")
+    options = {"eos_token_id": None, "remote": True}
+    with plain.generate(IDS, max_new_tokens=3, **options) as tracer:
+        first = tracer.result.save()
+    with model.generate(
+        IDS, max_new_tokens=50_000, stream=True, blocking=False, **options
+    ) as tracer:
+        tracer.result.save()
+    told = tracer.submission.tokens(timeout=60)
+    seen = [next(told) for _ in range(3)]
+    assert [at.step for at in seen] == [0, 1, 2]
+    assert [at.token_ids[0] for at in seen] == first[0, len(IDS) :].tolist()
+    assert tracer.submission.status() is SessionState.RUNNING
+    tracer.submission.cancel()
+    with pytest.raises(CancelledError):
+        list(told)
+    with plain.generate(IDS, max_new_tokens=3, **options) as tracer:
+        again = tracer.result.save()
+    assert torch.equal(again, first)

@@ -128,11 +128,65 @@ def factories(model: LanguageModel, **where: bool) -> dict[str, Any]:
     return {"noise": noise, "logits": logits}
 
 
+def generation(model: LanguageModel, **where: bool) -> dict[str, Any]:
+    """Greedy tokens, steered and read at each step, up to a recorded end."""
+    with model.generate(IDS, max_new_tokens=12, eos_token_id=None, **where) as tracer:
+        hidden = insitu.list().save()
+        for step in tracer.iter[:]:
+            layer = model.model.layers[1]
+            if step:
+                layer.output[0][:, -1] *= 1.5
+            layer.mlp.gate_proj.output[..., :8] = 0
+            hidden.append(layer.output[0][:, -1])
+            last = model.lm_head.output[:, -1].save()
+        with tracer.iter[3:] as step:
+            likeliest = model.lm_head.output[0, -1].softmax(-1).max()
+            tracer.stop(when=(likeliest > 0.9) & (step > 4))
+        ids = tracer.result.save()
+        num_steps = tracer.num_steps.save()
+    return {"hidden": list(hidden), "last": last, "ids": ids, "num_steps": num_steps}
+
+
+def drawn_tokens(model: LanguageModel, **where: bool) -> dict[str, Any]:
+    """Tokens that are drawn, from a seed of their own, from the session's, and in a loop."""
+    torch.manual_seed(11)
+    with model.session(**where) as session:
+        with model.generate(IDS, max_new_tokens=9, do_sample=True, seed=4, top_k=40) as tracer:
+            own = tracer.result.save()
+        with model.generate([IDS, LONG], max_new_tokens=9, do_sample=True) as tracer:
+            rows = tracer.result.save()
+        looped = insitu.list().save()
+        with session.iter([0, 1]):
+            with model.generate(LONG, max_new_tokens=5, do_sample=True) as tracer:
+                looped.append(tracer.result)
+    return {"own": own, "rows": rows, "looped": list(looped)}
+
+
+def generations_together(model: LanguageModel, **where: bool) -> dict[str, Any]:
+    """Generations that share passes, each with interventions, options and an end of its own."""
+    saved: dict[str, Any] = {}
+    with model.session(**where):
+        for number in range(4):
+            ids = [number + 3, *IDS[1:]]
+            options = {"do_sample": number > 1, "eos_token_id": None, "seed": number + 1}
+            with model.generate(ids, max_new_tokens=4 + 3 * number, **options) as tracer:
+                norms = insitu.list().save()
+                for step in tracer.iter[:]:
+                    layer = model.model.layers[number % 3]
+                    layer.output[0][:, -1] *= 1 + 0.1 * number
+                    norms.append(layer.output[0].norm())
+                    if step == 2 and number == 3:
+                        tracer.stop(when=torch.ones((), dtype=torch.bool))
+                saved[f"ids {number}"] = tracer.result.save()
+            saved[f"norms {number}"] = norms
+    return {name: list(value) if "norms" in name else value for name, value in saved.items()}
+
+
 EXPERIMENTS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
     for function in (
         reads_and_writes, module_calls, invokes, control_flow, python_flow, stop_and_skip,
-        edits_and_cache, factories,
+        edits_and_cache, factories, generation, drawn_tokens, generations_together,
     )
 }  # fmt: skip
 

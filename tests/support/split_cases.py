@@ -67,6 +67,7 @@ def _of_model(whole: LanguageModel, split: LanguageModel, sessions: list[Any]) -
     found = _compared("everywhere", everywhere, whole, split)
     found += _compared("recorded gradients", recorded_gradients, whole, split)
     found += _compared("the judge's experiment", with_insitu, whole, split)
+    found += _compared("generations", generations, whole, split)
     for number, description in enumerate(sessions):
         for options in ({}, {"exact": True}):
 
@@ -148,6 +149,21 @@ def recorded_gradients(model: LanguageModel) -> dict[str, Any]:
         found = {f"layer {n}": at.grad.save() for n, at in enumerate(hidden)}
         found["by the embedding"] = model.embed.output.grad.save()
     return found
+
+
+def generations(model: LanguageModel) -> dict[str, Any]:
+    """Tokens that are chosen and drawn, with writes to what is split, alone and together."""
+    saved: dict[str, Any] = {}
+    with model.session():
+        for number in range(3):
+            options = {"do_sample": number > 0, "seed": number, "eos_token_id": None}
+            with model.generate(IDS, max_new_tokens=4 + number, **options) as tracer:
+                for step in tracer.iter[:]:
+                    block = model.blocks[number]
+                    saved[f"normed {number} {step}"] = block.mlp.output.norm().save()
+                    block.output[0][:, -1] *= 1 + 0.1 * number
+                saved[f"ids {number}"] = tracer.result.save()
+    return saved
 
 
 def _is_hidden(value: Any) -> bool:

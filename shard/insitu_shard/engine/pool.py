@@ -139,7 +139,9 @@ class _Running:
 
     def go_on(self) -> Iterator[SegmentEvent | Error]:
         """Yields what it tells until it waits for a pass."""
-        if self._pending and not self._pending[0].trace.has_run:
+        if self._pending and not (head := self._pending[0].trace).has_run:
+            # It has a step of its generation behind it, and others before it.
+            yield from head.new_tokens()
             return
         self._pending = ()
         num_steps = 0

@@ -20,7 +20,7 @@ from insitu_proto.v1.intervention_pb2 import (
 )
 from insitu_proto.v1.session_pb2 import Branch, Exit, Loop, Session, Step
 from insitu_proto.v1.tensor_pb2 import Dtype, Tensor
-from insitu_proto.v1.trace_pb2 import Invoke, TokenRow, TraceMode
+from insitu_proto.v1.trace_pb2 import Generation, Invoke, TokenRow, Trace, TraceMode
 from insitu_proto.v1.value_pb2 import Value
 from insitu_scheduler.models import KnownModel
 from insitu_scheduler.validation import check_size, validate
@@ -38,6 +38,15 @@ def refused(session: Session) -> Error:
     with pytest.raises(Error) as caught:
         validate(session, MODELS)
     return caught.value
+
+
+def _generating(**options: float) -> Trace:
+    return Trace(mode=TraceMode.TRACE_MODE_GENERATE, generation=Generation(**options))
+
+
+def _generate_and_read(session: Session, step: int) -> None:
+    session.steps[0].trace.MergeFrom(_generating(max_new_tokens=3))
+    session.steps[0].trace.nodes[0].read.hook_point.step = step
 
 
 def call(name: str, *args: Value, **kwargs: Value) -> Node:
@@ -185,9 +194,29 @@ def test_a_session_that_can_not_run_is_refused(
     ("reason", "words", "edit"),
     [
         (
-            Reason.UNSUPPORTED_FEATURE,
-            "generates",
+            Reason.MALFORMED_SESSION,
+            "does not say how",
             lambda s: setattr(s.steps[0].trace, "mode", TraceMode.TRACE_MODE_GENERATE),
+        ),
+        (
+            Reason.MALFORMED_SESSION,
+            "set generation where the mode is generate",
+            lambda s: s.steps[0].trace.generation.SetInParent(),
+        ),
+        (
+            Reason.MALFORMED_SESSION,
+            "max_new_tokens 0; it is from 1",
+            lambda s: s.steps[0].trace.MergeFrom(_generating()),
+        ),
+        (
+            Reason.MALFORMED_SESSION,
+            "temperature 0.0; it is above 0",
+            lambda s: s.steps[0].trace.MergeFrom(_generating(max_new_tokens=3, temperature=0)),
+        ),
+        (
+            Reason.MALFORMED_SESSION,
+            "node 1 is of step 3, and its trace has 3",
+            lambda s: _generate_and_read(s, step=3),
         ),
         (Reason.MALFORMED_SESSION, "no mode", lambda s: s.steps[0].trace.ClearField("mode")),
         (Reason.MALFORMED_SESSION, "no input", lambda s: s.steps[0].trace.ClearField("invokes")),

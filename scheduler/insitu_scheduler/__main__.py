@@ -15,6 +15,7 @@ from insitu_scheduler.limits import Limits
 from insitu_scheduler.server import Server
 from insitu_wire.errors import Error
 from insitu_wire.limits import MAX_SESSION_BYTES
+from insitu_wire.logs import LogFormat, set_up_logging
 from insitu_wire.paths import state_folder
 from insitu_wire.tls import Tls
 
@@ -169,6 +170,10 @@ def run(
             help="How long an attached session lives without anybody watching it.",
         ),
     ] = 5.0,
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(envvar="INSITU_LOG_FORMAT", help="How lines of the log look."),
+    ] = LogFormat.TEXT,
     grace_seconds: Annotated[
         float,
         typer.Option(
@@ -177,7 +182,7 @@ def run(
     ] = 10.0,
 ) -> None:
     """Takes sessions from clients and has shard groups run them, until SIGTERM or Ctrl-C."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    set_up_logging(log_format)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         config = SchedulerConfig(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import uuid
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
 _MAX_REQUEST_ID = 128
 # Work on larger sessions would hold up the event loop.
 _MAX_INLINE_BYTES = 256 * 1024
@@ -63,7 +66,9 @@ class Admission:
         self._max_session_bytes = max_session_bytes
         self._limits = limits
 
-    async def submit(self, key: Key, request: SubmitSessionRequest) -> SessionId:
+    async def submit(
+        self, key: Key, request: SubmitSessionRequest, *, traceparent: str = ""
+    ) -> SessionId:
         """Accepts a session, or finds the one that the request id was used for before.
 
         Raises:
@@ -75,7 +80,7 @@ class Admission:
         check_size(session, self._max_session_bytes)
         payload, digest = await _off_loop(session, lambda: _encode(session))
         try:
-            return await self._take(key, request, payload, digest)
+            return await self._take(key, request, payload, digest, traceparent)
         except Error:
             # What was taken once is answered, even if it would be refused by now.
             known = await self._journal.find_request(key.user, request.request_id)
@@ -84,10 +89,16 @@ class Admission:
             return _same_session(known, digest, request.request_id)
 
     async def _take(
-        self, key: Key, request: SubmitSessionRequest, payload: bytes, digest: bytes
+        self,
+        key: Key,
+        request: SubmitSessionRequest,
+        payload: bytes,
+        digest: bytes,
+        traceparent: str,
     ) -> SessionId:
         session, user = request.session, key.user
-        terms = Terms(clamp(request.tier, key.tier), key.weight, key.limits.within(self._limits))
+        limits = key.limits.within(self._limits)
+        terms = Terms(clamp(request.tier, key.tier), key.weight, limits, traceparent)
         models = self._catalog.served()
         await _off_loop(session, lambda: _check(session, key, terms.limits, models))
         self._dispatcher.hosting.check_together(models_of(session))
@@ -133,6 +144,10 @@ class Admission:
         )
         self._dispatcher.enqueue(live, position=position, is_detached=accepted.is_detached)
         self._metrics.accepted(accepted.model or "")
+        _log.info(
+            "session %s of %s is accepted", accepted.session_id, accepted.user,
+            extra={"session_id": accepted.session_id},
+        )  # fmt: skip
         return accepted.session_id
 
 

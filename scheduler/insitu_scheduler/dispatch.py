@@ -335,7 +335,7 @@ class Dispatcher:
             book=self._book,
             writer=self._results.writer(live.log.session_id),
             uploads=self._uploads,
-            limits=live.terms.limits,
+            terms=live.terms,
         )
         held = [(group, self._links[group]) for group in groups]
         leases = {group.model: group.lease_id for group in groups}

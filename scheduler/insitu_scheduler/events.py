@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import logging
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from insitu_proto.v1.event_pb2 import Tokens
     from insitu_scheduler.journal import Journal, SessionRow
     from insitu_scheduler.queue import SessionId
+
+_log = logging.getLogger(__name__)
 
 TERMINAL_KINDS = frozenset(
     {EventKind.EVENT_KIND_COMPLETED, EventKind.EVENT_KIND_ERROR, EventKind.EVENT_KIND_CANCELLED}
@@ -246,6 +249,10 @@ class EventBook:
         try:
             await self._journal.append(log.session_id, log.stamp(event))
         finally:
+            _log.info(
+                "session %s of %s has ended: %s", log.session_id, log.user, kind_name(event),
+                extra={"session_id": log.session_id},
+            )  # fmt: skip
             log.show(event)
             self._live.pop(log.session_id, None)
             self._remember(log)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest, Segment
 from insitu_scheduler import events
-from insitu_scheduler.limits import Limits
 from insitu_scheduler.refusals import limit_exceeded
 from insitu_scheduler.shards import replica_lost
+from insitu_scheduler.terms import Terms
 from insitu_scheduler.uploads import bring_uploads
 from insitu_wire.errors import Error, Reason, from_failure
+from insitu_wire.tracing import Tracing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from insitu_scheduler.transfers import Transfers
     from insitu_scheduler.uploads import UploadStore
 
+_TRACING = Tracing("insitu-scheduler")
 _ANNOUNCE_SECONDS = 1.0
 _MAX_TRIES = 5
 _RELEASE_SECONDS = 60.0
@@ -46,14 +48,16 @@ class SessionRun:
     book: EventBook
     writer: ResultWriter
     uploads: UploadStore
-    limits: Limits = field(default_factory=Limits)
-    """What it may take while it runs."""
+    terms: Terms = field(default_factory=Terms)
+    """What it may take while it runs, and whose span it is a part of."""
     has_started: bool = field(default=False, init=False)
     """Whether the first RUNNING event has been shown."""
     num_repeated: int = field(default=0, init=False)
     """How many messages and tokens come that an attempt before has shown."""
     shard_seconds: float | None = field(default=None, init=False)
     """What its segments took of their groups' time so far; None if that is not known."""
+    span: str = field(default="", init=False)
+    """Names the span of its run."""
     saved_bytes: int = field(default=0, init=False)
     """What it has saved so far."""
     announced_at: float | None = field(default=None, init=False)
@@ -68,10 +72,16 @@ class SessionRun:
         Raises:
             Error: why the session failed. What it had saved before stays.
         """
-        seconds = self.limits.max_run_seconds
+        seconds = self.terms.limits.max_run_seconds
+        session_id = self.log.session_id
+        accepted_at = self.log.events[0].time.ToNanoseconds()
+        parent = self.terms.traceparent
+        with _TRACING.span("insitu.queue", parent, start_ns=accepted_at, session_id=session_id):
+            pass  # it ends here
         try:
             async with asyncio.timeout(seconds) as bound:
-                await self._run(shards)
+                with _TRACING.span("insitu.run", parent, session_id=session_id) as self.span:
+                    await self._run(shards)
         except TimeoutError:
             if seconds is None or not bound.expired():
                 raise
@@ -111,14 +121,16 @@ class SessionRun:
             padding=self.session.padding,
             tensors=self.session.tensors,
         )
+        limits = self.terms.limits
         request = RunSegmentRequest(
             session_id=self.log.session_id,
             segment=message,
             imports=imports,
             kept_node_ids=kept,
             user=self.log.user,
-            max_handle_bytes=self.limits.max_handle_bytes,
-            max_kept_bytes=self.limits.max_kept_bytes,
+            max_handle_bytes=limits.max_handle_bytes,
+            max_kept_bytes=limits.max_kept_bytes,
+            traceparent=self.span,
         )
         num_tries = 0
         while True:
@@ -161,7 +173,7 @@ class SessionRun:
 
     def _check_saved(self, num_bytes: int) -> None:
         self.saved_bytes += num_bytes
-        limit = self.limits.max_saved_bytes
+        limit = self.terms.limits.max_saved_bytes
         if limit is not None and self.saved_bytes > limit:
             saves = f"saves {self.saved_bytes:,} bytes or more"
             raise limit_exceeded(saves, int(limit), "max_saved_bytes")

@@ -16,6 +16,7 @@ from insitu_scheduler.value_checks import check_upload
 from insitu_wire.errors import Error, Reason, error
 from insitu_wire.limits import CHUNK_BYTES
 from insitu_wire.operations import OPERATIONS_VERSION
+from insitu_wire.tracing import METADATA_KEY
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _PAGE_SIZE = 100
 _MAX_PAGE_SIZE = 1000
+_MAX_TRACEPARENT = 64
 
 
 class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
@@ -73,7 +75,9 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
     ) -> pb.SubmitSessionResponse:
         """Submits a session."""
         try:
-            session_id = await self._admission.submit(caller(), request)
+            session_id = await self._admission.submit(
+                caller(), request, traceparent=_traceparent(context)
+            )
         except Error as err:
             self._metrics.rejected(err.reason)
             raise
@@ -258,6 +262,11 @@ def _select(
     if not stored and not request.is_partial and not _completed(log.last):
         raise _result_not_found(log, "it ended before it had saved anything")
     return [value for value in stored if not node_ids or value.header.node_id in node_ids]
+
+
+def _traceparent(context: Context) -> str:
+    found = dict(context.invocation_metadata() or ()).get(METADATA_KEY, "")
+    return found[:_MAX_TRACEPARENT] if isinstance(found, str) else ""
 
 
 def _completed(event: Event) -> bool:

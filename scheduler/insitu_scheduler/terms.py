@@ -31,11 +31,18 @@ class Terms:
     weight: float = 1.0
     """Of its user, beside the other users of the tier."""
     limits: Limits = field(default_factory=Limits)
+    traceparent: str = ""
+    """Names the client's span, of which the session's own are parts."""
 
     def written(self) -> str:
         """Gives them as text."""
         return json.dumps(
-            {"tier": self.tier.name, "weight": self.weight, "limits": self.limits.written()}
+            {
+                "tier": self.tier.name,
+                "weight": self.weight,
+                "limits": self.limits.written(),
+                "traceparent": self.traceparent,
+            }
         )
 
     @classmethod
@@ -46,6 +53,7 @@ class Terms:
             Tier[found.get("tier", Tier.DEFAULT.name)],
             found.get("weight", 1.0),
             Limits.read(found.get("limits", {})),
+            found.get("traceparent", ""),
         )
 
 

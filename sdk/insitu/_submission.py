@@ -159,6 +159,8 @@ class SessionSummary:
 
     id: str
     """Names it; `insitu.attach` takes it."""
+    user: str
+    """Whose it is."""
     model: str
     """The model that it used first; empty if none."""
     state: SessionState
@@ -168,17 +170,18 @@ class SessionSummary:
     """When it ended, in UTC; None while it has not."""
 
 
-def sessions(limit: int = 100) -> list[SessionSummary]:
+def sessions(limit: int = 100, *, all_users: bool = False) -> list[SessionSummary]:
     """Lists the user's sessions on the server, the newest first.
 
     A session that has ended is kept, with what it saved, as long as the server says (a week).
 
     Args:
         limit: how many at most.
+        all_users: whether to list those of all users, as administrators may.
     """
     backend = RemoteBackend(CONFIG)
     try:
-        return [_summary(found) for found in backend.sessions(limit)]
+        return [_summary(found) for found in backend.sessions(limit, all_users=all_users)]
     finally:
         backend.close()
 
@@ -187,6 +190,7 @@ def _summary(message: scheduler_service_pb2.SessionSummary) -> SessionSummary:
     has_ended = message.HasField("finished_at")
     return SessionSummary(
         id=message.session_id,
+        user=message.user,
         model=message.model,
         state=SessionState(state_name(message.state)),
         created_at=message.created_at.ToDatetime(tzinfo=datetime.UTC),

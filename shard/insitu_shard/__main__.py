@@ -6,7 +6,6 @@ again, once a rank.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import uuid
@@ -17,6 +16,7 @@ import typer
 
 from insitu_shard.config import Placement, ShardConfig, parse_model
 from insitu_wire.errors import Error, Reason, error
+from insitu_wire.logs import LogFormat, set_up_logging
 from insitu_wire.tls import Tls
 
 
@@ -67,6 +67,10 @@ def run(
         bool,
         typer.Option(envvar="INSITU_REFLECTION", help="Whether gRPC reflection tells of services."),
     ] = True,
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(envvar="INSITU_LOG_FORMAT", help="How lines of the log look."),
+    ] = LogFormat.TEXT,
     metrics_port: Annotated[
         int,
         typer.Option(envvar="INSITU_METRICS_PORT", help="Port of /metrics; 0 a free one, -1 none."),
@@ -137,7 +141,7 @@ def run(
     ] = 8 * 1024**3,
 ) -> None:
     """Serves one model by a group of ranks until SIGTERM or Ctrl-C."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    set_up_logging(log_format)
     name, path = parse_model(model)
     try:
         config = ShardConfig(

@@ -13,6 +13,7 @@ from insitu_shard.imports import fetch_values
 from insitu_shard.upload_cache import receive_upload
 from insitu_wire.errors import Error, to_failure
 from insitu_wire.limits import CHUNK_BYTES
+from insitu_wire.tracing import Tracing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from insitu_wire.tls import Tls
 
     Context = grpc.aio.ServicerContext[Any, Any]
+
+
+_TRACING = Tracing("insitu-shard")
 
 
 class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
@@ -88,6 +92,15 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
         self, request: shard_service_pb2.RunSegmentRequest, context: Context
     ) -> AsyncIterator[shard_service_pb2.RunSegmentResponse]:
         """Runs a segment beside those of other sessions, and streams what happens."""
+        session_id, model = request.session_id, self._description.name
+        parent = request.traceparent
+        with _TRACING.span("insitu.segment", parent, session_id=session_id, model=model):
+            async for response in self._run(request):
+                yield response
+
+    async def _run(
+        self, request: shard_service_pb2.RunSegmentRequest
+    ) -> AsyncIterator[shard_service_pb2.RunSegmentResponse]:
         for imported, data in [
             await fetch_values(request, at, self._tls) for at in request.imports
         ]:

@@ -12,13 +12,24 @@ import grpc
 import pytest
 from typer.testing import CliRunner
 
-from insitu import CONFIG, CapacityError, Error, LanguageModel, PermissionDeniedError
+from insitu import (
+    CONFIG,
+    CapacityError,
+    Error,
+    LanguageModel,
+    PermissionDeniedError,
+    UnavailableError,
+    sessions,
+)
 from insitu._config import Config
+from insitu.backends import remote
 from insitu.backends.remote import RemoteBackend
 from insitu_proto.v1 import shard_service_pb2, shard_service_pb2_grpc
 from insitu_scheduler.keys import digest_of, read_keys
 from insitu_scheduler.keys_command import app
 from insitu_wire.errors import AuthenticationError, Reason, from_rpc_error
+from insitu_wire.tracing import Tracing
+from support.spans import SpanReceiver
 from support.tiny_models import TinyModels
 from support.up import Up, insitu
 
@@ -30,6 +41,7 @@ class Lab:
     up: Up
     keys_file: Path
     keys: dict[str, str]
+    spans: SpanReceiver
 
     def insitu(self, *arguments: str, user: str = "ann") -> str:
         done = insitu(
@@ -63,8 +75,12 @@ def lab(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Lab:
         "root": create(file, "root", "--role", "admin"),
     }
     models = [f"tiny/{family}={tiny.folder(family)}" for family in ("llama", "gpt2")]
-    with Up(folder / "data", models, ["--api-keys-file", str(file)]) as up:
-        yield Lab(up, file, keys)
+    with pytest.MonkeyPatch.context() as environment, SpanReceiver() as spans:
+        environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", spans.endpoint)
+        environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        environment.setenv("INSITU_LOG_FORMAT", "json")
+        with Up(folder / "data", models, ["--api-keys-file", str(file)]) as up:
+            yield Lab(up, file, keys, spans)
 
 
 @pytest.fixture
@@ -82,7 +98,7 @@ def _run(model: LanguageModel) -> None:
 
 def test_a_shard_group_takes_no_calls_but_its_schedulers(lab: Lab, model: LanguageModel) -> None:
     line = next(line for line in lab.up.log.splitlines() if "is served at" in line)
-    address = line.partition("is served at ")[2].split()[0]
+    address = json.loads(line)["message"].partition("is served at ")[2].split()[0]
     request = shard_service_pb2.DescribeModelRequest()
     with grpc.insecure_channel(address) as channel:
         stub = shard_service_pb2_grpc.ShardServiceStub(channel)
@@ -144,7 +160,7 @@ def test_nothing_secret_is_in_what_a_server_prints_counts_and_keeps(
     with urllib.request.urlopen(f"http://{lab.up.metrics_address}/metrics") as response:
         seen += response.read().decode()
     listed = insitu("keys", "list", INSITU_API_KEYS_FILE=str(lab.keys_file), COLUMNS="200")
-    seen += listed.stdout + lab.up.log
+    seen += listed.stdout + lab.up.log + str(lab.spans.spans)
     files = [path.read_bytes() for path in lab.up.data_dir.rglob("*") if path.is_file()]
     kept = b"".join(files) + lab.keys_file.read_bytes()
     for process in lab.up.descendants():
@@ -159,6 +175,76 @@ def test_nothing_secret_is_in_what_a_server_prints_counts_and_keeps(
         assert token not in seen
         assert token.encode() not in kept
     assert 'insitu_auth_failures_total{reason="INVALID_CREDENTIAL"}' in seen
+
+
+def test_the_log_has_an_object_a_line_and_sessions_by_their_ids(
+    lab: Lab, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _run(model)
+    newest = sessions(1)[0]
+    lines = [line for line in lab.up.log.splitlines() if line.startswith("{")]
+    entries = [json.loads(line) for line in lines]
+    assert all({"time", "level", "logger", "message"} <= entry.keys() for entry in entries)
+    told = [entry["message"] for entry in entries if entry.get("session_id") == newest.id]
+    assert any("is accepted" in message for message in told)
+    assert any("has ended: COMPLETED" in message for message in told)
+
+
+def test_a_session_is_one_trace_of_spans_from_the_client_to_the_shard(
+    lab: Lab, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_TRACING", Tracing("insitu-client"))
+    _run(model)
+    newest = sessions(1)[0]
+    for _ in range(300):
+        roots = [span for _, span in lab.spans.spans if span.name == "insitu.session"]
+        if roots:
+            break
+        time.sleep(0.1)
+    names = {"insitu.session", "insitu.submit", "insitu.queue", "insitu.run", "insitu.segment"}
+    found = lab.spans.wait_for(roots[-1].trace_id, names)
+    parents = {
+        "insitu.submit": "insitu.session",
+        "insitu.queue": "insitu.submit",
+        "insitu.run": "insitu.submit",
+        "insitu.segment": "insitu.run",
+    }
+    for child, parent in parents.items():
+        assert found[child][1].parent_span_id == found[parent][1].span_id
+    assert {service for service, _ in found.values()} == {
+        "insitu-client",
+        "insitu-scheduler",
+        "insitu-shard",
+    }
+    attributes = {pair.key: pair.value.string_value for pair in found["insitu.run"][1].attributes}
+    assert attributes["insitu.session_id"] == newest.id
+
+
+def test_status_and_top_draw_groups_queues_and_ones_own_sessions(
+    lab: Lab, model: LanguageModel
+) -> None:
+    _run(model)
+    newest = sessions(1)[0]
+    drawn = lab.insitu("top", "--count", "2", "--seconds", "0.1")
+    assert drawn.count("as ann") >= 1
+    for part in ("tiny/llama", "ready", "0 of 16", newest.id, "completed"):
+        assert part in drawn
+    err = insitu("top", "--all", INSITU_ENDPOINT=lab.up.endpoint, INSITU_API_KEY=lab.keys["ann"])
+    assert err.returncode == 1
+    assert "administrators" in err.stderr
+
+
+def test_an_administrator_drains_the_server_and_a_user_may_not(
+    lab: Lab, model: LanguageModel
+) -> None:
+    refused = insitu("drain", INSITU_ENDPOINT=lab.up.endpoint, INSITU_API_KEY=lab.keys["ann"])
+    assert refused.returncode == 1
+    assert "administrators" in refused.stderr
+    assert "takes no new sessions" in lab.insitu("drain", user="root")
+    with pytest.raises(UnavailableError, match="take no new sessions"):
+        _run(model)
+    assert "takes new sessions" in lab.insitu("drain", "--undo", user="root")
+    _run(model)
 
 
 def test_a_key_is_listed_by_its_id_and_revoked_while_the_server_runs(lab: Lab) -> None:

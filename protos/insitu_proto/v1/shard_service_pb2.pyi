@@ -284,6 +284,7 @@ class RunSegmentRequest(_message.Message):
     USER_FIELD_NUMBER: _builtins.int
     MAX_HANDLE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_KEPT_BYTES_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Session that owns every value of the segment."""
     user: _builtins.str
@@ -294,6 +295,8 @@ class RunSegmentRequest(_message.Message):
     """How many bytes the user's values may take on each rank that outlive their sessions; unset for what
     the group allows.
     """
+    traceparent: _builtins.str
+    """Names the span of OpenTelemetry that the segment is a part of; empty if there is none."""
     @_builtins.property
     def segment(self) -> Global___Segment:
         """What to run."""
@@ -316,10 +319,11 @@ class RunSegmentRequest(_message.Message):
         user: _builtins.str = ...,
         max_handle_bytes: _builtins.int | None = ...,
         max_kept_bytes: _builtins.int | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_handle_bytes", b"_max_handle_bytes", "_max_kept_bytes", b"_max_kept_bytes", "max_handle_bytes", b"max_handle_bytes", "max_kept_bytes", b"max_kept_bytes", "segment", b"segment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_handle_bytes", b"_max_handle_bytes", "_max_kept_bytes", b"_max_kept_bytes", "imports", b"imports", "kept_node_ids", b"kept_node_ids", "max_handle_bytes", b"max_handle_bytes", "max_kept_bytes", b"max_kept_bytes", "segment", b"segment", "session_id", b"session_id", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_handle_bytes", b"_max_handle_bytes", "_max_kept_bytes", b"_max_kept_bytes", "imports", b"imports", "kept_node_ids", b"kept_node_ids", "max_handle_bytes", b"max_handle_bytes", "max_kept_bytes", b"max_kept_bytes", "segment", b"segment", "session_id", b"session_id", "traceparent", b"traceparent", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_handle_bytes: _TypeAlias = _typing.Literal["max_handle_bytes"]  # noqa: Y015
     _WhichOneofArgType__max_handle_bytes: _TypeAlias = _typing.Literal["_max_handle_bytes", b"_max_handle_bytes"]  # noqa: Y015

@@ -16,6 +16,7 @@ from insitu.backends._watch import Watch
 from insitu_proto.v1 import scheduler_service_pb2
 from insitu_wire.errors import Error, Reason, SessionStateError, error
 from insitu_wire.limits import MAX_SESSION_BYTES
+from insitu_wire.tracing import METADATA_KEY, Tracing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from insitu.backends._download import Received
     from insitu_proto.v1 import event_pb2, model_pb2, session_pb2
 
+_TRACING = Tracing("insitu-client")
 _TIMEOUT_SECONDS = 30.0
 _MAX_UPLOADS = 5
 
@@ -64,7 +66,17 @@ class RemoteBackend:
         on_tokens: OnTokens | None = None,
     ) -> Iterator[tuple[int, object]]:
         """Submits a session, shows its events, and yields what it saved."""
-        session_id = self.submit(session, tensors)
+        with _TRACING.span("insitu.session") as traceparent:
+            yield from self._run(session, tensors, on_tokens, traceparent)
+
+    def _run(
+        self,
+        session: session_pb2.Session,
+        tensors: Mapping[int, torch.Tensor],
+        on_tokens: OnTokens | None,
+        traceparent: str,
+    ) -> Iterator[tuple[int, object]]:
+        session_id = self.submit(session, tensors, traceparent=traceparent)
         try:
             failure = self.watch(session_id).to_end(on_tokens=on_tokens)
             if any(saves(session.steps)):
@@ -84,6 +96,7 @@ class RemoteBackend:
         tensors: Mapping[int, torch.Tensor],
         *,
         is_detached: bool = False,
+        traceparent: str = "",
     ) -> str:
         """Hands a session in and gives its id; its tensors follow once the rest was found right.
 
@@ -91,6 +104,7 @@ class RemoteBackend:
             session: what to run.
             tensors: those of its list whose elements are not inside it, by their place.
             is_detached: whether it goes on when nobody watches it.
+            traceparent: names the span that it is a part of.
         """
         name_contents(session, tensors)
         _check_size(session)
@@ -100,20 +114,25 @@ class RemoteBackend:
             is_detached=is_detached,
             tier=_tier(self._config.tier),
         )
-        return with_patience(
-            lambda: self._submit(request, tensors), seconds=self._config.submit_wait_seconds
-        )
+        with _TRACING.span("insitu.submit", traceparent) as span:
+            return with_patience(
+                lambda: self._submit(request, tensors, span),
+                seconds=self._config.submit_wait_seconds,
+            )
 
     def _submit(
         self,
         request: scheduler_service_pb2.SubmitSessionRequest,
         tensors: Mapping[int, torch.Tensor],
+        traceparent: str,
     ) -> str:
+        spans = ((METADATA_KEY, traceparent),) if traceparent else ()
         num_uploads = 0
         while True:
             try:
                 with self._connection.call() as (stub, metadata):
-                    return stub.SubmitSession(request, metadata=metadata).session_id
+                    answer = stub.SubmitSession(request, metadata=(*metadata, *spans))
+                    return answer.session_id
             except SessionStateError as err:
                 if err.reason is not Reason.TENSOR_NOT_UPLOADED or num_uploads == _MAX_UPLOADS:
                     raise
@@ -158,11 +177,15 @@ class RemoteBackend:
         with self._connection.call() as (stub, metadata):
             yield from download(stub.FetchResult(request, metadata=metadata))
 
-    def sessions(self, limit: int) -> Iterator[scheduler_service_pb2.SessionSummary]:
-        """Yields the user's sessions, the newest first."""
+    def sessions(
+        self, limit: int, *, all_users: bool = False
+    ) -> Iterator[scheduler_service_pb2.SessionSummary]:
+        """Yields the user's sessions, or for administrators those of all, the newest first."""
         token, left = "", limit
         while left > 0:
-            request = scheduler_service_pb2.ListSessionsRequest(page_size=left, page_token=token)
+            request = scheduler_service_pb2.ListSessionsRequest(
+                page_size=left, page_token=token, all_users=all_users
+            )
             with self._connection.call() as (stub, metadata):
                 answer = stub.ListSessions(request, metadata=metadata, timeout=_TIMEOUT_SECONDS)
             yield from answer.sessions
@@ -181,6 +204,13 @@ class RemoteBackend:
         request = scheduler_service_pb2.CancelSessionRequest(session_id=session_id)
         with self._connection.call() as (stub, metadata):
             stub.CancelSession(request, metadata=metadata, timeout=timeout)
+
+    def drain(self, group_ids: Sequence[str], *, undo: bool = False) -> list[str]:
+        """Has groups, or the whole server, be sent nothing new; gives the ids of the groups."""
+        request = scheduler_service_pb2.DrainRequest(group_ids=group_ids, undo=undo)
+        with self._connection.call() as (stub, metadata):
+            answer = stub.Drain(request, metadata=metadata, timeout=_TIMEOUT_SECONDS)
+            return list(answer.group_ids)
 
     def server_state(self) -> scheduler_service_pb2.GetServerStateResponse:
         """Asks for the server's models, groups and queues."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from insitu._config import CONFIG, DEFAULT_ENDPOINT
+from insitu.backends.remote import RemoteBackend
 from insitu.cli._sessions import app as sessions_app
 from insitu_wire.errors import Error
 from insitu_wire.paths import state_folder
@@ -150,15 +152,43 @@ app.add_typer(sessions_app, name="sessions")
 
 @app.command()
 def status() -> None:
-    """Shows the server's models, shard groups and queues."""
-    from insitu.backends.remote import RemoteBackend
-    from insitu.cli._status import show_state
+    """Shows the server's models, shard groups and queues, and your newest sessions."""
+    from insitu.cli._status import show_status
 
-    backend = RemoteBackend(CONFIG)
-    try:
-        show_state(backend.server_state(), CONFIG.endpoint)
-    finally:
-        backend.close()
+    with closing(RemoteBackend(CONFIG)) as backend:
+        show_status(backend, CONFIG.endpoint)
+
+
+@app.command()
+def top(
+    seconds: Annotated[float, typer.Option(help="How often it is drawn anew.")] = 2.0,
+    count: Annotated[int, typer.Option(help="How many times it is drawn; 0 for no end.")] = 0,
+    all_users: Annotated[
+        bool, typer.Option("--all", help="Show the sessions of all users; for administrators.")
+    ] = False,
+) -> None:
+    """Shows the server's state, live, until Ctrl-C."""
+    from insitu.cli._status import show_top
+
+    with closing(RemoteBackend(CONFIG)) as backend:
+        show_top(backend, CONFIG.endpoint, seconds=seconds, count=count, all_users=all_users)
+
+
+@app.command()
+def drain(
+    group: Annotated[
+        list[str] | None,
+        typer.Argument(help="Ids of shard groups, or their beginnings; none for the whole server."),
+    ] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Take new sessions again.")] = False,
+) -> None:
+    """Has the server, or shard groups, take nothing new; what runs ends. For administrators."""
+    with closing(RemoteBackend(CONFIG)) as backend:
+        drained = backend.drain(group or [], undo=undo)
+    for group_id in drained:
+        print(f"shard group {group_id} is sent nothing new")
+    if not drained:
+        print(f"the server at {CONFIG.endpoint} {'takes' if undo else 'takes no'} new sessions")
 
 
 def _become(module: str, arguments: list[str]) -> None:

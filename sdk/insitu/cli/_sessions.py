@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from insitu_wire.errors import Error
+from insitu._config import CONFIG
+from insitu.backends.remote import RemoteBackend
+from insitu_wire.errors import Error, PermissionDeniedError
 
 if TYPE_CHECKING:
     import datetime
@@ -24,28 +25,37 @@ _Id = Annotated[str, typer.Argument(help="The session's id.")]
 def show(
     context: typer.Context,
     limit: Annotated[int, typer.Option(help="How many at most, the newest first.")] = 20,
+    all_users: Annotated[
+        bool, typer.Option("--all", help="Those of all users; for administrators.")
+    ] = False,
 ) -> None:
     """Lists your sessions; or cancels one, or fetches what one saved."""
     if context.invoked_subcommand is not None:
         return
     from insitu._submission import sessions
 
-    table = Table("session", "model", "state", "accepted", "ended")
-    for found in sessions(limit):
+    table = Table("session", "user", "model", "state", "accepted", "ended")
+    for found in sessions(limit, all_users=all_users):
         times = (_local(found.created_at), _local(found.finished_at))
-        table.add_row(found.id, found.model, found.state.lower(), *times)
+        table.add_row(found.id, found.user, found.model, found.state.lower(), *times)
     Console().print(table)
 
 
 @app.command()
 def cancel(session_id: _Id) -> None:
-    """Cancels a session; one that has ended stays as it is."""
-    from insitu._submission import attach
+    """Cancels a session of yours, or any for administrators; one that has ended stays as it is."""
+    from insitu._submission import Submission
 
-    submission = attach(session_id)
+    submission = Submission(RemoteBackend(CONFIG), session_id)
     submission.cancel()
-    with suppress(Error):
+    try:
         submission.wait()
+    except PermissionDeniedError:
+        # An administrator's key cancels, and does not watch.
+        print(f"{session_id} is being cancelled, unless it had ended")
+        return
+    except Error:
+        pass
     print(f"{session_id} is {submission.status().lower()}")
 
 

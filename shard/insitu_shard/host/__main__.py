@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import uuid
@@ -17,6 +16,7 @@ from insitu_shard.config import ShardConfig, parse_model
 from insitu_shard.host.agent import HostAgent
 from insitu_shard.host.groups import HostedGroups
 from insitu_wire.errors import Error, Reason, error
+from insitu_wire.logs import LogFormat, set_up_logging
 from insitu_wire.tls import Tls
 
 
@@ -40,13 +40,17 @@ def run(
         str,
         typer.Option(envvar="INSITU_DTYPE", help="Element type of weights; default: as stored."),
     ] = "",
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(envvar="INSITU_LOG_FORMAT", help="How lines of the log look."),
+    ] = LogFormat.TEXT,
 ) -> None:
     """Loads and unloads models as the scheduler orders, until SIGTERM or Ctrl-C.
 
     Each is served by a shard group of its own, which reads the settings of `insitu shard` from the
     environment; the host itself those of certificates and the join token.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    set_up_logging(log_format)
     try:
         asyncio.run(_serve(dict(map(parse_model, model)), max_loaded, scheduler, tp, dtype))
     except Error as err:

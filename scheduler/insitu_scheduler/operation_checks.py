@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from insitu_proto.v1.intervention_pb2 import HookSide
 from insitu_scheduler.refusals import malformed, unsupported
+from insitu_scheduler.training_checks import KINDS, TrainingChecker
 from insitu_wire import operations
 from insitu_wire.errors import Reason, error
 
@@ -26,14 +27,21 @@ _MAX_HANDLE = 64
 class OperationChecker:
     """Checks the operations of one session's nodes."""
 
-    def __init__(self, values: ValueChecker, check_reference: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        values: ValueChecker,
+        check_reference: Callable[[int], None],
+        kinds: Mapping[int, str],
+    ) -> None:
         """Makes the checker.
 
         Args:
             values: checks the values among their arguments.
             check_reference: raises if the value of a node can not be used.
+            kinds: what the nodes before are, by id; it grows.
         """
         self._values = values
+        self._training = TrainingChecker(values, kinds)
         self._check_reference = check_reference
         self._owner = ""
         self._num_invokes = 0
@@ -83,16 +91,8 @@ class OperationChecker:
             case "skip":
                 self._check_path(node.skip.module_path, model)
                 self._check_values([node.skip.value])
-            case "gradient":
-                taken = node.gradient
-                self._check_values([taken.loss, taken.value])
-                if taken.HasField("gradient"):
-                    self._check_values([taken.gradient])
-                if not all(at.HasField("reference") for at in (taken.loss, taken.value)):
-                    raise malformed(
-                        f"{self._owner} is a gradient, and its loss or its value is no reference; "
-                        "refer to the nodes that made them"
-                    )
+            case kind if kind in KINDS:
+                self._training.check(node, self._owner)
             case None:
                 raise unsupported(f"{self._owner} is an operation that it does not know")
             case kind:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from insitu_scheduler.refusals import unsupported
 from insitu_wire.operations import is_in_place, writes_into_container
-from insitu_wire.steps import all_steps, references_of
+from insitu_wire.steps import all_steps, references_of, trained_by
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -68,6 +68,13 @@ def _written(
             yield step.loop.item_node_id
         for node in (*step.trace.nodes, *step.compute.nodes):
             yield node.id
+            for trained in trained_by(node):
+                if owners.get(trained, model) != model:
+                    raise unsupported(
+                        f"node {node.id} trains node {trained} on {model!r}, and it is where "
+                        f"{owners[trained]!r} runs, which made it; make parameters and optimizers "
+                        "after the first trace of the model that trains them"
+                    )
             if node.HasField("assign"):
                 yield node.assign.node_id
             elif (target := _target(node)) is not None:

@@ -28,9 +28,12 @@ if TYPE_CHECKING:
 MAX_STEPS = 10_000
 MAX_NODES = 100_000
 MAX_TENSORS = 100_000
-_WITHOUT_VALUE = ("write", "save", "log", "assign", "stop", "skip", "keep", "end_generation")
+_WITHOUT_VALUE = (
+    "write", "save", "log", "assign", "stop", "skip", "keep", "backward", "write_gradient",
+    "zero_gradient", "optimizer_step", "end_generation",
+)  # fmt: skip
 # What runs inside a forward pass only.
-_IN_A_PASS = ("read", "write", "stop", "skip", "gradient", "generated", "end_generation")
+_IN_A_PASS = ("read", "write", "stop", "skip", "generated", "end_generation")
 MAX_DEPTH = 16
 
 
@@ -71,7 +74,7 @@ class _Validation:
         self._location: Location | None = None
         self._owner = ""
         self._values = ValueChecker(self._check_reference, num_tensors=len(session.tensors))
-        self._operations = OperationChecker(self._values, self._check_reference)
+        self._operations = OperationChecker(self._values, self._check_reference, self._nodes)
 
     def run(self) -> None:
         steps = self._session.steps

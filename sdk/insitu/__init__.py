@@ -35,6 +35,7 @@ from insitu_wire.errors import (
 )
 
 if TYPE_CHECKING:
+    from insitu import optim
     from insitu._containers import dict, list, variable
     from insitu._envoy import Envoy
     from insitu._handle import Handle
@@ -77,6 +78,7 @@ __all__ = [
     "attach",
     "dict",
     "list",
+    "optim",
     "sessions",
     "variable",
 ]
@@ -102,6 +104,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "optim":
+        return import_module("insitu.optim")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'insitu' has no attribute {name!r}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from insitu._origin import Moment, Origin, latest, not_here
+from insitu._origin import Moment, NodeReference, Origin, latest, not_here
+from insitu._proxy import as_meta
+from insitu._shapes import check_fits
 from insitu._source import user_location
 from insitu_wire.errors import Reason, error
 
@@ -22,14 +25,49 @@ class Backward:
     """One backward pass of a trace: gradients that are read from now on are of its loss.
 
     As a `with` block it holds inside the block only.
+
+    Attributes:
+        loss: what is differentiated.
+        gradient: the gradient of the loss itself; None for 1.
+        written: what the user has put in the place of gradients, with the values that they are by.
+        location: where it was called.
+        condition: number of the trace's condition that it is under.
     """
 
-    def __init__(self, block: BlockRecorder, loss: Proxy, gradient: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        block: BlockRecorder,
+        loss: Proxy,
+        gradient: torch.Tensor | None,
+        location: Location,
+    ) -> None:
         self.loss = loss
         self.gradient = gradient
+        self.written: dict[int, tuple[Proxy, object]] = {}
+        self.location = location
+        self.condition = block.condition
         self._block = block
+        self._is_over = False
+        block.end_backward()
         self._before = block.backward
         block.backward = self
+
+    def end(self) -> None:
+        """Adds its gradients to those of the parameters that the block has used."""
+        if not self._is_over:
+            self._is_over = True
+            self._block.add_to_parameters(self)
+
+    def write(self, value: Proxy, gradient: object, location: Location) -> None:
+        """Has the pass go on with another gradient at a value."""
+        if self._is_over:
+            raise _invalid(
+                f".grad of {value._origin} is written to after its backward pass was over; write "
+                "to it inside `with loss.backward():`, or before the next backward pass or step of "
+                "an optimizer",
+                location,
+            )
+        self.written[value._origin.id()] = (value, gradient)
 
     def __enter__(self) -> Backward:
         return self
@@ -40,7 +78,22 @@ class Backward:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if exc_type is None:
+            self.end()
         self._block.backward = self._before
+
+
+@dataclass(frozen=True, slots=True)
+class GradientRead:
+    """A gradient that was read: what is written into it is written to the pass."""
+
+    backward: Backward
+    value: Proxy
+    node_id: int
+
+    def is_written(self, location: Location) -> None:
+        """Takes note that the gradient was changed in place."""
+        self.backward.write(self.value, NodeReference(self.node_id), location)
 
 
 def backward(
@@ -77,22 +130,15 @@ def backward(
             f"{list(loss._meta.shape)}; they must be of one shape",
             location=location,
         )
-    return Backward(block, loss, gradient)
+    return Backward(block, loss, gradient, location)
 
 
 def gradient_by(value: Proxy) -> tuple[Origin, torch.Tensor | None]:
     """Records the gradient of the last backward pass's loss with respect to a value."""
     location = user_location()
-    block = _trace_of(value, ".grad", location)
-    if block.backward is None:
-        raise _invalid(
-            f".grad of {value._origin} before any backward pass; call loss.backward() before, or "
-            "read it inside `with loss.backward():`",
-            location,
-        )
-    _check_differentiable(value, ".grad", location)
-    node_id = block.gradient(block.backward, value, location)
-    origins = (block.backward.loss._origin, value._origin)
+    block, backward = _pass_of(value, location)
+    node_id = block.gradient(backward, value, location)
+    origins = (backward.loss._origin, value._origin)
     reached = latest(origins, block.number)
     origin = Origin(
         value._origin.recorder,
@@ -101,8 +147,30 @@ def gradient_by(value: Proxy) -> tuple[Origin, torch.Tensor | None]:
         node_id,
         moment=Moment(block.number, reached.reached_at, reached.waits_for),
         scope=value._origin.recorder.scope,
+        gradient=GradientRead(backward, value, node_id),
     )
     return origin, value._meta
+
+
+def write_gradient(value: Proxy, gradient: object) -> None:
+    """Has the last backward pass go on with another gradient at a value."""
+    location = user_location()
+    _, backward = _pass_of(value, location)
+    check_fits(value._meta, as_meta(gradient), f".grad of {value._origin}", location)
+    backward.write(value, gradient, location)
+
+
+def _pass_of(value: Proxy, location: Location) -> tuple[BlockRecorder, Backward]:
+    """Gives the open trace and its last backward pass."""
+    block = _trace_of(value, ".grad", location)
+    if block.backward is None:
+        raise _invalid(
+            f".grad of {value._origin} before any backward pass; call loss.backward() before, or "
+            "read it inside `with loss.backward():`",
+            location,
+        )
+    _check_differentiable(value, ".grad", location)
+    return block, block.backward
 
 
 def _trace_of(value: Proxy, what: str, location: Location) -> BlockRecorder:
@@ -110,7 +178,7 @@ def _trace_of(value: Proxy, what: str, location: Location) -> BlockRecorder:
     recorder = value._origin.recorder
     if recorder.state != "recording":
         raise not_here(value._origin)
-    block = recorder.trace
+    block = recorder.open_block
     if block is not None and block.max_new_tokens:
         raise error(
             Reason.UNSUPPORTED_FEATURE,
@@ -120,8 +188,9 @@ def _trace_of(value: Proxy, what: str, location: Location) -> BlockRecorder:
         )
     if block is None or value._origin.moment.block_number != block.number:
         raise _invalid(
-            f"{what} of {value._origin} outside the trace that makes it; a graph lives as long as "
-            "its trace: take gradients there, and use them where you like",
+            f"{what} of {value._origin} outside the trace that makes it, or after another step "
+            "than computing; a graph lives as long as its trace: take gradients there, and use "
+            "them where you like",
             location,
         )
     return block

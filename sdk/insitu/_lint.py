@@ -45,7 +45,7 @@ def _only_makes_a_value(node: Node) -> bool:
     match node.WhichOneof("operation"):
         case "call":
             return not is_in_place(node.call.name)
-        case "read" | "module_call" | "load" | "gradient":
+        case "read" | "module_call" | "load" | "gradient" | "parameter" | "read_gradient":
             return True
     return False
 

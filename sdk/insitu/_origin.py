@@ -11,6 +11,7 @@ from insitu_wire.errors import Reason, error
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from insitu._gradients import GradientRead
     from insitu._recorder import Scope, SessionRecorder
     from insitu_wire.errors import Error, Location
 
@@ -45,6 +46,8 @@ class Origin:
     key: object = None
     moment: Moment = Moment(0)
     scope: Scope = ()
+    gradient: GradientRead | None = None
+    """What was read of a backward pass, if the value shares memory with it."""
 
     def id(self) -> int:
         """Gives the id of the node that makes the value."""

@@ -46,6 +46,9 @@ class Proxy(torch.Tensor):
 
     _origin: Origin
     _meta: torch.Tensor | None
+    _is_parameter = False
+    _also: Proxy | None = None
+    """Another object that becomes the value together with this one."""
 
     @staticmethod
     def make(origin: Origin, meta: torch.Tensor | None, kind: type[Proxy] | None = None) -> Proxy:
@@ -120,7 +123,8 @@ class Proxy(torch.Tensor):
     def grad(self) -> Proxy:
         """The gradient of the last backward pass with respect to this value, of its shape.
 
-        It is of that pass alone: passes do not add up. It is a value as any other.
+        It is of that pass alone: passes do not add up. It is a value as any other; what is written
+        to it, whole or in part, is what the pass goes on with to earlier values.
         """
         from insitu._gradients import gradient_by
 
@@ -128,12 +132,9 @@ class Proxy(torch.Tensor):
 
     @grad.setter
     def grad(self, value: object) -> None:
-        raise error(
-            Reason.UNSUPPORTED_FEATURE,
-            f".grad of {self._origin} is read here, and can not be written to; compute with it, as "
-            "in `scaled = value.grad * 2`",
-            location=user_location(),
-        )
+        from insitu._gradients import write_gradient
+
+        write_gradient(self, value)
 
     def __iter__(self) -> Iterator[Proxy]:
         if self._meta is None:
@@ -347,11 +348,7 @@ def fill(target: Any, value: Any) -> None:
                 location=target._origin.location,
             )
         case Proxy():
-            # A tensor object of its own: the same value may have been saved under two names.
-            tensor = torch.as_tensor(value).detach()
-            if isinstance(target, BlockProxy):
-                tensor = tensor.as_subclass(BlockOutput)
-            _become(target, tensor)
+            _fill_proxy(target, torch.as_tensor(value))
         case tuple() | list():
             for part, item in zip(target, value, strict=True):
                 fill(part, item)
@@ -361,6 +358,16 @@ def fill(target: Any, value: Any) -> None:
                     target[key] = value[key]
                 else:
                     fill(part, value[key])
+
+
+def _fill_proxy(target: Proxy, value: torch.Tensor) -> None:
+    # A tensor object of its own: the same value may have been saved under two names.
+    tensor = value.detach()
+    if isinstance(target, BlockProxy):
+        tensor = tensor.as_subclass(BlockOutput)
+    if target._also is not None:
+        _become(target._also, value.detach())
+    _become(target, tensor)
 
 
 def _become(target: Proxy, tensor: torch.Tensor) -> None:
@@ -413,6 +420,14 @@ def record(
             location=location,
             operation=name,
         )
+    if is_in_place(name) and isinstance(args[0], Proxy) and args[0]._is_parameter:
+        raise error(
+            Reason.UNKNOWN_OPERATION,
+            f"{name} would write into a parameter; optimizers change it, and "
+            "parameter.update(value) gives it another value",
+            location=location,
+            operation=name,
+        )
     if option := writing_option(name, args, kwargs):
         raise error(
             Reason.UNKNOWN_OPERATION,
@@ -430,6 +445,10 @@ def record(
     suffix = "[...]" if word == "__getitem__" else f".{word}"
     description = origin.description + suffix
     made = Origin(recorder, location, description, node_id, moment=moment, scope=recorder.scope)
+    if may_alias(name) and isinstance(args[0], Proxy):
+        made.gradient = args[0]._origin.gradient
+    if is_in_place(name) and made.gradient is not None:
+        made.gradient.is_written(location)
     return wrap(structure, made)
 
 

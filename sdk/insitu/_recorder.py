@@ -11,7 +11,7 @@ import torch
 
 from insitu._brought import BroughtTensors
 from insitu._source import assigned_name, user_location
-from insitu_proto.v1 import intervention_pb2, session_pb2, trace_pb2
+from insitu_proto.v1 import intervention_pb2, session_pb2, trace_pb2, training_pb2
 from insitu_wire import torch_codec
 from insitu_wire.errors import Error, Reason, error
 from insitu_wire.operations import RANDOM
@@ -30,6 +30,23 @@ if TYPE_CHECKING:
     Reference = Callable[[object], int | None]
 
 _CallT = TypeVar("_CallT", intervention_pb2.Call, intervention_pb2.ModuleCall)
+
+Training = (
+    training_pb2.Parameter
+    | training_pb2.ReadGradient
+    | training_pb2.WriteGradient
+    | training_pb2.ZeroGradient
+    | training_pb2.Optimizer
+    | training_pb2.OptimizerStep
+)
+_TRAINING: dict[type, str] = {
+    training_pb2.Parameter: "parameter",
+    training_pb2.ReadGradient: "read_gradient",
+    training_pb2.WriteGradient: "write_gradient",
+    training_pb2.ZeroGradient: "zero_gradient",
+    training_pb2.Optimizer: "optimizer",
+    training_pb2.OptimizerStep: "optimizer_step",
+}
 
 Scope = tuple[int, ...]
 """The loops, branches and conditions that are open, outermost first."""
@@ -88,11 +105,16 @@ class SessionRecorder:
             self._compute = BlockRecorder(self, self._compute_step.nodes, number)
         return self._compute
 
+    @property
+    def open_block(self) -> BlockRecorder | None:
+        """Where operations go, if a trace or a computation is open."""
+        return self.trace or self._compute
+
     def compute_on(self, model: str) -> BlockRecorder:
         """Gives a computation between traces that may call a model's modules."""
         block = self.block
         if self._compute_step.model not in ("", model):
-            self._compute = None
+            self._close_compute()
             block = self.block
         self._compute_step.model = model
         return block
@@ -114,7 +136,19 @@ class SessionRecorder:
 
     def close_trace(self) -> None:
         """Ends the open trace."""
+        if self.trace is not None:
+            self.trace.end_backward()
         self.trace = None
+
+    def close(self) -> None:
+        """Ends what is open, at the end of the session's block."""
+        self._close_compute()
+
+    def _close_compute(self) -> None:
+        """Ends the open computation between traces."""
+        if self._compute is not None:
+            self._compute.end_backward()
+        self._compute = None
 
     def exit(self, loop_item_node_id: int = 0) -> None:
         """Ends the session here, or leaves a loop."""
@@ -137,7 +171,7 @@ class SessionRecorder:
 
     def add_step(self) -> session_pb2.Step:
         """Adds a step after those defined so far."""
-        self._compute = None
+        self._close_compute()
         step = self._steps.add()  # type: ignore[attr-defined]
         step.location = self.location_index(user_location())
         return step  # type: ignore[no-any-return]
@@ -145,6 +179,9 @@ class SessionRecorder:
     def add_log(self, values: Sequence[object]) -> None:
         """Adds a message between traces."""
         location = user_location()
+        if self._compute is not None:
+            self._compute.log(values, location)
+            return
         encoded = [self.encode(value, location) for value in values]
         step = self.add_step()
         step.log.SetInParent()
@@ -153,12 +190,14 @@ class SessionRecorder:
     @contextmanager
     def inside(self, steps: MutableSequence[session_pb2.Step]) -> Iterator[None]:
         """Records into the steps of a loop or branch for a while."""
-        outer, self._steps, self._compute = self._steps, steps, None
+        self._close_compute()
+        outer, self._steps = self._steps, steps
         try:
             with self.scoped():
                 yield
         finally:
-            self._steps, self._compute = outer, None
+            self._close_compute()
+            self._steps = outer
 
     @contextmanager
     def scoped(self) -> Iterator[None]:
@@ -202,7 +241,10 @@ class SessionRecorder:
                 f"{origin} belongs to another session; keep both in one session, or save the value "
                 "there and use the saved tensor here",
             )
-        return self._reference(value)
+        node_id = self._reference(value)
+        if getattr(value, "_is_parameter", False) and (block := self.open_block) is not None:
+            block.parameters[node_id or 0] = value
+        return node_id
 
     def mark_saved(self, node_id: int, value: object) -> None:
         """Takes note of what is to come back, by the id of its save node."""
@@ -225,6 +267,8 @@ class BlockRecorder:
         length: tokens in the longest of these rows; 0 where that is not known.
         conditions: values under which nodes that are added now run.
         backward: the backward pass that gradients are of; None before the first.
+        parameters: those that it has used, by their node ids.
+        condition: number of the condition that is open, from 1; 0 for none.
         tree: the modules as the trace's own input goes through them; None where what the model's
             description tells holds for any input.
         step: the step of a generation that reads and writes are of, from 0.
@@ -249,8 +293,9 @@ class BlockRecorder:
         self.backward: Backward | None = None
         self.step = 0
         self.end_of_steps = 0
+        self.parameters: dict[int, object] = {}
         self._nodes = nodes
-        self._condition = 0
+        self.condition = 0
         self._own_step = 0
         self._has_known_length = True
         self._steps_of_modules: Counter[str] = Counter()
@@ -365,15 +410,15 @@ class BlockRecorder:
         """Records nodes that run only if a condition holds, for a while."""
         assert self.trace is not None
         encoded = self.session_recorder.encode(condition, location)
-        outer = self._condition
+        outer = self.condition
         self.trace.conditions.add(value=encoded, is_negated=negated, parent=outer)
-        self._condition = len(self.trace.conditions)
+        self.condition = len(self.trace.conditions)
         self.conditions.append(condition)
         try:
             with self.session_recorder.scoped():
                 yield
         finally:
-            self._condition = outer
+            self.condition = outer
             self.conditions.pop()
 
     def read(self, point: intervention_pb2.HookPoint, location: Location) -> int:
@@ -451,11 +496,46 @@ class BlockRecorder:
         """Adds the gradient of a loss with respect to a value, and gives its node id."""
         encode = self.session_recorder.encode
         loss, by = encode(backward.loss, location), encode(value, location)
+        taken = intervention_pb2.Gradient(loss=loss, value=by)
+        self._add_pass(taken, backward, location)
         node = self._add_node(location)
-        node.gradient.loss.CopyFrom(loss)
-        node.gradient.value.CopyFrom(by)
+        node.gradient.CopyFrom(taken)
+        return node.id
+
+    def end_backward(self) -> None:
+        """Has the last backward pass add to the gradients of parameters, if it has not."""
+        if self.backward is not None:
+            self.backward.end()
+
+    def add_to_parameters(self, backward: Backward) -> None:
+        """Adds a backward pass over the parameters that were used, if any were."""
+        if not self.parameters:
+            return
+        location = backward.location
+        encode = self.session_recorder.encode
+        taken = training_pb2.Backward(loss=encode(backward.loss, location))
+        taken.parameters.CopyFrom(encode(list(self.parameters.values()), location))
+        self._add_pass(taken, backward, location)
+        node = self._add_node(location)
+        node.condition = backward.condition
+        node.backward.CopyFrom(taken)
+
+    def _add_pass(
+        self,
+        taken: intervention_pb2.Gradient | training_pb2.Backward,
+        backward: Backward,
+        location: Location,
+    ) -> None:
+        encode = self.session_recorder.encode
         if backward.gradient is not None:
-            node.gradient.gradient.CopyFrom(encode(backward.gradient, location))
+            taken.gradient.CopyFrom(encode(backward.gradient, location))
+        for value, gradient in backward.written.values():
+            taken.written.add(value=encode(value, location), gradient=encode(gradient, location))
+
+    def train(self, message: Training, location: Location) -> int:
+        """Adds what makes or changes parameters and optimizers, and gives its node id."""
+        node = self._add_node(location)
+        getattr(node, _TRAINING[type(message)]).CopyFrom(message)
         return node.id
 
     def load(self, handle_id: str, location: Location) -> int:
@@ -482,7 +562,7 @@ class BlockRecorder:
         return self._nodes.add(  # type: ignore[attr-defined,no-any-return]
             id=recorder.next_id(),
             location=recorder.location_index(location),
-            condition=self._condition,
+            condition=self.condition,
             step=self._own_step,
         )
 

@@ -6,6 +6,8 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+import torch
+
 from insitu._control import Branch, Loop
 from insitu._factories import FactoryMode
 from insitu._lint import warn_of_unused
@@ -24,11 +26,12 @@ if TYPE_CHECKING:
     from os import PathLike
     from types import TracebackType
 
-    import torch
-
     from insitu._base_model import BaseModel
+    from insitu._envoy import Envoy
+    from insitu._lora import LoRA
     from insitu._submission import Submission
     from insitu._trace import Tracer
+    from insitu._training import Parameter, Trainable
     from insitu.backends import Backend
     from insitu_proto.v1 import session_pb2
     from insitu_shard.compiler import Explanation
@@ -159,6 +162,53 @@ class Session:
         items = self.model._loop_items(items)
         return Loop(self._recorder, items, user_location(), return_context=return_context)
 
+    def parameter(self, value: torch.Tensor) -> Parameter:
+        """Makes a parameter out of a tensor: it lives as long as the session, and is trained there.
+
+        `loss.backward()` adds to its `.grad`, and the optimizers of `insitu.optim` change it.
+
+        Args:
+            value: what it begins with; the tensor itself stays as it is.
+        """
+        from insitu._training import parameter
+
+        return parameter(self._recorder, value)
+
+    def trainable(self, module: torch.nn.Module) -> Trainable:
+        """Makes parameters out of those of a module, which can be called on values then.
+
+            probe = session.trainable(torch.nn.Linear(576, 2))
+            optimizer = insitu.optim.AdamW(probe.parameters(), lr=1e-3)
+
+        Args:
+            module: the user's own; it stays as it is.
+        """
+        from insitu._training import Trainable
+
+        return Trainable(self._recorder, module)
+
+    def lora(
+        self,
+        modules: Envoy | Iterable[Envoy],
+        *,
+        rank: int = 8,
+        alpha: float = 16,
+        dtype: torch.dtype = torch.float32,
+    ) -> LoRA:
+        """Makes low-rank changes of linear modules, to be trained; call it in each trace.
+
+        They begin as peft's do: A at random, by torch's generator, and B at 0.
+
+        Args:
+            modules: such as `[block.attn.q_proj for block in model.blocks]`.
+            rank: how many numbers are between A and B.
+            alpha: what is added is scaled by alpha / rank.
+            dtype: of A and B, and of what is computed with them.
+        """
+        from insitu._lora import LoRA
+
+        return LoRA(self._recorder, modules, rank=rank, alpha=alpha, dtype=dtype)
+
     def explain(self) -> Explanation:
         """Tells which traces share which forward passes; for use in the block or after it.
 
@@ -235,6 +285,7 @@ class Session:
         """Runs what was recorded, or hands it in, or leaves it at that."""
         recorder = self._recorder
         recorder.save_containers()
+        recorder.close()
         if not recorder.session.steps:
             raise error(
                 Reason.MALFORMED_SESSION,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from insitu_proto.v1 import shard_service_pb2
 from insitu_proto.v1.tensor_pb2 import Tensor
 from insitu_shard.command_channel import Command
-from insitu_shard.engine import Finished, HandleStore, SegmentPool, SegmentRun
+from insitu_shard.engine import Finished, HandleStore, SegmentPool, SegmentRun, seen
 from insitu_shard.imports import keep_values
 from insitu_shard.lifetimes import Lifetimes
 from insitu_shard.rank_report import RankReport, report_all
@@ -118,7 +118,7 @@ class Leader:
     def values(self, session_id: str, node_ids: Iterable[int]) -> dict[int, object]:
         """Gives values of a session that are set."""
         values = self.handles.values(session_id)
-        return {node_id: values[node_id] for node_id in node_ids if node_id in values}
+        return {node_id: seen(values[node_id]) for node_id in node_ids if node_id in values}
 
     def store_values(
         self, imported: shard_service_pb2.ImportedValues, data: list[bytearray]

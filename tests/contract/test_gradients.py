@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from insitu import InterventionError, InvalidTraceError, LanguageModel, VersionError
+from insitu import InterventionError, InvalidTraceError, LanguageModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -234,17 +234,117 @@ def test_misuse_is_an_error_at_the_users_line(model: LanguageModel) -> None:
         with model.trace(IDS):
             model.lm_head.output.sum().backward(create_graph=True)
 
+    def write_after_the_pass() -> None:
+        with model.trace(IDS):
+            hidden = model.model.layers[0].output[0]
+            with model.lm_head.output.sum().backward():
+                gradient = hidden.grad
+            gradient[:] = 0
+
+    def write_of_another_shape() -> None:
+        with model.trace(IDS):
+            hidden = model.model.layers[0].output[0]
+            model.lm_head.output.sum().backward()
+            hidden.grad = torch.zeros(3)
+
     for misuse, message in (
         (before_backward, "before any backward pass"),
         (of_many_elements, r"which is \[1, 4, 256\]; reduce it"),
         (of_integers, "only floating-point values have gradients"),
         (of_another_trace, "outside the trace that makes it"),
         (second_order, "create_graph"),
+        (write_after_the_pass, "after its backward pass was over"),
+        (write_of_another_shape, r"\[1, 4, 64\] and can not be replaced by a tensor of \[3\]"),
     ):
         with pytest.raises(InvalidTraceError, match=message) as caught:
             misuse()
         assert "test_gradients.py" in str(caught.value)
-    with pytest.raises(VersionError, match="can not be written to"):
+
+
+class Rewriting:
+    """A model in plain transformers whose backward pass goes on with other gradients."""
+
+    def __init__(self, tiny: TinyModels) -> None:
+        self._by_hand = ByHand(tiny, "llama")
+
+    def run(self, changes: dict[int, Callable[[torch.Tensor], torch.Tensor]]) -> Any:
+        """Gives the gradients of all layers, with changes at some."""
+
+        def change(number: int, hidden: torch.Tensor) -> torch.Tensor:
+            if number in changes:
+                hidden.register_hook(changes[number])
+            return hidden
+
+        return self._by_hand.run([IDS], _loss, change)
+
+
+def test_a_written_gradient_is_what_the_pass_goes_on_with(
+    tiny: TinyModels, model: LanguageModel
+) -> None:
+    def knocked_out(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient[:, 1] = 0
+        return gradient
+
+    with model.trace(IDS):
+        hidden = [block.output[0] for block in model.blocks]
+        with _loss(model.unembed.output).backward():
+            before = hidden[0].grad.save()
+            hidden[2].grad = hidden[2].grad * 2
+            hidden[1].grad[:, 1] = 0
+            found = [at.grad.save() for at in hidden]
+        with _loss(model.unembed.output).backward():
+            again = hidden[0].grad.save()
+    plain = Rewriting(tiny).run({})
+    expected = Rewriting(tiny).run({2: lambda gradient: gradient * 2, 1: knocked_out})
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    assert torch.allclose(before, plain[0], atol=1e-6)
+    assert torch.allclose(again, plain[0], atol=1e-6)
+    assert not torch.allclose(found[0], plain[0], atol=1e-3)
+
+
+def test_a_gradient_is_changed_in_part_and_in_place(tiny: TinyModels, model: LanguageModel) -> None:
+    with model.trace(IDS):
+        first, second = (block.output[0] for block in model.blocks[:2])
+        _loss(model.unembed.output).backward()
+        gradient = second.grad
+        gradient[0][-1].mul_(3)
+        gradient *= 0.5
+        second.grad += 0.25
+        found = [first.grad.save(), second.grad.save()]
+
+    def changed(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient[0, -1] *= 3
+        return gradient * 0.5 + 0.25
+
+    expected = Rewriting(tiny).run({1: changed})
+    for one, other in zip(found, expected, strict=False):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_what_is_written_holds_for_the_loss_of_its_pass_alone(model: LanguageModel) -> None:
+    with model.trace(IDS):
+        first, second = (block.output[0] for block in model.blocks[:2])
+        logits = model.unembed.output[0, -1]
+        logits[3].backward()
+        plain = first.grad.save()
+        second.grad = torch.zeros_like(second)
+        nothing = first.grad.save()
+        logits[3].backward()
+        again = first.grad.save()
+    assert torch.equal(plain, again)
+    assert not nothing.any()
+
+
+def test_gradients_are_taken_between_traces(model: LanguageModel) -> None:
+    with model.session():
         with model.trace(IDS):
-            model.lm_head.output.sum().backward()
-            model.model.layers[0].output.grad = 0
+            hidden = model.blocks[0].output[0][0]
+        shifted = hidden * 2
+        loss = (shifted**2).sum()
+        loss.backward()
+        gradient = shifted.grad.save()
+        hidden.save()
+    assert torch.allclose(gradient, 4 * hidden)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from insitu import CONFIG, LanguageModel
+from support import training_cases as cases
 from support.experiments import EXPERIMENTS, assert_same
 from support.tiny_models import TinyModels
 from support.up import Up
@@ -32,3 +33,30 @@ def test_an_experiment_gives_the_same_everywhere(
     # Padded rows and split tensors round by how the machine's cores share the work.
     is_exact = up.flags[-1] == "1" and name != "invokes"
     assert_same(actual, expected, atol=0 if is_exact else 1e-5)
+
+
+_TRAINED = {
+    "probe": (cases.probe, lambda module, _: cases.plain_probe(module)),
+    "steering": (cases.steering, lambda module, _: cases.plain_steering(module)),
+    "lora": (cases.lora, cases.plain_lora),
+}
+
+
+@pytest.mark.parametrize("name", _TRAINED)
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # peft asks it so
+def test_what_is_trained_is_what_plain_torch_trains(
+    up: Up,
+    tiny: TinyModels,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+) -> None:
+    monkeypatch.setenv("INSITU_ENDPOINT", up.endpoint)
+    monkeypatch.setattr(CONFIG, "_api_key", "tests")
+    caplog.set_level("INFO", "insitu")
+    train, train_plainly = _TRAINED[name]
+    actual = train(LanguageModel("tiny/llama"), remote=True)
+    expected = train_plainly(tiny.module("llama"), actual)
+    assert_same({key: actual[key] for key in expected}, expected, atol=1e-4)
+    told = [record for record in caplog.records if "LOG: step" in record.getMessage()]
+    assert len(told) == (cases.STEPS // 2 if name == "lora" else 0)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from insitu_proto.v1 import training_pb2 as _training_pb2
 from insitu_proto.v1 import value_pb2 as _value_pb2
 import builtins as _builtins
 import sys
@@ -166,6 +167,13 @@ class Node(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     GENERATED_FIELD_NUMBER: _builtins.int
     END_GENERATION_FIELD_NUMBER: _builtins.int
+    PARAMETER_FIELD_NUMBER: _builtins.int
+    BACKWARD_FIELD_NUMBER: _builtins.int
+    READ_GRADIENT_FIELD_NUMBER: _builtins.int
+    WRITE_GRADIENT_FIELD_NUMBER: _builtins.int
+    ZERO_GRADIENT_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_STEP_FIELD_NUMBER: _builtins.int
     CONDITION_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     id: _builtins.int
@@ -232,6 +240,34 @@ class Node(_message.Message):
     def end_generation(self) -> Global___EndGeneration:
         """Ends generation after the step that runs, where a value is true."""
 
+    @_builtins.property
+    def parameter(self) -> _training_pb2.Parameter:
+        """Makes a value that is trained."""
+
+    @_builtins.property
+    def backward(self) -> _training_pb2.Backward:
+        """Adds to the gradients of parameters."""
+
+    @_builtins.property
+    def read_gradient(self) -> _training_pb2.ReadGradient:
+        """Gives the gradient of a parameter."""
+
+    @_builtins.property
+    def write_gradient(self) -> _training_pb2.WriteGradient:
+        """Gives a parameter another gradient."""
+
+    @_builtins.property
+    def zero_gradient(self) -> _training_pb2.ZeroGradient:
+        """Clears the gradients of parameters."""
+
+    @_builtins.property
+    def optimizer(self) -> _training_pb2.Optimizer:
+        """Makes an optimizer."""
+
+    @_builtins.property
+    def optimizer_step(self) -> _training_pb2.OptimizerStep:
+        """Changes parameters by their gradients."""
+
     def __init__(
         self,
         *,
@@ -251,14 +287,21 @@ class Node(_message.Message):
         load: Global___Load | None = ...,
         generated: Global___Generated | None = ...,
         end_generation: Global___EndGeneration | None = ...,
+        parameter: _training_pb2.Parameter | None = ...,
+        backward: _training_pb2.Backward | None = ...,
+        read_gradient: _training_pb2.ReadGradient | None = ...,
+        write_gradient: _training_pb2.WriteGradient | None = ...,
+        zero_gradient: _training_pb2.ZeroGradient | None = ...,
+        optimizer: _training_pb2.Optimizer | None = ...,
+        optimizer_step: _training_pb2.OptimizerStep | None = ...,
         condition: _builtins.int = ...,
         step: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "call", b"call", "end_generation", b"end_generation", "generated", b"generated", "gradient", b"gradient", "keep", b"keep", "load", b"load", "log", b"log", "module_call", b"module_call", "operation", b"operation", "read", b"read", "save", b"save", "skip", b"skip", "stop", b"stop", "write", b"write"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "backward", b"backward", "call", b"call", "end_generation", b"end_generation", "generated", b"generated", "gradient", b"gradient", "keep", b"keep", "load", b"load", "log", b"log", "module_call", b"module_call", "operation", b"operation", "optimizer", b"optimizer", "optimizer_step", b"optimizer_step", "parameter", b"parameter", "read", b"read", "read_gradient", b"read_gradient", "save", b"save", "skip", b"skip", "stop", b"stop", "write", b"write", "write_gradient", b"write_gradient", "zero_gradient", b"zero_gradient"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "call", b"call", "condition", b"condition", "end_generation", b"end_generation", "generated", b"generated", "gradient", b"gradient", "id", b"id", "keep", b"keep", "load", b"load", "location", b"location", "log", b"log", "module_call", b"module_call", "operation", b"operation", "read", b"read", "save", b"save", "skip", b"skip", "step", b"step", "stop", b"stop", "write", b"write"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "backward", b"backward", "call", b"call", "condition", b"condition", "end_generation", b"end_generation", "generated", b"generated", "gradient", b"gradient", "id", b"id", "keep", b"keep", "load", b"load", "location", b"location", "log", b"log", "module_call", b"module_call", "operation", b"operation", "optimizer", b"optimizer", "optimizer_step", b"optimizer_step", "parameter", b"parameter", "read", b"read", "read_gradient", b"read_gradient", "save", b"save", "skip", b"skip", "step", b"step", "stop", b"stop", "write", b"write", "write_gradient", b"write_gradient", "zero_gradient", b"zero_gradient"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["read", "write", "call", "module_call", "gradient", "save", "log", "assign", "stop", "skip", "keep", "load", "generated", "end_generation"]  # noqa: Y015
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["read", "write", "call", "module_call", "gradient", "save", "log", "assign", "stop", "skip", "keep", "load", "generated", "end_generation", "parameter", "backward", "read_gradient", "write_gradient", "zero_gradient", "optimizer", "optimizer_step"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
 
@@ -613,7 +656,7 @@ Global___ModuleCall: _TypeAlias = ModuleCall  # noqa: Y015
 
 @_typing.final
 class Gradient(_message.Message):
-    """Gives the gradient of a loss with respect to a value of the same trace."""
+    """Gives the gradient of a loss with respect to a value of the same trace, or of the same computation between traces."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -621,11 +664,12 @@ class Gradient(_message.Message):
     VALUE_FIELD_NUMBER: _builtins.int
     RETAIN_GRAPH_FIELD_NUMBER: _builtins.int
     GRADIENT_FIELD_NUMBER: _builtins.int
+    WRITTEN_FIELD_NUMBER: _builtins.int
     retain_graph: _builtins.bool
     """Ignored: the graph is there until the trace ends."""
     @_builtins.property
     def loss(self) -> _value_pb2.Value:
-        """The scalar."""
+        """The loss."""
 
     @_builtins.property
     def value(self) -> _value_pb2.Value:
@@ -635,6 +679,10 @@ class Gradient(_message.Message):
     def gradient(self) -> _value_pb2.Value:
         """The gradient of the loss itself, of its shape; for a scalar it may be left out, and is 1."""
 
+    @_builtins.property
+    def written(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.GradientWrite]:
+        """Gradients that take the place of those that the backward pass finds."""
+
     def __init__(
         self,
         *,
@@ -642,10 +690,11 @@ class Gradient(_message.Message):
         value: _value_pb2.Value | None = ...,
         retain_graph: _builtins.bool = ...,
         gradient: _value_pb2.Value | None = ...,
+        written: _abc.Iterable[_training_pb2.GradientWrite] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gradient", b"gradient", "loss", b"loss", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gradient", b"gradient", "loss", b"loss", "retain_graph", b"retain_graph", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gradient", b"gradient", "loss", b"loss", "retain_graph", b"retain_graph", "value", b"value", "written", b"written"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -33,6 +33,7 @@ from insitu_shard.engine.pool import SegmentPool
 from insitu_shard.engine.segment import SegmentRun
 from insitu_shard.engine.spread import Spread
 from insitu_shard.engine.tensor_plan import check_ranks, has_plan
+from insitu_shard.engine.training import seen
 
 __all__ = [
     "Finished",
@@ -61,6 +62,7 @@ __all__ = [
     "parse_dtype",
     "rank_device",
     "resolve_model_folder",
+    "seen",
     "tokenizer_files",
     "tokenizer_hash",
 ]

@@ -15,6 +15,7 @@ from insitu_shard.engine.gradients import Gradients, detached
 from insitu_shard.engine.graph import UNSET, Gradient, ModuleCall, Skip, Stop
 from insitu_shard.engine.invokes import InvokesValue
 from insitu_shard.engine.memory import storages
+from insitu_shard.engine.training_graph import Backward
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from insitu_shard.engine.plan import Plan
 
 # What one rank must not do alone: it would wait for the others, or they for it.
-_OF_ALL_RANKS = ModuleCall | Skip | Stop | Gradient
+_OF_ALL_RANKS = ModuleCall | Skip | Stop | Gradient | Backward
 
 
 class BlockRun:
@@ -329,7 +330,7 @@ class BlockRun:
         with torch.set_grad_enabled(self.takes_gradients):
             while waiting:
                 first = self.plan.nodes[waiting[0]]
-                if self._is_split and isinstance(first.operation, ModuleCall | Gradient):
+                if self._is_split and isinstance(first.operation, ModuleCall | Gradient | Backward):
                     if self.has_failed or not self._all_go_on():
                         return
                 elif has_failed_now and not self._is_split:

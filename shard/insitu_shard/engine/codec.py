@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from insitu_proto.v1 import intervention_pb2
-from insitu_shard.engine import graph
+from insitu_shard.engine import graph, training_graph
 from insitu_wire import torch_codec
 from insitu_wire.errors import Location, Reason, error
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from insitu_proto.v1 import session_pb2, trace_pb2, value_pb2
+    from insitu_proto.v1 import session_pb2, trace_pb2, training_pb2, value_pb2
 
 _SIDES = {
     intervention_pb2.HOOK_SIDE_INPUT: graph.Side.INPUT,
@@ -161,13 +161,55 @@ class StepDecoder:
                     self._value(taken.loss),
                     self._value(taken.value),
                     self._value(taken.gradient) if taken.HasField("gradient") else None,
+                    self._written(taken.written),
                 )
             case "generated" if node.generated.part in _PARTS:
                 return graph.Generated(_PARTS[node.generated.part], node.generated.invoke)
             case "end_generation":
                 return graph.EndGeneration(self._value(node.end_generation.when))
+        return self._training(node, location)
+
+    def _training(self, node: intervention_pb2.Node, location: Location | None) -> graph.Operation:
+        match node.WhichOneof("operation"):
+            case "parameter":
+                return training_graph.Parameter(self._value(node.parameter.value))
+            case "backward":
+                taken = node.backward
+                return training_graph.Backward(
+                    self._value(taken.loss),
+                    self._value(taken.gradient) if taken.HasField("gradient") else None,
+                    self._list(taken.parameters),
+                    self._written(taken.written),
+                )
+            case "read_gradient":
+                return training_graph.ReadGradient((self._value(node.read_gradient.parameter),))
+            case "write_gradient":
+                write = node.write_gradient
+                parameters = (self._value(write.parameter),)
+                return training_graph.WriteGradient(parameters, self._value(write.gradient))
+            case "zero_gradient":
+                zero = node.zero_gradient
+                return training_graph.ZeroGradient(self._list(zero.parameters), zero.keeps_tensors)
+            case "optimizer":
+                return training_graph.Optimizer(node.optimizer.name)
+            case "optimizer_step":
+                step = node.optimizer_step
+                groups = [
+                    (
+                        self._list(group.parameters),
+                        {key: self._value(option) for key, option in group.options.items()},
+                    )
+                    for group in step.groups
+                ]
+                return training_graph.OptimizerStep(self._value(step.optimizer), tuple(groups))
             case kind:
                 raise _unsupported(f"an operation of kind {kind}", location)
+
+    def _written(self, written: Sequence[training_pb2.GradientWrite]) -> training_graph.Written:
+        return tuple((self._value(at.value), self._value(at.gradient)) for at in written)
+
+    def _list(self, value: value_pb2.Value) -> tuple[object, ...]:
+        return tuple(self._value(item) for item in value.list.items)
 
     def _kwargs(
         self, call: intervention_pb2.Call | intervention_pb2.ModuleCall

@@ -1,11 +1,12 @@
-"""Finds what a trace takes gradients by. Pure."""
+"""Finds what a block takes gradients by. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from insitu_shard.engine.graph import Gradient, Read, Ref
+from insitu_shard.engine.graph import Gradient, Read, references
+from insitu_shard.engine.training_graph import Backward
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -15,28 +16,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Differentiated:
-    """What a trace takes gradients by."""
+    """What a block takes gradients by."""
 
     gradients: Mapping[NodeId, Gradient]
     """The gradients, by their nodes."""
+    backwards: Mapping[NodeId, Backward]
+    """Those that parameters get, by their nodes."""
     values: frozenset[NodeId]
-    """Nodes whose values they are taken by."""
+    """Nodes whose values the gradients are taken by, or are given another one at."""
+    parameters: frozenset[NodeId]
+    """The parameters that get gradients."""
     boundaries: frozenset[Boundary]
-    """Where the model gives what these values are made of."""
+    """Where the model gives what the values are made of."""
 
 
 def differentiated(nodes: Sequence[Node]) -> Differentiated | None:
-    """Finds what a trace takes gradients by; None if it takes none."""
+    """Finds what a block takes gradients by; None if it takes none."""
     gradients = {node.id: node.operation for node in nodes if isinstance(node.operation, Gradient)}
-    if not gradients:
+    backwards = {node.id: node.operation for node in nodes if isinstance(node.operation, Backward)}
+    taken: list[Gradient | Backward] = [*gradients.values(), *backwards.values()]
+    if not taken:
         return None
     by_id = {node.id: node for node in nodes}
-    values = frozenset(
-        gradient.value.node_id for gradient in gradients.values() if isinstance(gradient.value, Ref)
-    )
+    written = [value for each in taken for value, _ in each.written]
+    values = frozenset(references([*(each.value for each in gradients.values()), *written]))
     made_of = _made_of(values, by_id)
     boundaries = {by_id[at].boundary for at in made_of if isinstance(by_id[at].operation, Read)}
-    return Differentiated(gradients, values, frozenset(filter(None, boundaries)))
+    return Differentiated(
+        gradients,
+        backwards,
+        values,
+        frozenset(references([each.parameters for each in backwards.values()])),
+        frozenset(filter(None, boundaries)),
+    )
 
 
 def _made_of(values: frozenset[NodeId], by_id: Mapping[NodeId, Node]) -> set[NodeId]:

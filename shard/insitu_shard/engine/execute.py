@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ from insitu_shard.engine.memory import (
 from insitu_shard.engine.operations import function
 from insitu_shard.engine.randomness import seeded
 from insitu_shard.engine.sizes import check_size
+from insitu_shard.engine.training import ParameterValue, applied, seen
+from insitu_shard.engine.training_graph import Backward, OptimizerStep, Training
 from insitu_wire.errors import Error, Reason, error
 from insitu_wire.operations import (
     FACTORIES,
@@ -237,7 +240,11 @@ class Executor:
                 self.logs[node.id] = format_values(detached(self._resolve(logged, node.id)))
             case Assign(target=target, value=value):
                 self._copy_for_earlier_readers(node)
-                self.assigned[target] = self._own(self._resolve(value, node.id))
+                new = self._own(self._resolve(value, node.id))
+                if isinstance(parameter := self._current(target), ParameterValue):
+                    parameter.update(new)
+                else:
+                    self.assigned[target] = new
             case Skip(module_path=path, call_index=index, value=value, step=step):
                 self.skips[path, index, step] = self._own(self._resolve(value, node.id))
             case Stop():
@@ -255,10 +262,27 @@ class Executor:
                 return self.made.ids(invoke) if is_ids else torch.tensor(self.made.num_steps)
             case EndGeneration(when=when):
                 self.ends.append((node, self._resolve(when, node.id)))
-            case Gradient():
-                assert self._gradients is not None
-                return self._gradients.take(node, lambda used: self._value_of(used, node.id))
+            case operation if isinstance(operation, Gradient | Training):
+                return self._train(node, operation)
         return None
+
+    def _train(self, node: Node, operation: Gradient | Training) -> object:
+        if isinstance(operation, Gradient | Backward):
+            assert self._gradients is not None
+            value_of = partial(self._value_of, reader=node.id)
+            if isinstance(operation, Backward):
+                self._gradients.add_to_parameters(node, value_of)
+                return None
+            gradient = self._gradients.take(node, value_of)
+            # Autograd gives one tensor for several values, and this one may be written to.
+            return gradient if self._memory is None else gradient.clone()
+        if isinstance(operation, OptimizerStep):
+            self._copy_for_earlier_readers(node)
+        return applied(
+            operation,
+            lambda value: self._resolve(value, node.id),
+            lambda value: resolve(value, lambda used: self._value_of(used, node.id)),
+        )
 
     def _own(self, value: Any) -> Any:
         """Copies what lies in memory of the user's tensors."""
@@ -320,7 +344,11 @@ class Executor:
                 continue
             copies = self._copies.setdefault(reader_id, {})
             for used in self._plan.uses[reader_id] - _written(self._plan.nodes[reader_id]):
-                if used not in copies and (value := self._current(used)) is not UNSET:
+                if used in copies or (value := self._current(used)) is UNSET:
+                    continue
+                if isinstance(value, ParameterValue):
+                    copies[used] = copied(self._seen(used, value))
+                else:
                     copies[used] = value if is_assignment else copied(value)
 
     def part_from(self, memory: AbstractSet[StorageKey]) -> None:
@@ -374,7 +402,15 @@ class Executor:
 
     def _resolve(self, value: Any, reader: NodeId) -> Any:
         """Puts values in the place of references, as a node is to see them."""
-        return resolve(value, lambda used: self._value_of(used, reader))
+        return resolve(value, lambda used: self._seen(used, self._value_of(used, reader)))
+
+    def _seen(self, node_id: NodeId, value: object) -> object:
+        """Gives what nodes see of a value: of a parameter its elements, which stay as they are."""
+        if not isinstance(value, ParameterValue):
+            return value
+        self._brought = self._brought | storages(value.leaf)
+        is_trained = self._gradients is not None and self._gradients.is_trained(node_id)
+        return value.leaf if is_trained else seen(value)
 
     def _value_of(self, used: NodeId, reader: NodeId) -> object:
         copies = self._copies.get(reader, {})

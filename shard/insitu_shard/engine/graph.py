@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from insitu_shard.engine.training_graph import Training
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from insitu_shard.engine.training_graph import Written
     from insitu_wire.errors import Location
 
 NodeId = int
@@ -157,6 +160,7 @@ class Gradient:
     value: object
     gradient: object = None
     """The gradient of the loss itself; None for 1."""
+    written: Written = ()
 
 
 class GeneratedPart(Enum):
@@ -198,6 +202,7 @@ Operation = (
     | Gradient
     | Generated
     | EndGeneration
+    | Training
 )
 
 
@@ -351,10 +356,11 @@ def operands(operation: Operation) -> tuple[object, ...]:
             return (Ref(target), value)
         case Log(values=values):
             return values
-        case Gradient(loss=loss, value=value, gradient=gradient):
-            return (loss, value, gradient)
+        case Gradient(loss=loss, value=value, gradient=gradient, written=written):
+            return (loss, value, gradient, *written)
         case Call(args=args, kwargs=kwargs) | ModuleCall(args=args, kwargs=kwargs):
             return (*args, *kwargs.values())
+    return operation.operands
 
 
 def references(value: object) -> Iterator[NodeId]:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
+from insitu_shard.engine.training import OptimizerValue, ParameterValue
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from insitu_shard.engine.graph import NodeId
 
@@ -107,8 +108,14 @@ class KeptValues(dict[str, object]):
 def num_bytes(values: object) -> int:
     """Gives the memory that the tensors of values take, each memory counted once."""
     storages = {
-        leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes()
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for leaf in pytree.tree_leaves(values)
-        if isinstance(leaf, torch.Tensor)
+        for tensor in _tensors(leaf)
     }
     return sum(storages.values())
+
+
+def _tensors(leaf: object) -> Iterable[torch.Tensor]:
+    if isinstance(leaf, ParameterValue | OptimizerValue):
+        return leaf.tensors
+    return [leaf] if isinstance(leaf, torch.Tensor) else []

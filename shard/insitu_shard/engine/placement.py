@@ -23,8 +23,10 @@ from insitu_shard.engine.graph import (
     Stop,
     Write,
     operands,
+    references,
 )
 from insitu_shard.engine.positions import first_written, needs_whole_rows
+from insitu_shard.engine.training_graph import Trainer
 from insitu_wire.operations import RANDOM, is_in_place, last_word, writes_into_container
 
 if TYPE_CHECKING:
@@ -149,6 +151,8 @@ def _written(node: Node, plan: Plan) -> frozenset[NodeId]:
             return frozenset({target} - plan.nodes.keys())
         case Call(name=name) if is_in_place(name) and 0 in plan.roots[node.id]:
             return frozenset({0})
+        case operation if isinstance(operation, Trainer):
+            return frozenset(references(operation.parameters)) - plan.nodes.keys()
     return frozenset()
 
 

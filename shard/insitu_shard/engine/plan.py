@@ -18,6 +18,7 @@ from insitu_shard.engine.graph import (
     Assign,
     Boundary,
     Call,
+    Gradient,
     Node,
     NodeId,
     Read,
@@ -29,6 +30,7 @@ from insitu_shard.engine.graph import (
     Write,
     references,
 )
+from insitu_shard.engine.training_graph import Backward, OptimizerStep, Trainer
 from insitu_wire.errors import Reason, error
 from insitu_wire.operations import (
     LAST,
@@ -129,6 +131,7 @@ class _Planner:
     readers_before: dict[NodeId, tuple[NodeId, ...]] = field(default_factory=dict)
     num_uses: dict[NodeId, int] = field(default_factory=lambda: defaultdict(int))
     due: dict[Boundary, list[NodeId]] = field(default_factory=lambda: defaultdict(list))
+    last_trainer: dict[NodeId, NodeId] = field(default_factory=dict)
 
     def add(self, node: Node) -> None:
         """Adds the next node in the order of definition."""
@@ -140,6 +143,7 @@ class _Planner:
         used_roots = {root for node_id in used for root in self._roots(node_id)}
         waits = self.predecessors[node.id] = set(used_here)
         waits.update(self.last_write[root] for root in used_roots if root in self.last_write)
+        waits.update(self._add_training(node))
         if isinstance(node.operation, Stop):
             waits.update(self.predecessors.keys() - {node.id})
         self.roots[node.id] = self._roots_of(node, used_roots)
@@ -149,6 +153,22 @@ class _Planner:
             self.due[node.boundary].append(node.id)
         for root in used_roots:
             self.readers[root].append(node.id)
+
+    def _add_training(self, node: Node) -> set[NodeId]:
+        """Gives what a node waits for that has to do with the gradients of parameters."""
+        operation = node.operation
+        if not isinstance(operation, Trainer):
+            return set()
+        waits: set[NodeId] = set()
+        for parameter in references(operation.parameters):
+            if parameter in self.last_trainer:
+                waits.add(self.last_trainer[parameter])
+            self.last_trainer[parameter] = node.id
+        if isinstance(operation, OptimizerStep):
+            # Their graphs have the parameters as they are now.
+            taken = (node for node in self.nodes.values() if node.id in self.predecessors)
+            waits.update(at.id for at in taken if isinstance(at.operation, Gradient | Backward))
+        return waits - {node.id}
 
     def _condition_uses(self, node: Node) -> frozenset[NodeId]:
         used: set[NodeId] = set()
@@ -192,6 +212,8 @@ class _Planner:
                 return self._own_root(target)
             case Call(name=name, args=(Ref(node_id=target), *_)) if is_in_place(name):
                 return self._roots(target)
+            case OptimizerStep():
+                return frozenset().union(*map(self._own_root, node.used))
         return frozenset()
 
     def _own_root(self, node_id: NodeId) -> frozenset[Root]:

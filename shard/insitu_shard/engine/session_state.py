@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from insitu_shard.compiler import Limits
 from insitu_shard.engine.graph import UNSET, references, resolve
 from insitu_shard.engine.handles import num_bytes
-from insitu_shard.engine.memory import compact
+from insitu_shard.engine.memory import compact, copied
+from insitu_shard.engine.training import ParameterValue, seen
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
@@ -74,7 +75,15 @@ class SessionState:
         earlier = self.earlier
         if any(node_id not in earlier for node_id in references(value)):
             return UNSET
-        return resolve(value, earlier.__getitem__)
+        # Of a parameter a copy: it is trained on.
+        return resolve(
+            value,
+            lambda node_id: (
+                copied(seen(found))
+                if isinstance(found := earlier[node_id], ParameterValue)
+                else found
+            ),
+        )
 
     def keep(self, outliving: Mapping[NodeId, object]) -> None:
         """Takes in what a step gives to later ones.

@@ -15,6 +15,7 @@ from insitu_shard.engine.model import LoadedModel
 from insitu_shard.engine.placement import Needs, place, place_generating
 from insitu_shard.engine.plan import plan_nodes
 from insitu_shard.engine.randomness import seed_of
+from insitu_shard.engine.training_graph import Backward
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
@@ -296,6 +297,8 @@ class TraceRun:
 def _reason_for_alone(trace: Trace, *, is_exact: bool) -> str:
     if is_exact:
         return "the session is exact"
+    if any(isinstance(node.operation, Backward) for node in trace.nodes):
+        return "it trains parameters"
     if any(isinstance(node.operation, Gradient) for node in trace.nodes):
         return "it takes gradients"
     return ""

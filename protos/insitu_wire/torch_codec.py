@@ -94,6 +94,18 @@ def _encode_tensor(tensor: torch.Tensor) -> value_pb2.Value:
     return value_pb2.Value(tensor=spec)
 
 
+def check_saved(value: object) -> None:
+    """Refuses what `encode_saved` would refuse, without its work for a tensor alone.
+
+    Raises:
+        InvalidTraceError: MALFORMED_SESSION.
+    """
+    if isinstance(value, torch.Tensor):
+        dtype_to_pb(value.dtype)
+    else:
+        encode_saved(value)
+
+
 def encode_saved(value: object) -> tuple[value_pb2.Value, list[torch.Tensor]]:
     """Encodes a saved value; its tensors' elements are to follow, in order, as data."""
     tensors: list[torch.Tensor] = []

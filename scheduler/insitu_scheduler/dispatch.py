@@ -360,6 +360,7 @@ class Dispatcher:
         outcome = "interrupted" if runs_again else _outcome(event)
         self._metrics.executed(held[0][0].model, outcome, seconds)
         if was_lost(event):
+            _log.warning("session %s is lost: %s", live.log.session_id, event.failure.message)
             # Whichever does not answer gets nothing more until it is heard of.
             for group, _ in held:
                 self._registry.suspect(group)

@@ -6,6 +6,7 @@ again, once a rank.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import uuid
@@ -18,6 +19,9 @@ from insitu_shard.config import Placement, ShardConfig, parse_model
 from insitu_wire.errors import Error, Reason, error
 from insitu_wire.logs import LogFormat, set_up_logging
 from insitu_wire.tls import Tls
+
+# What the leader needs to end the others.
+_STOP_SECONDS = 5
 
 
 def run(
@@ -129,6 +133,27 @@ def run(
             help="How long a value that a user keeps stays after its last use, in seconds.",
         ),
     ] = 3600.0,
+    collective_timeout_seconds: Annotated[
+        float,
+        typer.Option(
+            envvar="INSITU_COLLECTIVE_TIMEOUT_SECONDS",
+            help="How long a rank waits for the others before the group is given up.",
+        ),
+    ] = 60.0,
+    grace_seconds: Annotated[
+        float,
+        typer.Option(
+            envvar="INSITU_SHARD_GRACE_SECONDS",
+            help="How long what runs may still take once the group is told to stop.",
+        ),
+    ] = 30.0,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            envvar="INSITU_MAX_RESTARTS",
+            help="How often torchrun starts the ranks again after one has failed.",
+        ),
+    ] = 3,
     host_id: Annotated[
         str, typer.Option(help="Name of the host that starts the group.", hidden=True)
     ] = "",
@@ -165,6 +190,9 @@ def run(
             upload_cache_bytes=upload_cache_bytes,
             kept_bytes=kept_bytes,
             kept_seconds=kept_seconds,
+            collective_timeout_seconds=collective_timeout_seconds,
+            grace_seconds=grace_seconds,
+            max_restarts=max_restarts,
             host_id=host_id,
         )
         from insitu_shard.placing import with_placement
@@ -202,8 +230,10 @@ def _launch_ranks(config: ShardConfig) -> None:
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=config.max_restarts,
         monitor_interval=0.1,
+        # The leader ends the others after what runs has ended.
+        shutdown_timeout=math.ceil(config.grace_seconds) + _STOP_SECONDS,
     )
     try:
         elastic_launch(launch, sys.executable)("-m", "insitu_shard", *sys.argv[1:])

@@ -45,11 +45,16 @@ class Command(IntEnum):
 class CommandChannel:
     """Carries commands from the leader to the followers, in one order."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, *, timeout_seconds: float) -> None:
+        """Makes it.
+
+        Args:
+            ranks: this process's place.
+            timeout_seconds: how long the leader waits for the others to take a command.
+        """
         self._ranks = ranks
-        self._group = (
-            dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT) if ranks.size > 1 else None
-        )
+        self._timeout = timedelta(seconds=timeout_seconds)
+        self._group = ranks.patient
 
     def send(self, command: Command, payload: bytes = b"") -> None:
         """Sends a command to every follower. Leader only."""
@@ -76,7 +81,12 @@ class CommandChannel:
         if self._group is None or not data:
             return
         for part in torch.frombuffer(data, dtype=torch.uint8).split(_BROADCAST_BYTES):
-            dist.broadcast(part, src=0, group=self._group)
+            work = dist.broadcast(part, src=0, group=self._group, async_op=True)
+            # Whoever waits for a command waits for long. Who has one to send does not.
+            if self._ranks.is_leader and work is not None:
+                work.wait(self._timeout)
+            elif work is not None:
+                work.wait()
 
     def receive(self) -> tuple[Command, bytes]:
         """Waits for the leader's next command. Followers only."""
@@ -93,4 +103,6 @@ def join_group(config: ShardConfig, rank: int) -> Ranks:
             backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             timeout=timedelta(seconds=config.collective_timeout_seconds),
         )
+        patient = dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT)
+        return Ranks(rank, config.num_ranks, patient=patient)
     return Ranks(rank, config.num_ranks)

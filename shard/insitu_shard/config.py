@@ -71,11 +71,13 @@ class ShardConfig:
     kept_seconds: float = 3600.0
     """How long a kept value stays after it was last used."""
     collective_timeout_seconds: float = 60.0
-    """How long a rank waits for the others inside a forward pass before the group gives up."""
+    """How long a rank waits for the others before the group is given up."""
     host_id: str = ""
     """Name of the host that started the group; empty if none did."""
     grace_seconds: float = 30.0
     """How long a running segment may still take once the group is told to stop."""
+    max_restarts: int = 3
+    """How often torchrun starts the ranks again after one has failed."""
 
     def __post_init__(self) -> None:
         self.tls.check()
@@ -85,26 +87,19 @@ class ShardConfig:
                 "--tls-cert, --tls-key and --tls-client-ca go together: a shard group takes "
                 "calls of the scheduler and other groups alone; give all three, or none",
             )
-        if self.upload_cache_bytes < 0:
-            raise error(
-                Reason.INVALID_CONFIGURATION,
-                f"--upload-cache-bytes is {self.upload_cache_bytes}; it must be 0 or more",
-                uploadCacheBytes=self.upload_cache_bytes,
-            )
-        if self.max_sessions < 1:
-            raise error(
-                Reason.INVALID_CONFIGURATION,
-                f"--max-sessions is {self.max_sessions}; it is how many sessions run at once, 1 or "
-                "more",
-                maxSessions=self.max_sessions,
-            )
-        for name in ("max_pass_tokens", "max_pass_bytes"):
-            if (value := getattr(self, name)) < 1:
+        for name, lowest in _LOWEST.items():
+            if (value := getattr(self, name)) < lowest:
                 raise error(
                     Reason.INVALID_CONFIGURATION,
-                    f"--{name.replace('_', '-')} is {value}; it must be 1 or more",
+                    f"--{name.replace('_', '-')} is {value}; it must be {lowest} or more",
                     value=value,
                 )
+        if self.collective_timeout_seconds <= 0:
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                f"--collective-timeout-seconds is {self.collective_timeout_seconds}; it must be "
+                "more than 0",
+            )
         if self.max_memory and self.placement is Placement.TP:
             raise error(
                 Reason.INVALID_CONFIGURATION,
@@ -118,6 +113,16 @@ class ShardConfig:
                 f"--tp is {self.num_ranks}; it is the number of ranks, 1 or more",
                 numRanks=self.num_ranks,
             )
+
+
+_LOWEST = {
+    "max_sessions": 1,
+    "max_pass_tokens": 1,
+    "max_pass_bytes": 1,
+    "upload_cache_bytes": 0,
+    "grace_seconds": 0,
+    "max_restarts": 0,
+}
 
 
 def parse_model(text: str) -> tuple[str, str]:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_MAX_WHY = 300
+
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
@@ -131,6 +133,15 @@ class EngineThread:
         if exception is not None and not isinstance(exception, Error):
             _log.critical("the shard group is lost", exc_info=exception)
             self._has_ended = True
+            why = next(iter(str(exception).splitlines()), "")[:_MAX_WHY]
+            for segment in self._segments.values():
+                segment.tell(
+                    error(
+                        Reason.REPLICA_LOST,
+                        f"the shard group that ran the session was lost "
+                        f"({type(exception).__name__}: {why}); submit the session again",
+                    )
+                )
             self._loop.call_soon_threadsafe(self._on_lost)
 
     def _begin(

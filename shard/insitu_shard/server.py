@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import secrets
 import signal
 import time
@@ -43,6 +44,7 @@ _log = logging.getLogger(__name__)
 
 _TIDY_SECONDS = 60.0
 _REPORT_SECONDS = 5.0
+_LAST_WORDS_SECONDS = 2.0
 
 _SERVICE_NAME = shard_service_pb2.DESCRIPTOR.services_by_name["ShardService"].full_name
 
@@ -54,7 +56,10 @@ def run_rank(config: ShardConfig, rank: int) -> None:
         Error: the group can not start, or was lost.
     """
     ranks = join_group(config, rank)
-    channel = CommandChannel(ranks)
+    channel = CommandChannel(ranks, timeout_seconds=config.collective_timeout_seconds)
+    num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if ranks.is_leader and num_restarts:
+        _log.warning("the ranks of %s were started again, time %d", config.model, num_restarts)
     if not ranks.is_leader:
         # The leader alone is told when to stop; it tells the others after what runs has ended.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -67,7 +72,7 @@ def run_rank(config: ShardConfig, rank: int) -> None:
 
 def _load(config: ShardConfig, ranks: Ranks) -> LoadedModel:
     device = rank_device(ranks.rank)
-    return load_model(
+    model = load_model(
         config.model,
         resolve_model_folder(config.model_path),
         ranks=ranks,
@@ -75,6 +80,9 @@ def _load(config: ShardConfig, ranks: Ranks) -> LoadedModel:
         dtype=parse_dtype(config.dtype, device) if config.dtype else None,
         spread=config.spread,
     )
+    # What is done once, at the first pass, is done before the first user comes.
+    model.warm_up()
+    return model
 
 
 def _limits(config: ShardConfig) -> Limits:
@@ -138,7 +146,8 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     await stopping.wait()
     registration.drain()
     await health.enter_graceful_shutdown()
-    await server.stop(None if is_lost else config.grace_seconds)
+    # Those whose sessions are lost are told why.
+    await server.stop(_LAST_WORDS_SECONDS if is_lost else config.grace_seconds)
     registering.cancel()
     tidying.cancel()
     reporting.cancel()

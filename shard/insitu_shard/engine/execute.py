@@ -57,7 +57,7 @@ from insitu_wire.operations import (
     is_in_place,
     writes_into_container,
 )
-from insitu_wire.torch_codec import encode_saved
+from insitu_wire.torch_codec import check_saved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -234,7 +234,7 @@ class Executor:
                 saved = self._own(self._resolve(value, node.id))
                 saved = saved if self._gradients is None else detached(saved)
                 # Refuses here, at the user's line, what could not be sent.
-                encode_saved(saved)
+                check_saved(saved)
                 self._keep(self.saved, node.id, saved)
             case Log(values=logged):
                 self.logs[node.id] = format_values(detached(self._resolve(logged, node.id)))

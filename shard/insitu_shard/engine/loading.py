@@ -64,6 +64,7 @@ def load_model(
         else:
             module = load_weights(config, folder, dtype=dtype, ranks=ranks, device=device)
     attach_points(module, point_plan(config, dtype=module.dtype))
+    ranks.meet()
     layouts = _layouts(config, module, ranks, device)
     _log.info("%s is loaded, in %.1f s", name, time.monotonic() - started_at)
     return LoadedModel(

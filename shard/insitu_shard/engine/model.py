@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import AutoTokenizer, StoppingCriteriaList, StopStringCriteria
 
 from insitu_proto.v1 import model_pb2
@@ -32,12 +33,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from insitu_shard.engine.graph import Invoke
     from insitu_shard.engine.inputs import Rows
     from insitu_shard.engine.transformers_internals import PreparedGeneration
+
+_WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,12 @@ class LoadedModel(LoadedModule):
     def state_bytes(self) -> int:
         """Estimate of the bytes that stay of each token while a trace generates."""
         return state_bytes(self.config, self.dtype.itemsize)
+
+    def warm_up(self) -> None:
+        """Runs one forward pass, so that what the first one takes longer is done."""
+        inputs = self.inputs_of_rows(((0,) * _WARM_UP_TOKENS,))
+        with torch.no_grad():
+            self.module(*inputs.args, **inputs.kwargs)
 
     @cached_property
     def outline(self) -> Outline:

@@ -38,6 +38,13 @@ class Ranks:
     rank: int = 0
     size: int = 1
     collectives: Collectives = field(default_factory=Collectives, compare=False, repr=False)
+    patient: Any = None
+    """A process group of the same ranks for what may take long; None if there is nothing such."""
+
+    def meet(self) -> None:
+        """Waits for all ranks, however long each has yet to load. Every rank must call it."""
+        if self.patient is not None:
+            dist.barrier(group=self.patient)
 
     @property
     def is_leader(self) -> bool:

@@ -1,0 +1,28 @@
+"""A session that saves one large tensor: run to its end, or its result fetched again."""
+
+import logging
+import sys
+
+import torch
+from _serve import serve
+
+from insitu import LanguageModel, attach
+
+SIZE = int(sys.argv[2]) // 4
+logging.getLogger("insitu").setLevel(logging.WARNING)
+model = LanguageModel(sys.argv[1])
+last = []
+
+
+def run():
+    with model.session(remote=True) as session, model.trace(torch.tensor([[5, 9, 17]])):
+        saved = model.model.layers[0].output.new_ones(SIZE).save()
+    last[:] = [session.submission.id]
+    return [saved.numel(), saved[-1].item()]
+
+
+def fetch():
+    return [len(attach(last[0]).result())]
+
+
+serve(run=run, fetch=fetch)

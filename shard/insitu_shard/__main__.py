@@ -126,6 +126,20 @@ def run(
             help="Memory of each rank for values that one user keeps beyond sessions, in bytes.",
         ),
     ] = 4 * 1024**3,
+    session_bytes: Annotated[
+        int,
+        typer.Option(
+            envvar="INSITU_SESSION_BYTES",
+            help="Memory of each rank for values that the steps of one session give to later ones, "
+            "in bytes.",
+        ),
+    ] = 8 * 1024**3,
+    handle_bytes: Annotated[
+        int,
+        typer.Option(
+            envvar="INSITU_HANDLE_BYTES", help="The same, for all sessions together, in bytes."
+        ),
+    ] = 16 * 1024**3,
     kept_seconds: Annotated[
         float,
         typer.Option(
@@ -189,6 +203,8 @@ def run(
             dtype=dtype,
             upload_cache_bytes=upload_cache_bytes,
             kept_bytes=kept_bytes,
+            session_bytes=session_bytes,
+            handle_bytes=handle_bytes,
             kept_seconds=kept_seconds,
             collective_timeout_seconds=collective_timeout_seconds,
             grace_seconds=grace_seconds,

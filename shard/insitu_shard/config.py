@@ -68,6 +68,10 @@ class ShardConfig:
     """Memory of each rank for tensors that users bring; the least recently used make room."""
     kept_bytes: int = 4 * 1024**3
     """Memory of each rank for values that one user keeps beyond sessions."""
+    session_bytes: int = 8 * 1024**3
+    """Memory of each rank for values that the steps of one session give to later ones."""
+    handle_bytes: int = 16 * 1024**3
+    """The same, for all sessions together."""
     kept_seconds: float = 3600.0
     """How long a kept value stays after it was last used."""
     collective_timeout_seconds: float = 60.0
@@ -120,6 +124,8 @@ _LOWEST = {
     "max_pass_tokens": 1,
     "max_pass_bytes": 1,
     "upload_cache_bytes": 0,
+    "session_bytes": 0,
+    "handle_bytes": 0,
     "grace_seconds": 0,
     "max_restarts": 0,
 }

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from insitu_shard.command_channel import CommandChannel
     from insitu_shard.compiler import Limits
-    from insitu_shard.engine import LoadedModel, SegmentEvent
+    from insitu_shard.engine import Budgets, LoadedModel, SegmentEvent
     from insitu_shard.engine.pool import PassReport
     from insitu_shard.upload_cache import UploadCache
 
@@ -51,7 +51,7 @@ class Leader:
         channel: CommandChannel,
         uploads: UploadCache,
         *,
-        kept_bytes: int,
+        budgets: Budgets,
         kept_seconds: float,
         limits: Limits,
     ) -> None:
@@ -61,13 +61,13 @@ class Leader:
             model: the model.
             channel: reaches the followers.
             uploads: tensors that users brought.
-            kept_bytes: how much each user may keep beyond sessions.
+            budgets: how much memory values may take.
             kept_seconds: how long it is kept after its last use.
             limits: how large a forward pass may be.
         """
         self.model = model
         self.uploads = uploads
-        self.handles = HandleStore(kept_bytes)
+        self.handles = HandleStore(budgets)
         self._lifetimes = Lifetimes(kept_seconds)
         self._channel = channel
         self._pool = SegmentPool(limits)
@@ -188,10 +188,10 @@ class Leader:
 
 
 def follow(  # noqa: C901 - one case a command
-    model: LoadedModel, channel: CommandChannel, *, kept_bytes: int, limits: Limits
+    model: LoadedModel, channel: CommandChannel, *, budgets: Budgets, limits: Limits
 ) -> None:
     """Does on this rank what the leader does, until it says stop."""
-    handles = HandleStore(kept_bytes)
+    handles = HandleStore(budgets)
     uploads: dict[str, torch.Tensor] = {}
     pool = SegmentPool(limits)
     while True:

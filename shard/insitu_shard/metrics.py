@@ -128,6 +128,10 @@ class ShardMetrics:
         self._kept_limit = self._gauge(
             "insitu_shard_kept_limit_bytes", "How much a user may keep beyond sessions."
         )
+        self._handle_limit = self._gauge(
+            "insitu_shard_handle_limit_bytes",
+            "How much memory the values of all sessions may take, without what users keep.",
+        )
         self._upload_bytes = self._gauge(
             "insitu_shard_upload_cache_bytes",
             "Memory of each rank that the tensors take that users brought.",
@@ -153,10 +157,11 @@ class ShardMetrics:
         build["python"] = platform.python_version()
         Info("insitu_shard_build", "What runs.", registry=self.registry).info(build)
 
-    def loaded(self, seconds: float, *, kept_limit_bytes: int) -> None:
-        """Records how long loading took, and how much users may keep."""
+    def loaded(self, seconds: float, *, kept_limit_bytes: int, handle_limit_bytes: int) -> None:
+        """Records how long loading took, and how much may be kept."""
         self._load_seconds.labels(self._model).set(seconds)
         self._kept_limit.labels(self._model).set(kept_limit_bytes)
+        self._handle_limit.labels(self._model).set(handle_limit_bytes)
 
     def answered(self, answer: Answer) -> None:
         """Records a call."""

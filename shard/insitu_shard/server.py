@@ -22,7 +22,7 @@ from prometheus_client import start_http_server
 from insitu_proto.v1 import placement_pb2, shard_service_pb2, shard_service_pb2_grpc
 from insitu_shard.command_channel import CommandChannel, join_group
 from insitu_shard.compiler import Limits
-from insitu_shard.engine import load_model, parse_dtype, rank_device, resolve_model_folder
+from insitu_shard.engine import Budgets, load_model, parse_dtype, rank_device, resolve_model_folder
 from insitu_shard.engine_thread import EngineThread
 from insitu_shard.group import Leader, follow
 from insitu_shard.metrics import ShardMetrics
@@ -65,7 +65,7 @@ def run_rank(config: ShardConfig, rank: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         model = _load(config, ranks)
-        follow(model, channel, kept_bytes=config.kept_bytes, limits=_limits(config))
+        follow(model, channel, budgets=_budgets(config), limits=_limits(config))
     else:
         asyncio.run(_lead(config, ranks, channel))
 
@@ -83,6 +83,10 @@ def _load(config: ShardConfig, ranks: Ranks) -> LoadedModel:
     # What is done once, at the first pass, is done before the first user comes.
     model.warm_up()
     return model
+
+
+def _budgets(config: ShardConfig) -> Budgets:
+    return Budgets(config.kept_bytes, config.session_bytes, config.handle_bytes)
 
 
 def _limits(config: ShardConfig) -> Limits:
@@ -106,12 +110,14 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
         model,
         channel,
         UploadCache(config.upload_cache_bytes),
-        kept_bytes=config.kept_bytes,
+        budgets=_budgets(config),
         kept_seconds=config.kept_seconds,
         limits=_limits(config),
     )
     metrics = ShardMetrics(model.name)
-    metrics.loaded(load_seconds, kept_limit_bytes=config.kept_bytes)
+    metrics.loaded(
+        load_seconds, kept_limit_bytes=config.kept_bytes, handle_limit_bytes=config.handle_bytes
+    )
     leader.watch_passes(metrics.pass_ran)
     stopping = asyncio.Event()
     is_lost = False

@@ -19,7 +19,7 @@ from insitu_shard.engine.events import (
 )
 from insitu_shard.engine.explain import explain
 from insitu_shard.engine.gguf import convert
-from insitu_shard.engine.handles import HandleStore, KeptValues
+from insitu_shard.engine.handles import Budgets, HandleStore, KeptValues
 from insitu_shard.engine.loading import load_model
 from insitu_shard.engine.model import LoadedModel
 from insitu_shard.engine.model_folder import (
@@ -36,6 +36,7 @@ from insitu_shard.engine.tensor_plan import check_ranks, has_plan
 from insitu_shard.engine.training import seen
 
 __all__ = [
+    "Budgets",
     "Finished",
     "HandleStore",
     "KeptValues",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,19 @@ from insitu_wire.errors import Reason, error
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from insitu_shard.engine.graph import NodeId
-
 SessionId = str
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """How much memory of this process values may take; None for as much as there is."""
+
+    kept: int = 0
+    """What one user keeps beyond sessions."""
+    session: int | None = None
+    """What the steps of one session give to later ones."""
+    shard: int | None = None
+    """What those of all sessions do together."""
 
 
 class HandleStore:
@@ -25,27 +36,51 @@ class HandleStore:
     the scheduler and never from a user.
     """
 
-    def __init__(self, max_kept_bytes: int = 0) -> None:
-        """Makes an empty store.
-
-        Args:
-            max_kept_bytes: how much may outlive its session, for each user.
-        """
-        self._sessions: dict[SessionId, dict[NodeId, object]] = {}
-        self._max_kept_bytes = max_kept_bytes
+    def __init__(self, budgets: Budgets | None = None) -> None:
+        """Makes an empty store."""
+        self.budgets = budgets or Budgets()
+        self._sessions: dict[SessionId, SessionValues] = {}
         self._kept: dict[str, KeptValues] = {}
 
     def kept_for(self, user: str) -> KeptValues:
         """Gives a user's values that outlive their session."""
-        return self._kept.setdefault(user, KeptValues(self._max_kept_bytes))
+        return self._kept.setdefault(user, KeptValues(self.budgets.kept))
 
     def let_go(self, user: str, handle_id: str) -> bool:
         """Frees a value that outlived its session; tells whether there was one."""
         return self.kept_for(user).pop(handle_id, None) is not None
 
-    def values(self, session_id: SessionId) -> dict[NodeId, object]:
+    def values(self, session_id: SessionId) -> SessionValues:
         """Gives the values of a session, to read and to add to."""
-        return self._sessions.setdefault(session_id, {})
+        return self._sessions.setdefault(session_id, SessionValues(self))
+
+    def check(self, changed: SessionValues) -> None:
+        """Sees to it that the values of a session, and those of all sessions, are within budget.
+
+        Raises:
+            CapacityError: OUT_OF_MEMORY.
+        """
+        changed.size = num_bytes(list(changed.values()))
+        most = self.budgets.session
+        if most is not None and changed.size > most:
+            raise error(
+                Reason.OUT_OF_MEMORY,
+                f"the session's values take {changed.size:,} bytes between its steps, and those of "
+                f"one session may take at most {most:,} here; keep less for later traces",
+                bytes=changed.size,
+                maxBytes=most,
+            )
+        total, most = sum(values.size for values in self._sessions.values()), self.budgets.shard
+        if most is not None and total > most:
+            raise error(
+                Reason.OUT_OF_MEMORY,
+                f"the session's values take {changed.size:,} bytes between its steps, with those "
+                f"of other sessions {total:,}, and all may take at most {most:,} here; keep less "
+                "for later traces, or run it again later",
+                bytes=changed.size,
+                totalBytes=total,
+                maxBytes=most,
+            )
 
     def release(self, session_id: SessionId) -> int:
         """Frees all values of a session and tells how many there were."""
@@ -73,6 +108,24 @@ class HandleStore:
 
     def _all(self) -> list[Mapping[Any, object]]:
         return [*self._sessions.values(), *self._kept.values()]
+
+
+class SessionValues(dict[Any, object]):
+    """Values that steps of a session give to later ones, by node."""
+
+    def __init__(self, store: HandleStore) -> None:
+        super().__init__()
+        self._store = store
+        self.size = 0
+        """Their bytes when they were last checked."""
+
+    def check(self) -> None:
+        """Sees to it that they are within the store's budgets.
+
+        Raises:
+            CapacityError: OUT_OF_MEMORY.
+        """
+        self._store.check(self)
 
 
 class KeptValues(dict[str, object]):

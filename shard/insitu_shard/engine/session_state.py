@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from insitu_shard.compiler import Limits
 from insitu_shard.engine.graph import UNSET, references, resolve
-from insitu_shard.engine.handles import num_bytes
+from insitu_shard.engine.handles import SessionValues, num_bytes
 from insitu_shard.engine.memory import compact, copied
 from insitu_shard.engine.training import ParameterValue, seen
 from insitu_wire.errors import Reason, error
@@ -89,10 +89,12 @@ class SessionState:
         """Takes in what a step gives to later ones.
 
         Raises:
-            CapacityError: LIMIT_EXCEEDED.
+            CapacityError: LIMIT_EXCEEDED or OUT_OF_MEMORY.
         """
         beside = list(self.values.values()) if self.writes_in_place else None
         self.values.update(compact(outliving, beside=beside))
+        if outliving and isinstance(self.values, SessionValues):
+            self.values.check()
         if self.max_value_bytes is not None:
             self._check_size(self.max_value_bytes)
 

@@ -5,6 +5,7 @@ import torch
 
 from insitu_proto.v1 import intervention_pb2, shard_service_pb2, trace_pb2
 from insitu_shard.engine import (
+    Budgets,
     HandleStore,
     Logged,
     Saved,
@@ -184,9 +185,34 @@ def test_what_steps_give_to_later_ones_is_bounded(tiny: TinyModels) -> None:
 
 
 def test_a_key_bounds_what_its_user_keeps_and_never_more_than_the_group_allows() -> None:
-    kept = HandleStore(max_kept_bytes=8).kept_for("ann")
+    kept = HandleStore(Budgets(kept=8)).kept_for("ann")
     for bound, size in ((4, 2), (100, 3), (None, 3)):
         kept.bound(bound)
         with pytest.raises(CapacityError):
             kept.keep({"h": torch.zeros(size)})
     kept.keep({"h": torch.zeros(2)})
+
+
+def test_values_between_steps_are_within_the_budgets_of_a_session_and_of_the_shard(
+    tiny: TinyModels,
+) -> None:
+    segment, trace = _segment()
+    _read(trace, 1, "model.layers.1")
+    segment.steps.add().log.values.add().reference.node_id = 1
+    models = {"tiny": load_model("tiny", tiny.folder("llama"))}
+
+    def run(store: HandleStore, session_id: str) -> None:
+        list(SegmentRun(models, segment, store.values(session_id), kept=[1]).run())
+
+    size = 4 * 64 * 4
+    with pytest.raises(CapacityError, match=r"take 1,024 bytes .* at most 1,023 here"):
+        run(HandleStore(Budgets(session=size - 1)), "a")
+    store = HandleStore(Budgets(session=size, shard=2 * size))
+    for session_id in ("a", "b"):
+        run(store, session_id)
+    assert store.num_bytes == 2 * size
+    with pytest.raises(CapacityError, match="other sessions 3,072, and all may take at most 2,048"):
+        run(store, "c")
+    for session_id in ("a", "c"):
+        store.release(session_id)
+    run(store, "d")

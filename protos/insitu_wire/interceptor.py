@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from insitu_wire.errors import Error, Reason, error, to_status
@@ -126,6 +127,13 @@ async def _mapped(context: Context) -> AsyncIterator[None]:
         yield
     except Error as err:
         await context.abort_with_status(rpc_status.to_status(to_status(err)))
+    except DecodeError as exception:
+        broken = error(
+            Reason.MALFORMED_SESSION,
+            f"the message is none of the contract ({exception}); use insitu's own client, or code "
+            "that protoc made of insitu_proto",
+        )
+        await context.abort_with_status(rpc_status.to_status(to_status(broken)))
     except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
         raise
     except Exception:  # noqa: BLE001 - the one place where the unforeseen is answered

@@ -6,10 +6,9 @@ import asyncio
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from insitu_scheduler.auth import caller
-from insitu_scheduler.refusals import check_limit, malformed
+from insitu_scheduler.refusals import check_limit
 from insitu_wire.limits import CHUNK_BYTES, MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
@@ -85,10 +84,7 @@ class Gate(grpc.aio.ServerInterceptor):
         return (await self._parse(message, parse) async for message in messages)
 
     async def _parse(self, message: bytes, parse: Parse) -> Any:
-        try:
-            if len(message) <= _MAX_INLINE_BYTES:
-                return parse(message)
-            async with self._parsing_large:
-                return await asyncio.to_thread(parse, message)
-        except DecodeError as exception:
-            raise malformed(f"the message can not be read ({exception})") from None
+        if len(message) <= _MAX_INLINE_BYTES:
+            return parse(message)
+        async with self._parsing_large:
+            return await asyncio.to_thread(parse, message)

@@ -1,21 +1,22 @@
-"""How long light users wait while one user floods, in simulated time: the fair queue beside FIFO.
+"""How long light users wait while one user floods, in simulated time: the scheduler beside FIFO.
 
-The queue is the scheduler's own; time, users and groups are simulated: two replicas, one session at
-a time each, session costs lognormal around 0.2 s, expectations off by a factor of e^N(0, 0.5).
-Also counts how many decisions a second the queue makes with 100,000 sessions in it.
+Queue, registry and placement are the scheduler's own, driven by a virtual clock (`_simulation.py`);
+users and groups are simulated: two replicas of a model, a session at a time each, sessions of one
+or more traces, a trace lognormal around 0.2 s, expectations off by a factor of e^N(0, 0.5). With
+faults, groups die at random and come back, and what ran on them is run again. Also counts how
+many decisions a second the queue makes with 100,000 sessions in it.
 """
 
 from __future__ import annotations
 
 import argparse
-import heapq
-import itertools
 import random
 import statistics
 import time
-from collections import Counter, OrderedDict
-from dataclasses import dataclass
+from collections import Counter
 from typing import TYPE_CHECKING
+
+from _simulation import Arrival, Faults, Fifo, Simulation
 
 from insitu_scheduler.fair_queue import FairQueue
 from insitu_scheduler.queue import SessionId, WaitingSession
@@ -23,33 +24,9 @@ from insitu_scheduler.queue import SessionId, WaitingSession
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-NUM_REPLICAS = 2
 NUM_LIGHT = 10
 SECONDS = 600.0
-
-
-@dataclass(frozen=True)
-class Arrival:
-    at: float
-    user: str
-    cost: float
-    """What the session really costs, in seconds."""
-
-
-class Fifo:
-    """First come, first served: what the fair queue is compared with."""
-
-    def __init__(self) -> None:
-        self._waiting: OrderedDict[str, WaitingSession] = OrderedDict()
-
-    def push(self, waiting: WaitingSession) -> None:
-        self._waiting[waiting.session_id] = waiting
-
-    def pop(self, model: str, free: object, *, now: float) -> WaitingSession | None:
-        return self._waiting.popitem(last=False)[1] if self._waiting else None
-
-    def settle(self, waiting: WaitingSession, cost: float) -> None:
-        pass
+QUANTUM = 2.0
 
 
 def light(rng: random.Random) -> Iterator[Arrival]:
@@ -57,58 +34,37 @@ def light(rng: random.Random) -> Iterator[Arrival]:
     for number in range(NUM_LIGHT):
         at = 0.0
         while (at := at + rng.expovariate(0.4)) < SECONDS:
-            yield Arrival(at, f"light-{number}", rng.lognormvariate(-1.6, 0.5))
+            yield Arrival(at, f"light-{number}", _traces(rng, 1))
 
 
 def steady_flood(rng: random.Random) -> Iterator[Arrival]:
-    """Short sessions, more than three times what the replicas can do."""
+    """Sessions of one trace, more than three times what the replicas can do."""
     at = 0.0
     while (at := at + rng.expovariate(30)) < SECONDS:
-        yield Arrival(at, "heavy", rng.lognormvariate(-1.6, 0.5))
+        yield Arrival(at, "heavy", _traces(rng, 1))
 
 
 def long_sessions(rng: random.Random) -> Iterator[Arrival]:
-    """Sessions that cost ten times as much."""
+    """Sessions of forty traces, as much in all."""
     at = 0.0
-    while (at := at + rng.expovariate(3)) < SECONDS:
-        yield Arrival(at, "heavy", 10 * rng.lognormvariate(-1.6, 0.5))
+    while (at := at + rng.expovariate(0.75)) < SECONDS:
+        yield Arrival(at, "heavy", _traces(rng, 40))
+
+
+def at_once(rng: random.Random) -> Iterator[Arrival]:
+    """Twenty sessions of two hundred traces at the beginning."""
+    for _ in range(20):
+        yield Arrival(0.0, "heavy", _traces(rng, 200))
 
 
 def burst(rng: random.Random) -> Iterator[Arrival]:
-    """Five hundred sessions at once."""
+    """Five hundred sessions of one trace at the beginning."""
     for _ in range(500):
-        yield Arrival(0.0, "heavy", rng.lognormvariate(-1.6, 0.5))
+        yield Arrival(0.0, "heavy", _traces(rng, 1))
 
 
-def simulate(queue: Fifo | FairQueue, arrivals: list[Arrival], seed: int) -> dict[str, list[float]]:
-    """Gives every user's waits."""
-    rng = random.Random(seed)
-    ids = itertools.count()
-    costs: dict[str, float] = {}
-    waits: dict[str, list[float]] = {}
-    ends: list[tuple[float, int, WaitingSession | None]] = [
-        (0.0, number, None) for number in range(NUM_REPLICAS)
-    ]
-    coming = iter(sorted(arrivals, key=lambda arrival: arrival.at))
-    following = next(coming, None)
-    idle: list[int] = []
-    while ends or following:
-        if following and (not ends or following.at <= ends[0][0]):
-            now = following.at
-            name = str(next(ids))
-            costs[name] = following.cost
-            expected = following.cost * rng.lognormvariate(0, 0.5)
-            queue.push(WaitingSession(SessionId(name), following.user, "m", expected, now))
-            following = next(coming, None)
-        else:
-            now, replica, ended = heapq.heappop(ends)
-            if ended is not None:
-                queue.settle(ended, costs[ended.session_id])
-            idle.append(replica)
-        while idle and (waiting := queue.pop("m", {"m"}, now=now)):
-            waits.setdefault(waiting.user, []).append(now - waiting.enqueued_at)
-            heapq.heappush(ends, (now + costs[waiting.session_id], idle.pop(), waiting))
-    return waits
+def _traces(rng: random.Random, count: int) -> tuple[float, ...]:
+    return tuple(rng.lognormvariate(-1.6, 0.5) for _ in range(count))
 
 
 def p99(values: list[float]) -> float:
@@ -119,23 +75,31 @@ def jain(values: list[float]) -> float:
     return sum(values) ** 2 / (len(values) * sum(value**2 for value in values))
 
 
-def compare(seeds: range) -> None:
-    print("| heavy user | queue | light p50, s | light p99, s | FIFO's p99 / it |")
-    print("|---|---|---|---|---|")
-    for shape in (steady_flood, long_sessions, burst):
-        found: dict[str, list[tuple[float, float]]] = {"FIFO": [], "fair": []}
+def compare(seeds: range, *, faults: bool) -> None:
+    print(f"\nGroups {'die every 60 s' if faults else 'do not die'}; quantum {QUANTUM:g} s.\n")
+    print("| heavy user | queue | light p50, s | light p99, s | longest trace, s | FIFO's / it |")
+    print("|---|---|---|---|---|---|")
+    for shape in (steady_flood, long_sessions, at_once, burst):
+        found: dict[str, list[tuple[float, float, float]]] = {"FIFO": [], "fair": []}
         for seed in seeds:
             rng = random.Random(seed)
             arrivals = [*light(rng), *shape(rng)]
+            longest = max(cost for arrival in arrivals for cost in arrival.traces)
             for name, queue in (("FIFO", Fifo()), ("fair", FairQueue())):
-                waits = simulate(queue, arrivals, seed)
-                lights = [at for user, values in waits.items() if user != "heavy" for at in values]
-                found[name].append((statistics.median(lights), p99(lights)))
-        slow = statistics.median(at for _, at in found["FIFO"])
+                quantum = QUANTUM if name == "fair" else None
+                dying = Faults(seed, every=60.0) if faults else None
+                done = Simulation(queue, arrivals, seed, quantum=quantum, faults=dying).run()
+                lights = [at for user, all_ in done.waits.items() if user != "heavy" for at in all_]
+                found[name].append((statistics.median(lights), p99(lights), longest))
+        slow = statistics.median(at for _, at, _ in found["FIFO"])
         for name, figures in found.items():
-            middle = statistics.median(at for at, _ in figures)
-            high = statistics.median(at for _, at in figures)
-            print(f"| {shape.__name__} | {name} | {middle:.2f} | {high:.2f} | {slow / high:.0f} |")
+            middle, high, longest = (
+                statistics.median(column) for column in zip(*figures, strict=True)
+            )
+            print(
+                f"| {shape.__name__} | {name} | {middle:.2f} | {high:.2f} | {longest:.1f} "
+                f"| {slow / high:.0f} |"
+            )
 
 
 def served_cost(num_sessions: int) -> None:
@@ -147,7 +111,8 @@ def served_cost(num_sessions: int) -> None:
             user = f"user-{number % 10}"
             cost = (10 if number % 10 == 0 else 1) * rng.lognormvariate(-1.6, 0.5)
             queue.push(WaitingSession(SessionId(f"{number} {cost}"), user, "m", cost, 0.0))
-        while waiting := queue.pop("m", {"m"}, now=0.0):
+        while found := queue.pop("m", lambda waiting: True, now=0.0):
+            waiting = found[0]
             had[waiting.user] += waiting.estimated_cost
             queue.settle(waiting, waiting.estimated_cost)
             if had.total() > 0.1 * num_sessions * 0.2:
@@ -165,19 +130,24 @@ def decisions(num_queued: int, num_decisions: int) -> None:
 
     for number in range(num_queued):
         queue.push(session(number))
-    times = []
+    times, asking = [], []
     for number in range(num_queued, num_queued + num_decisions):
         arriving = session(number)
         started = time.perf_counter()
         queue.push(arriving)
-        served = queue.pop("m", {"m"}, now=0.0)
-        assert served is not None
-        queue.settle(served, served.estimated_cost)
+        found = queue.pop("m", lambda waiting: True, now=0.0)
+        assert found is not None
+        queue.settle(found[0], found[0].estimated_cost)
         times.append(time.perf_counter() - started)
+        if number % 50 == 0:
+            started = time.perf_counter()
+            queue.num_ahead("m", arriving.user)
+            asking.append(time.perf_counter() - started)
     print(
         f"\n{num_queued:,} sessions of 1,000 users wait; a push, a decision and a settlement take "
         f"{statistics.median(times) * 1e6:.0f} us (p99 {p99(times) * 1e6:.0f} us): "
-        f"{num_decisions / sum(times):,.0f} a second"
+        f"{num_decisions / sum(times):,.0f} a second. A newcomer's position takes "
+        f"{statistics.median(asking) * 1e6:.0f} us."
     )
 
 
@@ -185,7 +155,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="only sees that it runs")
     quick = parser.parse_args().quick
-    compare(range(1 if quick else 5))
+    for faults in (False, True):
+        compare(range(1 if quick else 5), faults=faults)
     served_cost(2_000 if quick else 20_000)
     decisions(10_000 if quick else 100_000, 1_000 if quick else 50_000)
 

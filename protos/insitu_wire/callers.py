@@ -12,7 +12,7 @@ from insitu_wire.errors import Reason, error
 from insitu_wire.tls import peer_names
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     Handler = grpc.RpcMethodHandler[Any, Any] | None
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -27,6 +27,7 @@ class CallerCheck(grpc.aio.ServerInterceptor):
         metadata_key: str = "",
         token: str = "",
         names: frozenset[str] = frozenset(),
+        also: Callable[[Context], None] | None = None,
     ) -> None:
         """Makes it; without token and names all may call.
 
@@ -35,7 +36,9 @@ class CallerCheck(grpc.aio.ServerInterceptor):
             metadata_key: where the token is.
             token: what calls have to carry.
             names: of which a caller's certificate has to have one.
+            also: a further check of each call, that raises what the call is refused with.
         """
+        self._also = also
         self._services = services
         self._metadata_key = metadata_key
         self._token = token
@@ -63,13 +66,19 @@ class CallerCheck(grpc.aio.ServerInterceptor):
                 "this service is for the schedulers and shard groups of one deployment alone; give "
                 "them the same join token, and certificates of their own CA where they use TLS",
             )
+        if self._also is not None:
+            self._also(context)
 
 
 def carrying(channel: grpc.aio.Channel, metadata_key: str, token: str) -> grpc.aio.Channel:
     """Gives a channel for stubs whose calls all carry a token; if it is empty, the channel."""
-    if not token:
-        return channel
-    return cast("grpc.aio.Channel", _Carrying(channel, ((metadata_key, token),)))
+    return carrying_all(channel, {metadata_key: token})
+
+
+def carrying_all(channel: grpc.aio.Channel, values: Mapping[str, str]) -> grpc.aio.Channel:
+    """Gives a channel for stubs whose calls all carry some metadata, but for what is empty."""
+    metadata = tuple((key, value) for key, value in values.items() if value)
+    return cast("grpc.aio.Channel", _Carrying(channel, metadata)) if metadata else channel
 
 
 class _Carrying:

@@ -80,6 +80,7 @@ class Reason(StrEnum):
     QUOTA_EXCEEDED = auto()
     LIMIT_EXCEEDED = auto()
     TOO_MANY_ATTEMPTS = auto()
+    SCHEDULER_REPLACED = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +245,7 @@ _TABLE: dict[Reason, tuple[grpc.StatusCode, type[Error]]] = {
     Reason.QUOTA_EXCEEDED: (_Code.RESOURCE_EXHAUSTED, CapacityError),
     Reason.LIMIT_EXCEEDED: (_Code.RESOURCE_EXHAUSTED, CapacityError),
     Reason.TOO_MANY_ATTEMPTS: (_Code.RESOURCE_EXHAUSTED, CapacityError),
+    Reason.SCHEDULER_REPLACED: (_Code.FAILED_PRECONDITION, SessionStateError),
     Reason.CHECKSUM_MISMATCH: (_Code.DATA_LOSS, InternalError),
     Reason.INTERNAL: (_Code.INTERNAL, InternalError),
 }

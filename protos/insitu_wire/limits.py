@@ -21,6 +21,7 @@ API_KEY_METADATA = "insitu-api-key"
 """Metadata key that carries a client's API key."""
 
 ACCESS_TOKEN_METADATA = "insitu-access-token"
+EPOCH_METADATA = "insitu-epoch"
 """Metadata key of calls to a shard group: the token that it gave the scheduler."""
 
 JOIN_TOKEN_METADATA = "insitu-join-token"

@@ -13,7 +13,7 @@ import typer
 from insitu_scheduler.config import SchedulerConfig
 from insitu_scheduler.limits import Limits
 from insitu_scheduler.server import Server
-from insitu_wire.errors import Error
+from insitu_wire.errors import Error, Reason, error
 from insitu_wire.limits import MAX_SESSION_BYTES
 from insitu_wire.logs import LogFormat, set_up_logging
 from insitu_wire.paths import state_folder
@@ -30,6 +30,22 @@ def run(
     data_dir: Annotated[
         Path | None,
         typer.Option(envvar="INSITU_DATA_DIR", help="Folder of the journal and of results."),
+    ] = None,
+    journal: Annotated[
+        str | None,
+        typer.Option(
+            envvar="INSITU_JOURNAL",
+            help="Journal, as postgresql://USER:PASSWORD@HOST/DATABASE; a second scheduler with "
+            "the same stands by. Without it, a SQLite file in the data folder.",
+        ),
+    ] = None,
+    results: Annotated[
+        str | None,
+        typer.Option(
+            envvar="INSITU_RESULTS",
+            help="Where results are kept, as s3://BUCKET/PREFIX or file:///FOLDER; without it, in "
+            "the data folder.",
+        ),
     ] = None,
     metrics_port: Annotated[
         int,
@@ -150,6 +166,13 @@ def run(
             "another that its memory does not hold beside it.",
         ),
     ] = 60.0,
+    quantum_seconds: Annotated[
+        float,
+        typer.Option(
+            envvar="INSITU_QUANTUM_SECONDS",
+            help="Shard time after which a session that runs may have to wait again for others.",
+        ),
+    ] = 30.0,
     retention_seconds: Annotated[
         float,
         typer.Option(
@@ -187,6 +210,8 @@ def run(
     try:
         config = SchedulerConfig(
             data_dir=(data_dir or state_folder()).absolute(),
+            journal=journal,
+            results=results,
             host=host,
             port=port,
             metrics_port=metrics_port if metrics_port != -1 else None,
@@ -210,6 +235,7 @@ def run(
             max_attempts=max_attempts,
             max_wait_seconds=max_wait_seconds,
             model_turn_seconds=model_turn_seconds,
+            quantum_seconds=quantum_seconds,
             retention_seconds=retention_seconds,
             lease_ttl_seconds=lease_ttl_seconds,
             orphan_grace_seconds=orphan_grace_seconds,
@@ -226,8 +252,27 @@ async def _serve(config: SchedulerConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    async with Server(config):
-        await stopping.wait()
+    server = Server(config, on_lost=stopping.set)
+    starting = asyncio.create_task(server.start())
+    told = asyncio.create_task(stopping.wait())
+    # One that stands by may be told to stop before it has begun to serve.
+    await asyncio.wait({starting, told}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        await asyncio.wait({starting})
+        return
+    try:
+        await starting
+        await told
+    finally:
+        told.cancel()
+        await server.stop()
+    if server.is_lost:
+        raise error(
+            Reason.INTERNAL,
+            "the journal's database is gone, or another scheduler leads; start this one again, to "
+            "stand by",
+        )
 
 
 def main() -> None:

@@ -103,7 +103,7 @@ class Admission:
         await _off_loop(session, lambda: _check(session, key, terms.limits, models))
         self._dispatcher.hosting.check_together(models_of(session))
         # Refused now where it can be known; it may be lost later, too.
-        self._dispatcher.kept.group_of(user, session)
+        self._dispatcher.kept.groups_of(user, session)
         accepted = AcceptedSession(
             session_id=SessionId(str(uuid.uuid4())),
             request_id=request.request_id,
@@ -138,7 +138,7 @@ class Admission:
             log,
             session,
             accepted.model,
-            needed_lease_id=kept.group_of(accepted.user, session),
+            needed_leases=kept.groups_of(accepted.user, session),
             keepers=kept.keepers(accepted.user, session),
             terms=accepted.terms,
         )

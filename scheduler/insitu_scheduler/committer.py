@@ -12,7 +12,6 @@ import sqlalchemy as sa
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -28,17 +27,32 @@ class OnCommit(Protocol):
 
 
 class Committer:
-    """Owns the one connection to a SQLite file, on a thread of its own.
+    """Owns the one connection to a database, on a thread of its own.
 
     While the thread commits, new work gathers; it is committed next, all at once: the cost of a
     commit is shared by all who wait for it. If it fails, it fails for all of them.
     """
 
-    def __init__(self, path: Path, on_commit: OnCommit | None = None) -> None:
+    def __init__(
+        self,
+        url: str | sa.URL,
+        on_commit: OnCommit | None = None,
+        on_lost: Callable[[], None] | None = None,
+    ) -> None:
+        """Makes it; nothing is opened yet.
+
+        Args:
+            url: of the database, as SQLAlchemy has them.
+            on_commit: told of each commit, on the thread.
+            on_lost: told on the event loop that the connection has broken, and with it the lock.
+        """
         self._on_commit = on_commit
+        self._on_lost = on_lost
+        self.is_lost = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
-        self._engine = sa.create_engine(f"sqlite:///{path}", poolclass=sa.NullPool)
-        sa.event.listen(self._engine, "connect", _make_durable)
+        self._engine = sa.create_engine(url, poolclass=sa.NullPool)
+        if self._engine.dialect.name == "sqlite":
+            sa.event.listen(self._engine, "connect", _make_durable)
         self._connection: sa.Connection | None = None
         self._pending: list[tuple[Callable[[sa.Connection], Any], asyncio.Future[Any]]] = []
         self._flushing: asyncio.Future[list[Any]] | None = None
@@ -55,7 +69,7 @@ class Committer:
 
     async def close(self) -> None:
         """Commits what is pending and closes the file."""
-        if self._connection is not None:
+        if self._connection is not None and not self.is_lost:
             await self.run(lambda connection: None)
         await asyncio.get_running_loop().run_in_executor(self._thread, self._disconnect)
         self._thread.shutdown()
@@ -103,6 +117,10 @@ class Committer:
     ) -> None:
         self._flushing = None
         exception = flushing.exception()
+        if _has_broken(exception) and not self.is_lost:
+            self.is_lost = True
+            if self._on_lost is not None:
+                self._on_lost()
         results = [None] * len(futures) if exception else flushing.result()
         for future, result in zip(futures, results, strict=True):
             if future.done():  # whoever waited has gone
@@ -122,7 +140,8 @@ class Committer:
         self._engine.dispose()
 
     def _commit(self, operations: Sequence[Callable[[sa.Connection], Any]]) -> list[Any]:
-        if self._connection is None:
+        # One that connected again would write without the lock.
+        if self._connection is None or self._connection.invalidated:
             raise RuntimeError("the journal is not open")
         started, has_failed = time.perf_counter(), True
         try:
@@ -133,6 +152,10 @@ class Committer:
         finally:
             if self._on_commit is not None:
                 self._on_commit(time.perf_counter() - started, has_failed=has_failed)
+
+
+def _has_broken(exception: BaseException | None) -> bool:
+    return isinstance(exception, sa.exc.DBAPIError) and exception.connection_invalidated
 
 
 def _log_failure(written: asyncio.Future[None]) -> None:

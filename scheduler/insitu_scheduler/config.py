@@ -22,6 +22,10 @@ class SchedulerConfig:
 
     data_dir: Path
     """Folder of journal, results and uploads; made if missing, used by one scheduler at a time."""
+    journal: str | None = None
+    """URL of the journal, as `postgresql://...`; None for a SQLite file in the data folder."""
+    results: str | None = None
+    """Where results are, as `s3://BUCKET/PREFIX`; None for a folder in the data folder."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 7433
@@ -55,6 +59,8 @@ class SchedulerConfig:
     """How long a user may wait for a turn, however much more than the others the user has had."""
     model_turn_seconds: float = 60.0
     """How long a host keeps a model loaded that is in use, while others wait for its memory."""
+    quantum_seconds: float = 30.0
+    """How much shard time a session has before it may have to wait again while others wait."""
     retention_seconds: float = 7 * 24 * 3600.0
     """How long a session that has ended is kept, with what it saved."""
     lease_ttl_seconds: float = 10.0
@@ -92,6 +98,7 @@ class SchedulerConfig:
             ("--lease-ttl-seconds", self.lease_ttl_seconds),
             ("--max-wait-seconds", self.max_wait_seconds),
             ("--model-turn-seconds", self.model_turn_seconds),
+            ("--quantum-seconds", self.quantum_seconds),
             ("--retention-seconds", self.retention_seconds),
         ):
             _check(flag, seconds, "more than 0", seconds > 0)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
+import time
 from typing import TYPE_CHECKING
 
 from insitu_wire.errors import Error, Reason, error
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+_HANDOVER_SECONDS = 30.0
 
 
 class DataDir:
@@ -34,10 +38,26 @@ class DataDir:
             os.close(self._lock)
             raise _unusable(path, "is in use by another scheduler") from None
 
+    @classmethod
+    async def once_free(cls, path: Path) -> DataDir:
+        """Takes the folder, waiting a while for a scheduler that has lost the lead to go.
+
+        Raises:
+            ConfigurationError: as the constructor.
+        """
+        deadline = time.monotonic() + _HANDOVER_SECONDS
+        while True:
+            try:
+                return cls(path)
+            except Error:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(0.1)
+
     @property
-    def journal_path(self) -> Path:
-        """The journal's file."""
-        return self._path / "journal.sqlite"
+    def journal_url(self) -> str:
+        """Where the journal is if no other place is given."""
+        return f"sqlite:///{self._path / 'journal.sqlite'}"
 
     @property
     def results_path(self) -> Path:

@@ -10,6 +10,8 @@ import datetime
 import logging
 import time
 from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from insitu_proto.v1.event_pb2 import EventKind
@@ -22,6 +24,8 @@ from insitu_scheduler.kept_values import KeptValues
 from insitu_scheduler.links import GroupLinks
 from insitu_scheduler.live_session import LiveSession, ending
 from insitu_scheduler.observing import Observer
+from insitu_scheduler.placement import Placement
+from insitu_scheduler.places import SessionPlaces
 from insitu_scheduler.positions import PositionAnnouncer
 from insitu_scheduler.queue import WaitingSession
 from insitu_scheduler.refusals import queue_full, quota_exceeded
@@ -30,6 +34,7 @@ from insitu_scheduler.segments import count_traces, cut, models_of, work_of
 from insitu_scheduler.shards import replica_lost
 from insitu_scheduler.transfers import plan_transfers
 from insitu_scheduler.watchers import Watchers
+from insitu_wire.dtypes import num_bytes
 from insitu_wire.errors import Error, Reason, error
 
 if TYPE_CHECKING:
@@ -67,6 +72,7 @@ class Dispatcher:
         max_queued: int,
         max_attempts: int,
         orphan_grace_seconds: float,
+        quantum_seconds: float,
     ) -> None:
         self.kept = KeptValues()
         self.watchers = Watchers(orphan_grace_seconds, self._cancel_orphan)
@@ -80,6 +86,8 @@ class Dispatcher:
         self.hosting = hosting
         self._max_queued = max_queued
         self._max_attempts = max_attempts
+        self._quantum_seconds = quantum_seconds
+        self._placement = Placement(registry)
         self._positions = PositionAnnouncer(queue, self._show_position)
         self._live: dict[SessionId, LiveSession] = {}
         self.observer = Observer(queue, registry, self._live, metrics)
@@ -178,23 +186,31 @@ class Dispatcher:
 
     def _wait(self, live: LiveSession, position: int) -> None:
         """Has a session wait, shown to its user at a position."""
-        session_id = live.log.session_id
         live.expected_cost = self._costs.expect(live.model, work_of(live.session))
+        # One of computations alone runs where what it loads is kept.
+        model = live.model or next(iter(live.needed_leases), None)
+        tensors = live.session.tensors
         waiting = WaitingSession(
-            session_id,
+            live.log.session_id,
             user=live.log.user,
-            model=live.model,
+            model=model,
             estimated_cost=live.expected_cost,
             enqueued_at=time.monotonic(),
-            others=frozenset(models_of(live.session)) - {live.model},
-            lease_id=live.needed_lease_id,
+            others=frozenset(models_of(live.session)) - {model},
+            pins=live.needed_leases,
             after=live.keepers,
             is_alone=live.log.attempt > 1,
+            tier=live.terms.tier,
+            weight=live.terms.weight,
+            uploads={at.content_hash: num_bytes(at) for at in tensors if at.content_hash},
         )
-        self._queue.push(waiting)
+        self._push(waiting, position)
+
+    def _push(self, waiting: WaitingSession, position: int, *, is_first: bool = False) -> None:
+        self._queue.push(waiting, is_first=is_first)
         self._count(waiting.user, 1)
-        self._positions.pushed(session_id, position)
-        self._untold.add(session_id)
+        self._positions.pushed(waiting.session_id, position)
+        self._untold.add(waiting.session_id)
         self.observer.queue_changed(waiting)
 
     async def cancel(self, session_id: SessionId) -> None:
@@ -237,7 +253,7 @@ class Dispatcher:
     def _fail_those_that_need(self, group: Group) -> None:
         """Ends waiting sessions that load what a group kept that is gone."""
         for live in list(self._live.values()):
-            if live.work is None and live.needed_lease_id == group.lease_id:
+            if live.work is None and group.lease_id in live.needed_leases.values():
                 self._withdraw(live, "error")
                 self._background.spawn(self._end(live, events.failed(replica_lost())))
 
@@ -278,7 +294,7 @@ class Dispatcher:
     def _match(self) -> None:
         """Fills the free places of all groups with the next sessions that these can run."""
         started = time.perf_counter()
-        while not self._is_stopping and self._place_one():
+        while not self._is_stopping and any(map(self._place_one, self._registry.ready_models())):
             pass
         self._metrics.decided(time.perf_counter() - started)
         if not self._is_stopping:
@@ -295,36 +311,33 @@ class Dispatcher:
             if live.work is None and self.hosting.text(models_of(live.session)):
                 self._show_position(session_id, self._positions.shown(session_id))
 
-    def _place_one(self) -> bool:
-        """Starts one session, where there are the most free places; False if none can start."""
-        ready = self._registry.ready()
-        free = {group.model: group for group in reversed(ready)}
-        for group in ready:
-            now = time.monotonic()
-            waiting = self._queue.pop(
-                group.model,
-                free.keys(),
-                group.lease_id,
-                live=self._live.keys(),
-                sated=group.sated_users,
-                is_empty=not group.num_sessions,
-                now=now,
-            )
-            if waiting is not None:
-                needed = ({waiting.model} | waiting.others) - {group.model, None}
-                groups = [group, *(free[model] for model in needed if model)]
-                for taken in groups:
-                    self._registry.take(taken, waiting.user, is_alone=waiting.is_alone)
-                    self.observer.groups_changed(taken.model)
-                self._metrics.waited(group.model, "dispatched", now - waiting.enqueued_at)
-                self._positions.left(waiting.session_id)
-                self._count(waiting.user, -1)
-                self.observer.queue_changed(waiting)
-                self._start(self._live[waiting.session_id], waiting, groups)
-                return True
-        return False
+    def _place_one(self, model: str) -> bool:
+        """Starts one session on the groups of a model; False if none can start."""
+        now = time.monotonic()
+        found = self._queue.pop(
+            model,
+            lambda waiting: self._placement.groups_for(waiting, model, self._live.keys()),
+            sated=self._placement.sated(model),
+            now=now,
+        )
+        if found is None:
+            return False
+        waiting, groups = found
+        live = self._live[waiting.session_id]
+        self._metrics.waited(model, "dispatched", now - waiting.enqueued_at)
+        self._positions.left(waiting.session_id)
+        self._count(waiting.user, -1)
+        self.observer.queue_changed(waiting)
+        live.turn, live.turn_began_at = waiting, live.seconds or 0.0
+        if live.work is None:
+            self._start(live, waiting, groups)
+        elif live.places is not None:
+            live.places.come_back()
+            self._book.publish(live.log, events.running(0, count_traces(live.session)))
+            self._pause(live, goes_on=True)
+        return True
 
-    def _start(self, live: LiveSession, waiting: WaitingSession, groups: list[Group]) -> None:
+    def _start(self, live: LiveSession, waiting: WaitingSession, groups: dict[str, Group]) -> None:
         segments = cut(live.session)
         run = SessionRun(
             log=live.log,
@@ -337,44 +350,92 @@ class Dispatcher:
             uploads=self._uploads,
             terms=live.terms,
         )
-        held = [(group, self._links[group]) for group in groups]
-        leases = {group.model: group.lease_id for group in groups}
-        self.kept.add(live.log.user, live.session, leases, keeper=live.log.session_id)
-        live.lease_ids = frozenset(group.lease_id for group in groups)
-        live.work = asyncio.create_task(run.run({group.model: client for group, client in held}))
-        self._background.spawn(self._see_through(live, waiting, run, held))
+        places = SessionPlaces(
+            self._registry,
+            self._links,
+            waiting,
+            groups,
+            on_change=lambda group: self.observer.groups_changed(group.model),
+            on_moved=self._match,
+            on_used=lambda seconds: self._used(live, seconds),
+        )
+        live.places = places
+        self.kept.add(live.log.user, live.session, places.leases, keeper=live.log.session_id)
+        live.work = asyncio.create_task(run.run(places))
+        self._background.spawn(self._see_through(live, run, places))
 
-    async def _see_through(
-        self,
-        live: LiveSession,
-        waiting: WaitingSession,
-        run: SessionRun,
-        held: list[tuple[Group, ShardClient]],
+    def _used(self, live: LiveSession, seconds: float) -> None:
+        """Has a session yield its place that has had its quantum, if others wait for it."""
+        live.seconds = seconds
+        turn, places = live.turn, live.places
+        if turn is None or places is None or turn.is_alone:
+            return
+        spent = seconds - live.turn_began_at
+        is_over = spent >= self._quantum_seconds
+        if is_over and self._queue.has_others(places.here, live.log.user):
+            self._yield(live, turn, places, spent)
+
+    def _yield(
+        self, live: LiveSession, turn: WaitingSession, places: SessionPlaces, spent: float
     ) -> None:
+        self._queue.settle(turn, spent)
+        self.observer.served(turn, seconds=spent)
+        live.turn = None
+        places.leave()
+        again = replace(
+            turn,
+            model=places.here,
+            others=frozenset(places.leases) - {places.here},
+            pins=places.leases,
+            estimated_cost=self._quantum_seconds,
+            enqueued_at=time.monotonic(),
+            has_begun=True,
+        )
+        self._push(again, 1, is_first=True)
+        self._match()
+        if live.log.session_id in self._queue:
+            position = self._queue.num_ahead(again.model, again.user, again.tier, again.weight)
+            self._book.publish(live.log, events.yielded(max(position, 1), self._quantum_seconds))
+            self._pause(live, goes_on=False)
+
+    def _pause(self, live: LiveSession, *, goes_on: bool) -> None:
+        """Has a session's group hold it, or go on with it, after what it was told before."""
+        before, places = live.pausing, live.places
+        assert places is not None
+        client = places.clients[places.here]
+
+        async def tell() -> None:
+            if before is not None:
+                await asyncio.wait([before])
+            # A group that is gone holds nothing.
+            with suppress(Error):
+                await client.pause(live.log.session_id, goes_on=goes_on)
+
+        live.pausing = self._background.spawn(tell())
+
+    async def _see_through(self, live: LiveSession, run: SessionRun, places: SessionPlaces) -> None:
         """Waits for a session's work, ends it, and has its groups take the next."""
         started = time.monotonic()
         event = await ending(live)
         seconds = time.monotonic() - started
+        if live.log.session_id in self._queue:
+            self._withdraw(live, _outcome(event))
         runs_again = self._runs_again(live, event)
-        self._settle_cost(live, waiting, run.shard_seconds)
+        self._settle_cost(live, run.shard_seconds)
         outcome = "interrupted" if runs_again else _outcome(event)
-        self._metrics.executed(held[0][0].model, outcome, seconds)
+        self._metrics.executed(places.here, outcome, seconds)
         if was_lost(event):
             _log.warning("session %s is lost: %s", live.log.session_id, event.failure.message)
-            # Whichever does not answer gets nothing more until it is heard of.
-            for group, _ in held:
-                self._registry.suspect(group)
-        freeing = [
-            asyncio.create_task(self._release(live.log, group, client)) for group, client in held
-        ]
+            places.suspect()
+        freeing = asyncio.create_task(self._release(live.log, places))
         if runs_again:
-            await asyncio.gather(*freeing)
+            await freeing
             await self._put_back(live)
             return
         try:
             await self._end(live, event)
         finally:
-            await asyncio.gather(*freeing)
+            await freeing
 
     def _runs_again(self, live: LiveSession, event: Event) -> bool:
         """Whether a session is to be run again: not its own doing ended what ran it."""
@@ -382,11 +443,11 @@ class Dispatcher:
             return True
         if live.is_cancelled or not was_lost(event):
             return False
-        return live.needed_lease_id is None or live.needed_lease_id in self._registry
+        return all(lease_id in self._registry for lease_id in live.needed_leases.values())
 
     async def _put_back(self, live: LiveSession) -> None:
         """Has a session wait again, after all that it left at groups was freed."""
-        live.work, live.verdict, live.lease_ids = None, None, frozenset()
+        live.work, live.verdict, live.places, live.seconds = None, None, None, None
         if self._is_stopping:
             self._book.publish(live.log, events.put_back())
             return
@@ -404,25 +465,25 @@ class Dispatcher:
         self._wait(live, again.queue_position)
         self._match()
 
-    def _settle_cost(
-        self, live: LiveSession, waiting: WaitingSession, seconds: float | None
-    ) -> None:
+    def _settle_cost(self, live: LiveSession, seconds: float | None) -> None:
         """Charges the user what the session did cost; what it was expected to, if not known."""
-        cost = waiting.estimated_cost if seconds is None else seconds
-        self._queue.settle(waiting, cost)
-        self.observer.served(waiting, seconds=cost)
-        model = waiting.model or ""
-        self._metrics.charged(model, expected=waiting.estimated_cost, seconds=cost)
-        if seconds is not None and not waiting.others:
-            self._costs.learn(waiting.model, work_of(live.session), seconds)
+        total = seconds if seconds is not None else live.seconds
+        turn, live.turn = live.turn, None
+        if turn is not None:
+            known = None if total is None else max(total - live.turn_began_at, 0.0)
+            cost = turn.estimated_cost if known is None else known
+            self._queue.settle(turn, cost)
+            self.observer.served(turn, seconds=cost)
+            self._metrics.charged(turn.model or "", expected=turn.estimated_cost, seconds=cost)
+        models = models_of(live.session)
+        if seconds is not None and len(models) <= 1:
+            self._costs.learn(live.model, work_of(live.session), seconds)
 
-    async def _release(self, log: EventLog, group: Group, client: ShardClient) -> None:
+    async def _release(self, log: EventLog, places: SessionPlaces) -> None:
         try:
-            await self._links.release(log, group, client)
+            await places.release(log)
         finally:
-            if group.lease_id in self._registry:
-                self.observer.groups_changed(group.model)
-                self._match()
+            self._match()
 
     async def _end(self, live: LiveSession, event: Event) -> None:
         self._live.pop(live.log.session_id, None)

@@ -69,6 +69,16 @@ def put_back() -> Event:
     )
 
 
+def yielded(position: int, quantum_seconds: float) -> Event:
+    """The session has used its quantum while others wait."""
+    return Event(
+        kind=EventKind.EVENT_KIND_QUEUED,
+        message=f"Your session has had the {quantum_seconds:g} s that it runs without a break, and "
+        f"others wait. It keeps its values and goes on from position {position} in the queue.",
+        queue_position=position,
+    )
+
+
 def running(trace_number: int, num_traces: int) -> Event:
     """The session runs; trace number 0 if no trace has started."""
     where = f": trace {trace_number} of {num_traces}" if trace_number else ""
@@ -238,8 +248,7 @@ class EventBook:
         """Shows an event as soon as the journal has it. Nothing follows the end."""
         if not log.is_closing:
             log.stamp(event)
-            # Shown even if the journal failed: a client must not wait for ever.
-            self._journal.append_later(log.session_id, event, then=lambda: log.show(event))
+            self._journal.append_later(log.session_id, event, then=lambda: self._show(log, event))
 
     async def end(self, log: EventLog, event: Event) -> bool:
         """Shows a terminal event once the journal has it; False if the session had ended."""
@@ -253,7 +262,7 @@ class EventBook:
                 "session %s of %s has ended: %s", log.session_id, log.user, kind_name(event),
                 extra={"session_id": log.session_id},
             )  # fmt: skip
-            log.show(event)
+            self._show(log, event)
             self._live.pop(log.session_id, None)
             self._remember(log)
         return True
@@ -292,6 +301,16 @@ class EventBook:
         """Sends all who follow a session away: it goes on with the next scheduler."""
         for log in self._live.values():
             log.shut()
+
+    def _show(self, log: EventLog, event: Event) -> None:
+        """Shows an event, also if the journal failed: a client must not wait for ever.
+
+        But not if another scheduler leads: that one gives the number to an event of its own.
+        """
+        if self._journal.is_lost:
+            log.shut()
+        else:
+            log.show(event)
 
     def _remember(self, log: EventLog) -> None:
         self._ended[log.session_id] = log

@@ -149,10 +149,10 @@ class Hosting:
         uses = {}
         for group in groups:
             key = group.host_id, group.model
-            if group.num_sessions:
+            if group.num_pinned:
                 self._last_used_at[key] = now
             uses[key] = Use(
-                group.num_sessions,
+                group.num_pinned,
                 self._last_used_at.get(key, 0.0),
                 keeps_values=kept.has_any(group.lease_id),
             )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
+import logging
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +14,21 @@ import sqlalchemy as sa
 from insitu_proto.v1.event_pb2 import Event, EventKind
 from insitu_scheduler.committer import Committer
 from insitu_scheduler.events import OUTPUT_KINDS, TERMINAL_KINDS, kind_name
-from insitu_scheduler.migrations import upgrade
+from insitu_scheduler.leadership import check_alive, try_to_lead
 from insitu_scheduler.queue import SessionId
 from insitu_scheduler.terms import Terms
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from insitu_scheduler.committer import OnCommit
+
+_log = logging.getLogger(__name__)
+
+# How long a scheduler that stands by takes at most to notice that the other is gone.
+_STANDBY_SECONDS = 0.5
+_WATCH_SECONDS = 1.0
 
 TABLES = sa.MetaData()
 _sessions = sa.Table(
@@ -49,6 +57,7 @@ _events = sa.Table(
     sa.Column("event", sa.LargeBinary, nullable=False),
     sa.Column("time", sa.DateTime(timezone=True), nullable=False),
 )
+sa.Table("epochs", TABLES, sa.Column("epoch", sa.Integer, nullable=False))
 _TERMINAL_STATES = [EventKind.Name(kind).removeprefix("EVENT_KIND_") for kind in TERMINAL_KINDS]
 
 
@@ -103,17 +112,39 @@ class SessionRow:
 
 
 class Journal:
-    """The sessions and their events, in a SQLite file."""
+    """The sessions and their events, in a SQLite file or a PostgreSQL database."""
 
-    def __init__(self, path: Path, on_commit: OnCommit | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        on_commit: OnCommit | None = None,
+        on_lost: Callable[[], None] | None = None,
+    ) -> None:
         """Makes it; nothing is opened yet.
 
         Args:
-            path: the file.
+            url: where it is: `sqlite:///FILE`, or `postgresql://USER:PASSWORD@HOST/DATABASE`.
             on_commit: told of each commit, on a thread of the journal's.
+            on_lost: called when the database is gone, or another scheduler leads.
+
+        Raises:
+            ConfigurationError: the URL is of none of these.
         """
-        self._path = path
-        self._committer = Committer(path, on_commit)
+        self._url = _parse(url)
+        self._committer = Committer(self._url, on_commit, on_lost)
+        self._watching: asyncio.Task[None] | None = None
+        self.epoch = 0
+        """Which lead this is, from 1; 0 before it is open."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing can be written any more, for the database is gone or another leads."""
+        return self._committer.is_lost
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other schedulers may stand by for this journal."""
+        return self._url.get_backend_name() == "postgresql"
 
     @property
     def num_pending(self) -> int:
@@ -121,26 +152,49 @@ class Journal:
         return self._committer.num_pending
 
     async def open(self) -> None:
-        """Opens the file, making it if it is missing, with the newest version of the tables.
+        """Opens it, making it if it is missing, with the newest version of the tables.
+
+        Stands by for as long as another scheduler has it open.
 
         Raises:
-            ConfigurationError: it is not a journal.
+            ConfigurationError: it is not a journal, or can not be reached.
         """
         try:
             await self._committer.open()
-            await self._committer.run(upgrade)
+            self.epoch = await self._lead()
         except sa.exc.DatabaseError as exception:
             await self._committer.close()
+            place = self._url.render_as_string(hide_password=True)
             raise error(
                 Reason.INVALID_CONFIGURATION,
-                f"the journal {self._path} can not be opened ({exception.orig}); move it away, or "
-                "choose another folder with --data-dir",
-                path=self._path,
+                f"the journal {place} can not be opened ({exception.orig}); see whether the "
+                "database is there, or choose another with --journal or --data-dir",
+                journal=place,
             ) from exception
+        if self.is_shared:
+            self._watching = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
-        """Writes what is pending and closes the file."""
+        """Writes what is pending and closes it."""
+        if self._watching is not None:
+            self._watching.cancel()
         await self._committer.close()
+
+    async def _lead(self) -> int:
+        has_told = False
+        while (epoch := await self._committer.run(try_to_lead)) is None:
+            if not has_told:
+                _log.info("another scheduler leads; standing by")
+                has_told = True
+            await asyncio.sleep(_STANDBY_SECONDS)
+        return epoch
+
+    async def _watch(self) -> None:
+        """Notices that the connection has broken, also while nothing is written."""
+        while not self.is_lost:
+            await asyncio.sleep(_WATCH_SECONDS)
+            with suppress(sa.exc.DBAPIError):
+                await self._committer.run(check_alive)
 
     async def find_request(self, user: str, request_id: str) -> KnownRequest | None:
         """Gives the session that a user's request id was used for."""
@@ -210,7 +264,7 @@ class Journal:
         query = (
             sa.select(_sessions)
             .where(_sessions.c.state.not_in(_TERMINAL_STATES))
-            .order_by(_sessions.c.created_at)
+            .order_by(_sessions.c.created_at, _sessions.c.id)
         )
         return await self._committer.run(lambda connection: _load(connection, query))
 
@@ -292,3 +346,21 @@ def _event_row(session_id: SessionId, event: Event) -> dict[str, object]:
 
 def _time(event: Event) -> datetime.datetime:
     return event.time.ToDatetime(tzinfo=datetime.UTC)
+
+
+def _parse(url: str) -> sa.URL:
+    try:
+        parsed = sa.make_url(url)
+    except sa.exc.ArgumentError:
+        parsed = sa.make_url("unknown://")
+    match parsed.get_backend_name():
+        case "sqlite":
+            return parsed
+        case "postgresql":
+            return parsed.set(drivername="postgresql+psycopg")
+    raise error(
+        Reason.INVALID_CONFIGURATION,
+        f"--journal is of the kind {parsed.drivername!r}; it must be sqlite:///FILE or "
+        "postgresql://USER:PASSWORD@HOST/DATABASE",
+        journal=parsed.drivername,
+    )

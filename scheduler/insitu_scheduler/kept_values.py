@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from insitu_scheduler.segments import cut
 from insitu_wire.errors import Location, Reason, error
 from insitu_wire.steps import all_steps
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from insitu_proto.v1.session_pb2 import Session
     from insitu_scheduler.queue import SessionId
     from insitu_scheduler.registry import LeaseId
+    from insitu_scheduler.segments import SegmentRange
     from insitu_wire.errors import Error
 
 
@@ -45,40 +47,40 @@ class KeptValues:
             leases: the groups that run it, by model.
             keeper: the session's id.
         """
-        for model, node in _nodes(session):
-            if node.HasField("keep"):
-                owner = model if model in leases else next(iter(leases))
-                place = KeptValue(owner, leases[owner], keeper)
-                self._values[user, node.keep.handle_id] = place
+        for segment in cut(session):
+            model = segment.model or next(iter(leases))
+            for node in _nodes(session, segment):
+                if node.HasField("keep"):
+                    place = KeptValue(model, leases[model], keeper)
+                    self._values[user, node.keep.handle_id] = place
 
-    def group_of(self, user: str, session: Session) -> LeaseId | None:
-        """Gives the group that a session needs for what it loads; None if any will do.
+    def groups_of(self, user: str, session: Session) -> dict[str, LeaseId]:
+        """Gives the groups that a session needs for what it loads, by model.
 
         Raises:
             NotFoundError: HANDLE_NOT_FOUND, at the user's line.
-            VersionError: UNSUPPORTED_FEATURE, if a value is of another model's group.
+            VersionError: UNSUPPORTED_FEATURE, if a value is of another model's group, or if several
+                groups of one model have what it loads.
         """
-        groups: set[LeaseId] = set()
-        for model, node in _nodes(session):
-            if not node.HasField("load"):
-                continue
-            place = self._values.get((user, node.load.handle_id))
-            if place is None:
-                raise not_found(node.load.handle_id, _location(session, node))
-            if model and model != place.model:
-                raise _of_another_model(place.model, model, _location(session, node))
-            groups.add(place.lease_id)
-        if len(groups) > 1:
-            raise error(
-                Reason.UNSUPPORTED_FEATURE,
-                "the session loads values that several shard groups keep; keep them in sessions "
-                "over one group, or make them again",
-            )
-        return next(iter(groups), None)
+        groups: dict[str, LeaseId] = {}
+        for segment in cut(session):
+            for node in _nodes(session, segment):
+                if not node.HasField("load"):
+                    continue
+                location = _location(session, node)
+                place = self._values.get((user, node.load.handle_id))
+                if place is None:
+                    raise not_found(node.load.handle_id, location)
+                if segment.model and segment.model != place.model:
+                    raise _of_another_model(place.model, segment.model, location)
+                if groups.setdefault(place.model, place.lease_id) != place.lease_id:
+                    raise _of_several_groups(place.model, location)
+        return groups
 
     def keepers(self, user: str, session: Session) -> frozenset[SessionId]:
         """Gives the sessions that keep what a session loads; some may still run."""
-        loaded = {(user, node.load.handle_id) for _, node in _nodes(session)}
+        nodes = (node for segment in cut(session) for node in _nodes(session, segment))
+        loaded = {(user, node.load.handle_id) for node in nodes}
         return frozenset(self._values[name].keeper for name in loaded & self._values.keys())
 
     def find(self, user: str, handle_id: str) -> KeptValue | None:
@@ -120,12 +122,19 @@ def _of_another_model(owner: str, model: str, location: Location | None) -> Erro
     )
 
 
-def _nodes(session: Session) -> Iterator[tuple[str, Node]]:
-    for step in all_steps(session.steps):
-        for node in step.trace.nodes:
-            yield step.trace.model, node
-        for node in step.compute.nodes:
-            yield step.compute.model, node
+def _of_several_groups(model: str, location: Location | None) -> Error:
+    return error(
+        Reason.UNSUPPORTED_FEATURE,
+        f"the session loads values that several shard groups of {model} keep; load them in "
+        "sessions of their own, or make them again in one session",
+        location=location,
+    )
+
+
+def _nodes(session: Session, segment: SegmentRange) -> Iterator[Node]:
+    for step in all_steps(session.steps[segment.start : segment.stop]):
+        yield from step.trace.nodes
+        yield from step.compute.nodes
 
 
 def _location(session: Session, node: Node) -> Location | None:

@@ -39,17 +39,19 @@ class GroupLinks:
         Else the last of its sessions closes it, after all have released their values.
         """
         client = self._clients.pop(group.lease_id, None)
-        return None if group.num_sessions else client
+        return None if group.num_pinned else client
 
-    async def release(self, log: EventLog, group: Group, client: ShardClient) -> None:
-        """Has a group free what a session left there, and gives the session's place back."""
+    async def release(
+        self, log: EventLog, group: Group, client: ShardClient, seconds: float
+    ) -> None:
+        """Has a group free what a session left there that was expected to take some seconds."""
         is_held = group.lease_id in self._registry and group.lease_id in self._clients
         timeout_seconds = _RELEASE_SECONDS if is_held else _QUICK_RELEASE_SECONDS
         try:
             await client.release(log.session_id, timeout_seconds=timeout_seconds)
         finally:
-            self._registry.free(group, log.user)
-            if group.lease_id not in self._registry and not group.num_sessions:
+            self._registry.unpin(group, seconds)
+            if group.lease_id not in self._registry and not group.num_pinned:
                 await client.close()
 
     async def close(self) -> None:

@@ -12,10 +12,13 @@ from insitu_scheduler.terms import Terms
 from insitu_wire.errors import Error, Reason, error
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from insitu_proto.v1.event_pb2 import Event
     from insitu_proto.v1.session_pb2 import Session
     from insitu_scheduler.events import EventLog
-    from insitu_scheduler.queue import SessionId
+    from insitu_scheduler.places import SessionPlaces
+    from insitu_scheduler.queue import SessionId, WaitingSession
     from insitu_scheduler.registry import LeaseId
 
 _log = logging.getLogger(__name__)
@@ -28,20 +31,28 @@ class LiveSession:
     log: EventLog
     session: Session
     model: str | None
-    needed_lease_id: LeaseId | None = None
-    """The one group that can run it, for it keeps what the session loads; None if any can."""
+    needed_leases: Mapping[str, LeaseId] = field(default_factory=dict)
+    """The groups that alone can run it, by model, for they keep what the session loads."""
     keepers: frozenset[SessionId] = frozenset()
     """The sessions that keep what it loads: it runs after them."""
     terms: Terms = field(default_factory=Terms)
     """What it may take."""
     work: asyncio.Task[None] | None = None
     """What runs it; None while it waits."""
-    lease_ids: frozenset[LeaseId] = frozenset()
-    """The groups that run it, one a model; none while it waits."""
     expected_cost: float = 0.0
     """Seconds of a group's time that it is expected to take."""
     num_bytes: int = field(init=False)
     """Its size, as it was sent."""
+    places: SessionPlaces | None = None
+    """What it has of the groups that run it; None before that."""
+    turn: WaitingSession | None = None
+    """What its user is charged for while it has a place."""
+    turn_began_at: float = 0.0
+    """How many seconds of shard time it had taken when the turn began."""
+    seconds: float | None = None
+    """How many it has taken so far; None if that is not known."""
+    pausing: asyncio.Task[None] | None = None
+    """What has its group hold it, or go on with it."""
     is_cancelled: bool = False
     """Whether its user, or the lack of one, has ended it."""
     verdict: Event | None = None
@@ -49,6 +60,11 @@ class LiveSession:
 
     def __post_init__(self) -> None:
         self.num_bytes = self.session.ByteSize()
+
+    @property
+    def lease_ids(self) -> frozenset[LeaseId]:
+        """The groups that run it."""
+        return frozenset(self.places.leases.values() if self.places else ())
 
     def stop(self, verdict: Event) -> None:
         """Stops its work; the first verdict stands."""

@@ -173,7 +173,16 @@ class SchedulerMetrics:
         )
         self._oldest: dict[str, float | None] = {}
         build = {"version": version, "python": platform.python_version()}
+        self._epoch = Gauge(
+            "insitu_leader_epoch",
+            "How often a scheduler has begun to lead, if this one does; 0 while it stands by.",
+            registry=self.registry,
+        )
         Info("insitu_build", "What runs.", registry=self.registry).info(build)
+
+    def leads(self, epoch: int) -> None:
+        """Takes note that this scheduler leads, for the how-manieth time of all schedulers."""
+        self._epoch.set(epoch)
 
     def accepted(self, model: str) -> None:
         """Counts a session that is in the journal."""

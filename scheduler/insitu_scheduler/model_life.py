@@ -47,7 +47,7 @@ class Use:
     """How a loaded model is used."""
 
     num_running: int = 0
-    """Sessions that run there."""
+    """Sessions that run there, or have values there and go on later."""
     last_used_at: float = -math.inf
     keeps_values: bool = False
     """Whether users keep values there, which are lost with it."""

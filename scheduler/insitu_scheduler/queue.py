@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NewType
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NewType
+
+from insitu_scheduler.terms import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 SessionId = NewType("SessionId", str)
+
+
+TIER_WEIGHTS: Mapping[Tier, float] = MappingProxyType({tier: tier.weight for tier in Tier})
+"""Parts of the time that tiers get while all of them wait: no priorities, so that none starves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +33,19 @@ class WaitingSession:
     """When it began to wait, in seconds of the caller's clock."""
     others: frozenset[str] = frozenset()
     """Further models, of which it needs a group each at the same time."""
-    lease_id: str | None = None
-    """The one group that can take it, for what it keeps; None if any of the model's can."""
+    pins: Mapping[str, str] = field(default_factory=dict)
+    """The leases of the groups that alone can take it, by model, for what they keep."""
     after: frozenset[SessionId] = frozenset()
     """Sessions that must have ended before it runs."""
     is_alone: bool = False
     """Whether nothing may run beside it: what ran it before was lost, perhaps by its own doing."""
+    tier: Tier = Tier.DEFAULT
+    weight: float = 1.0
+    """The user's share beside that of other users of the tier; above 0."""
+    uploads: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of the tensors that it brings, by content hash: it runs best where they are already."""
+    has_begun: bool = False
+    """Whether it ran before, has values at the groups of its pins, and goes on there."""
 
     @property
     def models(self) -> list[str | None]:

@@ -44,9 +44,9 @@ def _revive(
     row: JournalledSession, log: EventLog, dispatcher: Dispatcher, uploads: UploadStore
 ) -> LiveSession:
     session = Session.FromString(row.payload)
-    needed = dispatcher.kept.group_of(row.user, session)
+    needed = dispatcher.kept.groups_of(row.user, session)
     keepers = dispatcher.kept.keepers(row.user, session)
     uploads.hold(row.session_id, row.user, session.tensors)
     return LiveSession(
-        log, session, row.model, needed_lease_id=needed, keepers=keepers, terms=row.terms
+        log, session, row.model, needed_leases=needed, keepers=keepers, terms=row.terms
     )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NewType
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 LeaseId = NewType("LeaseId", str)
+
+# What a network and a copy to all ranks carry, about.
+_UPLOAD_BYTES_PER_SECOND = 500e6
+_MAX_KNOWN_UPLOADS = 4096
 
 
 class GroupState(Enum):
@@ -36,7 +40,13 @@ class Group:
     host_id: str = ""
     """The host that started it; empty if none did."""
     num_sessions_of: Counter[str] = field(default_factory=Counter)
-    """How many it has of each user, until each has been released."""
+    """How many run on it now, of each user."""
+    num_pinned: int = 0
+    """How many may have values on it, and come back, until each has been released."""
+    expected_seconds: float = 0.0
+    """What those are expected to take in all."""
+    uploads: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    """Content hashes of tensors that it was brought, the last at the end."""
     is_draining: bool = False
     is_suspect: bool = False
     """Whether it did not answer, and has not been heard of since."""
@@ -45,8 +55,35 @@ class Group:
 
     @property
     def num_sessions(self) -> int:
-        """How many it has."""
+        """How many run on it now."""
         return self.num_sessions_of.total()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has nothing of any session."""
+        return not self.num_pinned and not self.num_sessions
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes in sessions that it has nothing of yet."""
+        return not (self.is_draining or self.is_suspect or self.is_taken)
+
+    def predicted_seconds(self, uploads: Mapping[str, int]) -> float:
+        """Gives how long a session would take to come through here that brings some tensors.
+
+        Args:
+            uploads: their bytes, by content hash; those that are here already take no time.
+        """
+        missing = sum(size for name, size in uploads.items() if name not in self.uploads)
+        return self.expected_seconds / self.max_sessions + missing / _UPLOAD_BYTES_PER_SECOND
+
+    def brought(self, content_hashes: Iterable[str]) -> None:
+        """Takes note that the group has some tensors, and used them just now."""
+        for name in content_hashes:
+            self.uploads[name] = None
+            self.uploads.move_to_end(name)
+        while len(self.uploads) > _MAX_KNOWN_UPLOADS:
+            self.uploads.popitem(last=False)
 
     @property
     def sated_users(self) -> frozenset[str]:
@@ -123,23 +160,49 @@ class Registry:
         """Takes note that a group does not answer: it gets nothing until it renews its lease."""
         group.is_suspect = True
 
+    def pin(self, group: Group, seconds: float) -> None:
+        """Takes in a session that will have values on a group.
+
+        Args:
+            group: the group.
+            seconds: what it is expected to take there.
+        """
+        group.num_pinned += 1
+        group.expected_seconds += seconds
+
+    def unpin(self, group: Group, seconds: float) -> None:
+        """Takes note that a group has nothing of a session any more."""
+        group.num_pinned -= 1
+        # Nobody is there: nothing is left of rounding, either.
+        group.expected_seconds = group.expected_seconds - seconds if group.num_pinned else 0.0
+
     def take(self, group: Group, user: str, *, is_alone: bool = False) -> None:
-        """Takes a place of a group for a user's session, or all places if it runs alone."""
+        """Has a user's session run on a group, beside others or alone."""
         group.num_sessions_of[user] += 1
         group.is_taken = is_alone
 
     def free(self, group: Group, user: str) -> None:
-        """Gives a place back; a group whose lease is gone stays gone."""
+        """Takes note that a session does not run on a group any more."""
         group.is_taken = False
         group.num_sessions_of[user] -= 1
         group.num_sessions_of += Counter()  # forgets users who have none
         if self._groups.pop(group.lease_id, None):
+            # A group whose lease is gone stays gone.
             self._groups[group.lease_id] = group
 
-    def ready(self) -> list[Group]:
-        """Gives the groups that have room, those with the fewest sessions first."""
+    def find(self, lease_id: str) -> Group | None:
+        """Gives the group that holds a lease."""
+        return self._groups.get(LeaseId(lease_id))
+
+    def of(self, model: str) -> list[Group]:
+        """Gives the groups of a model, the one that was free longest first."""
+        return [group for group in self if group.model == model]
+
+    def ready_models(self) -> list[str]:
+        """Gives the models of which a group has room, the one with the fewest sessions first."""
         ready = [group for group in self if group.state is GroupState.READY]
-        return sorted(ready, key=lambda group: group.num_sessions)
+        ready.sort(key=lambda group: group.num_sessions)
+        return list(dict.fromkeys(group.model for group in ready))
 
     def replicas(self) -> dict[str, int]:
         """Counts the groups of each model that is served."""

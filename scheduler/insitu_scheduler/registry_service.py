@@ -43,7 +43,10 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
         dispatcher: Dispatcher,
         metrics: SchedulerMetrics,
         tls: Tls | None = None,
+        *,
+        epoch: int = 0,
     ) -> None:
+        self._epoch = epoch
         self._registry = registry
         self._catalog = catalog
         self._dispatcher = dispatcher
@@ -84,7 +87,9 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
 
     async def _admit(self, message: placement_pb2.ShardGroup, access_token: str) -> Group:
         """Learns the group's model and grants it a lease."""
-        client = ShardClient(message.address, access_token=access_token, tls=self._tls)
+        client = ShardClient(
+            message.address, access_token=access_token, tls=self._tls, epoch=self._epoch
+        )
         try:
             await self._learn(message.model, client)
             self._dispatcher.check_open()
@@ -153,7 +158,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
                 self._lost(group, "it was silent for too long", "expired")
 
     def _lease(self, group: Group) -> RegisterGroupResponse:
-        lease = placement_pb2.Lease(lease_id=group.lease_id)
+        lease = placement_pb2.Lease(lease_id=group.lease_id, epoch=self._epoch)
         lease.ttl.FromTimedelta(datetime.timedelta(seconds=self._registry.ttl_seconds))
         return RegisterGroupResponse(lease=lease)
 

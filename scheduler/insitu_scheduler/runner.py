@@ -20,9 +20,12 @@ from insitu_wire.tracing import Tracing
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from google.protobuf.duration_pb2 import Duration
+
     from insitu_proto.v1.session_pb2 import Session
     from insitu_proto.v1.shard_service_pb2 import Import, RunSegmentResponse, SegmentFinished
     from insitu_scheduler.events import EventBook, EventLog
+    from insitu_scheduler.places import SessionPlaces
     from insitu_scheduler.queue import SessionId
     from insitu_scheduler.results import ResultWriter
     from insitu_scheduler.segments import SegmentRange
@@ -63,11 +66,11 @@ class SessionRun:
     announced_at: float | None = field(default=None, init=False)
     """When a trace was announced last, in seconds of the monotonic clock."""
 
-    async def run(self, shards: Mapping[str, ShardClient]) -> None:
+    async def run(self, places: SessionPlaces) -> None:
         """Runs the segments in order, to the end or to session.exit().
 
         Args:
-            shards: the groups that run it, by model.
+            places: at the groups that run it.
 
         Raises:
             Error: why the session failed. What it had saved before stays.
@@ -81,32 +84,32 @@ class SessionRun:
         try:
             async with asyncio.timeout(seconds) as bound:
                 with _TRACING.span("insitu.run", parent, session_id=session_id) as self.span:
-                    await self._run(shards)
+                    await self._run(places)
         except TimeoutError:
             if seconds is None or not bound.expired():
                 raise
             ran = f"ran for longer than {seconds:g} seconds"
             raise limit_exceeded(ran, seconds, "max_run_seconds") from None
 
-    async def _run(self, shards: Mapping[str, ShardClient]) -> None:
+    async def _run(self, places: SessionPlaces) -> None:
         self.num_repeated = self.log.num_told
         try:
             if self.log.attempt > 1:
-                await _release(self.log.session_id, shards)
+                await _release(self.log.session_id, places.clients)
             for segment, transfers in zip(self.segments, self.transfers, strict=True):
-                shard = shards[segment.model] if segment.model else next(iter(shards.values()))
+                await places.enter(segment.model)
                 imports = [
-                    shards[model].importing(node_ids)
+                    places.clients[model].importing(node_ids)
                     for model, node_ids in transfers.imports.items()
                 ]
-                if await self._run_segment(shard, segment, imports, transfers.kept):
+                if await self._run_segment(places, segment, imports, transfers.kept):
                     return
         finally:
             await self.writer.close()
 
     async def _run_segment(
         self,
-        shard: ShardClient,
+        places: SessionPlaces,
         segment: SegmentRange,
         imports: Sequence[Import],
         kept: Sequence[int],
@@ -132,22 +135,26 @@ class SessionRun:
             max_kept_bytes=limits.max_kept_bytes,
             traceparent=self.span,
         )
-        num_tries = 0
+        num_tries, shard = 0, places.clients[places.here]
         while True:
             num_tries += 1
             await bring_uploads(shard, self.log.session_id, message.tensors, self.uploads)
+            places.brought(tensor.content_hash for tensor in message.tensors)
             try:
-                return await self._stream(shard, request)
+                return await self._stream(places, request)
             except Error as err:
                 # Nothing has run: sessions beside this one needed all the room for their uploads.
                 if err.reason is not Reason.TENSOR_NOT_UPLOADED or num_tries == _MAX_TRIES:
                     raise
 
-    async def _stream(self, shard: ShardClient, request: RunSegmentRequest) -> bool:
+    async def _stream(self, places: SessionPlaces, request: RunSegmentRequest) -> bool:
         """Sends a segment and passes on what happens; gives whether it exited."""
+        shard, before = places.clients[places.here], self.shard_seconds or 0.0
         async with aclosing(shard.run_segment(request)) as responses:
             async for response in responses:
                 self._announce(response)
+                if response.trace_started.HasField("execution_time"):
+                    places.used(before + _seconds(response.trace_started.execution_time))
                 if response.WhichOneof("kind") == "finished":
                     self.writer.check_complete()
                     self._add_up(response.finished)
@@ -180,8 +187,7 @@ class SessionRun:
 
     def _add_up(self, finished: SegmentFinished) -> None:
         if finished.HasField("execution_time"):
-            seconds = finished.execution_time.ToTimedelta().total_seconds()
-            self.shard_seconds = (self.shard_seconds or 0.0) + seconds
+            self.shard_seconds = (self.shard_seconds or 0.0) + _seconds(finished.execution_time)
 
     def _announce(self, response: RunSegmentResponse) -> None:
         """Tells that the session runs, and, at most once a second, which trace starts."""
@@ -196,6 +202,10 @@ class SessionRun:
     def _show_running(self, trace_number: int) -> None:
         self.has_started = True
         self.book.publish(self.log, events.running(trace_number, self.num_traces))
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.ToTimedelta().total_seconds()
 
 
 async def _release(session_id: SessionId, shards: Mapping[str, ShardClient]) -> None:

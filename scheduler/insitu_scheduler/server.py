@@ -51,7 +51,7 @@ from insitu_wire.limits import JOIN_TOKEN_METADATA, SERVER_OPTIONS
 from insitu_wire.tls import SHARD_NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Self
 
     from insitu_scheduler.config import SchedulerConfig
@@ -72,9 +72,21 @@ _SERVICE_NAMES = (
 class Server:
     """A scheduler that serves between start() and stop(), or inside `async with`."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(
+        self, config: SchedulerConfig, *, on_lost: Callable[[], None] | None = None
+    ) -> None:
+        """Makes it.
+
+        Args:
+            config: its settings.
+            on_lost: called when it can not go on, for it has lost its journal.
+        """
         self._config = config
+        self._on_lost = on_lost
+        self.is_lost = False
+        """Whether it has lost its journal, and must be stopped."""
         self._cleanup = AsyncExitStack()
+        self._book: EventBook | None = None
         self.address = ""
         self.shard_address: str | None = None
         self.metrics_address: str | None = None
@@ -125,14 +137,10 @@ class Server:
         """Starts the parts; each is stopped in the reverse order."""
         config = self._config
         keys = open_keys(config.api_keys_file, config.operator_key_sha256)
-        data_dir = DataDir(config.data_dir)
-        cleanup.callback(data_dir.close)
         version = importlib.metadata.version("insitu")
         metrics = SchedulerMetrics(version)
-        journal = Journal(data_dir.journal_path, on_commit=metrics.committed)
-        await journal.open()
-        cleanup.push_async_callback(journal.close)
-        book = EventBook(journal)
+        data_dir, journal = await self._open_journal(cleanup, metrics)
+        self._book = book = EventBook(journal)
         registry = Registry(ttl_seconds=config.lease_ttl_seconds)
         queue = FairQueue(max_wait_seconds=config.max_wait_seconds)
         hosting = Hosting(registry, queue, turn_seconds=config.model_turn_seconds)
@@ -157,6 +165,7 @@ class Server:
             max_queued=config.max_queued_sessions,
             max_attempts=config.max_attempts,
             orphan_grace_seconds=config.orphan_grace_seconds,
+            quantum_seconds=config.quantum_seconds,
         )
         await take_over(journal, book, dispatcher, uploads)
         admission = Admission(
@@ -180,7 +189,9 @@ class Server:
             version=version,
             max_session_bytes=config.max_session_bytes,
         )
-        registry_servicer = RegistryServicer(registry, catalog, dispatcher, metrics, config.tls)
+        registry_servicer = RegistryServicer(
+            registry, catalog, dispatcher, metrics, config.tls, epoch=journal.epoch
+        )
         authenticator = Authenticator(keys, BadAttempts(), on_failure=metrics.refused)
         status_page = StatusPage(
             authenticator=authenticator,
@@ -207,6 +218,32 @@ class Server:
         servicers = (scheduler_servicer, registry_servicer, host_servicer)
         await self._serve(cleanup, *servicers, dispatcher, interceptors)
         data_dir.publish(self.address, self.metrics_address)
+
+    async def _open_journal(
+        self, cleanup: AsyncExitStack, metrics: SchedulerMetrics
+    ) -> tuple[DataDir, Journal]:
+        """Takes the data folder and opens the journal; one that is shared first, and stands by."""
+        config = self._config
+        data_dir = None if config.journal else DataDir(config.data_dir)
+        if data_dir is not None:
+            cleanup.callback(data_dir.close)
+        url = config.journal or (data_dir.journal_url if data_dir else "")
+        journal = Journal(url, on_commit=metrics.committed, on_lost=self._lose)
+        await journal.open()
+        cleanup.push_async_callback(journal.close)
+        metrics.leads(journal.epoch)
+        if data_dir is None:
+            data_dir = await DataDir.once_free(config.data_dir)
+            cleanup.callback(data_dir.close)
+        return data_dir, journal
+
+    def _lose(self) -> None:
+        _log.critical("the journal's database is gone, or another scheduler leads: this one stops")
+        self.is_lost = True
+        if self._book is not None:
+            self._book.shut()
+        if self._on_lost is not None:
+            self._on_lost()
 
     async def _serve(
         self,

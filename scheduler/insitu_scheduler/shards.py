@@ -11,9 +11,9 @@ from grpc_status import rpc_status
 from insitu_proto.v1 import shard_service_pb2, shard_service_pb2_grpc
 from insitu_proto.v1.shard_service_pb2 import Import
 from insitu_scheduler.models import TokenizerFile
-from insitu_wire.callers import carrying
+from insitu_wire.callers import carrying_all
 from insitu_wire.errors import Error, Reason, error, from_rpc_error
-from insitu_wire.limits import ACCESS_TOKEN_METADATA
+from insitu_wire.limits import ACCESS_TOKEN_METADATA, EPOCH_METADATA
 from insitu_wire.tls import SHARD_NAME, Tls
 
 if TYPE_CHECKING:
@@ -28,24 +28,32 @@ _log = logging.getLogger(__name__)
 
 _DESCRIBE_SECONDS = 60.0
 _NO_TLS = Tls()
+# A command waits for the pass that runs.
+_PAUSE_SECONDS = 600.0
 
 
 class ShardClient:
     """One open connection to the leader of a shard group."""
 
-    def __init__(self, address: str, *, access_token: str = "", tls: Tls = _NO_TLS) -> None:
+    def __init__(
+        self, address: str, *, access_token: str = "", tls: Tls = _NO_TLS, epoch: int = 0
+    ) -> None:
         """Opens a connection.
 
         Args:
             address: the leader's, as host:port.
             access_token: what the group wants calls to carry.
             tls: how the scheduler shows who it is.
+            epoch: of this scheduler's lead; all orders carry it.
         """
         self.address = address
         self.access_token = access_token
         self._channel = tls.channel(address, SHARD_NAME)
         self._stub = shard_service_pb2_grpc.ShardServiceStub(
-            carrying(self._channel, ACCESS_TOKEN_METADATA, access_token)
+            carrying_all(
+                self._channel,
+                {ACCESS_TOKEN_METADATA: access_token, EPOCH_METADATA: str(epoch or "")},
+            )
         )
 
     async def describe(self, model: str) -> ModelDescription:
@@ -125,6 +133,18 @@ class ShardClient:
                 "the shard group at %s did not release session %s: %s",
                 self.address, session_id, rpc_error.details(),
             )  # fmt: skip
+
+    async def pause(self, session_id: SessionId, *, goes_on: bool) -> None:
+        """Holds a session's segment before its next trace, or lets it go on.
+
+        Raises:
+            Error: REPLICA_LOST if the group is gone.
+        """
+        request = shard_service_pb2.PauseSessionRequest(session_id=session_id, goes_on=goes_on)
+        try:
+            await self._stub.PauseSession(request, timeout=_PAUSE_SECONDS)
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._lost(rpc_error) from rpc_error
 
     async def release_handle(self, user: str, handle_id: str) -> bool:
         """Lets go of a kept value; tells whether there was one.

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 def to_responses(event: SegmentEvent) -> Iterator[shard_service_pb2.RunSegmentResponse]:
     """Yields the messages of one event; a saved value is followed by its data in chunks."""
     match event:
-        case TraceStarted(trace_number=number):
+        case TraceStarted(trace_number=number, seconds=seconds):
             started = shard_service_pb2.TraceStarted(trace_number=number)
+            started.execution_time.FromTimedelta(datetime.timedelta(seconds=seconds))
             yield shard_service_pb2.RunSegmentResponse(trace_started=started)
         case Logged(message=message):
             line = shard_service_pb2.LogLine(message=message)

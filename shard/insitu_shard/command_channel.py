@@ -40,6 +40,8 @@ class Command(IntEnum):
     STORE_VALUES = 8
     LET_GO = 9
     REPORT = 10
+    PAUSE_SEGMENT = 11
+    RESUME_SEGMENT = 12
 
 
 class CommandChannel:

@@ -35,6 +35,7 @@ _MAX_WHY = 300
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
+    session_id: str
     tell: Callable[[SegmentEvent | Error], None]
     started_at: float
 
@@ -110,6 +111,10 @@ class EngineThread:
                 with suppress(Error):
                     await self.do(partial(self._drop, key))
 
+    async def pause(self, session_id: str, *, goes_on: bool) -> None:
+        """Holds a session's segments before their next traces, or lets them go on."""
+        await self.do(partial(self._pause, session_id, goes_on))
+
     def stop(self) -> None:
         """Waits for what was asked for, and ends the followers."""
         self._submit(self._stop).result()
@@ -150,7 +155,7 @@ class EngineThread:
         request: RunSegmentRequest,
         tell: Callable[[SegmentEvent | Error], None],
     ) -> None:
-        self._segments[key] = _Segment(tell, started_at=time.monotonic())
+        self._segments[key] = _Segment(request.session_id, tell, started_at=time.monotonic())
         self._metrics.segments_running(len(self._segments))
         try:
             self._leader.begin(key, request)
@@ -163,12 +168,18 @@ class EngineThread:
             self._leader.drop(key)
             self._end(key, "cancelled")
 
+    def _pause(self, session_id: str, goes_on: bool) -> None:
+        for key, segment in self._segments.items():
+            if segment.session_id == session_id:
+                self._leader.pause(key, goes_on=goes_on)
+        self._plan_round()
+
     def _stop(self) -> None:
         self._has_ended = True
         self._leader.stop()
 
     def _plan_round(self) -> None:
-        if not self._segments or self._is_round_due:
+        if self._leader.is_idle or self._is_round_due:
             return
         seconds = self._gathering.seconds_left(len(self._segments), now=time.monotonic())
         if not seconds:
@@ -190,13 +201,13 @@ class EngineThread:
     def _round(self) -> None:
         self._is_round_due = False
         started = time.perf_counter()
-        while self._segments:
-            started, num_segments = time.monotonic(), len(self._segments)
+        while not self._leader.is_idle:
+            began, num_segments = time.monotonic(), len(self._segments)
             for key, event in self._leader.round():
                 self._tell(key, event)
             if not self._segments:
                 now = time.monotonic()
-                self._gathering.ended(num_segments, seconds=now - started, now=now)
+                self._gathering.ended(num_segments, seconds=now - began, now=now)
             if self._waiting:
                 break
         self._metrics.was_busy(time.perf_counter() - started)

@@ -103,6 +103,17 @@ class Leader:
         self._pool.drop(key)
         self._lifetimes.end(key)
 
+    def pause(self, key: str, *, goes_on: bool) -> None:
+        """Holds a segment on every rank before its next trace, or lets it go on."""
+        command = Command.RESUME_SEGMENT if goes_on else Command.PAUSE_SEGMENT
+        self._channel.send(command, key.encode())
+        self._pool.pause(key, goes_on=goes_on)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no segment could go on."""
+        return self._pool.is_idle
+
     def round(self) -> Iterator[tuple[str, SegmentEvent | Error]]:
         """Runs one step of each segment on every rank.
 
@@ -206,6 +217,8 @@ def follow(  # noqa: C901 - one case a command
                     pool.add(key.decode(), run, user=request.user)
             case Command.DROP_SEGMENT:
                 pool.drop(payload.decode())
+            case Command.PAUSE_SEGMENT | Command.RESUME_SEGMENT:
+                pool.pause(payload.decode(), goes_on=command is Command.RESUME_SEGMENT)
             case Command.RUN_ROUND:
                 # Errors, too, are the same on all ranks, or these agreed on them.
                 for _ in pool.round():

@@ -33,6 +33,7 @@ class Registration:
         on_lost: Callable[[], Awaitable[object]],
         *,
         access_token: str = "",
+        on_epoch: Callable[[int], None] = lambda epoch: None,
         join_token: str = "",
         tls: Tls = _NO_TLS,
     ) -> None:
@@ -44,10 +45,12 @@ class Registration:
             on_lost: called when the stream has broken, before it is opened again: nobody will ask
                 any more for what sessions have here.
             access_token: what the group wants calls to carry.
+            on_epoch: called with the epoch of the scheduler that has granted a lease.
             join_token: what the scheduler wants of groups that register.
             tls: how the group shows who it is.
         """
         self._access_token = access_token
+        self._on_epoch = on_epoch
         self._join_token = join_token
         self._tls = tls
         self._scheduler = scheduler
@@ -82,6 +85,7 @@ class Registration:
         self._draining.set()
 
     def _granted(self, lease: placement_pb2.Lease) -> None:
+        self._on_epoch(lease.epoch)
         self._keep_alive_seconds = lease.ttl.ToTimedelta().total_seconds() / 3
 
     async def _requests(self) -> AsyncIterator[registry_service_pb2.RegisterGroupRequest]:

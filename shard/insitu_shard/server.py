@@ -24,6 +24,7 @@ from insitu_shard.command_channel import CommandChannel, join_group
 from insitu_shard.compiler import Limits
 from insitu_shard.engine import Budgets, load_model, parse_dtype, rank_device, resolve_model_folder
 from insitu_shard.engine_thread import EngineThread
+from insitu_shard.epochs import Epochs
 from insitu_shard.group import Leader, follow
 from insitu_shard.metrics import ShardMetrics
 from insitu_shard.registration import Registration
@@ -130,7 +131,8 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     engine = EngineThread(leader, metrics, thread=thread, on_lost=lost)
     servicer = ShardServicer(leader, description, engine, config.tls)
     access_token = secrets.token_hex(32)
-    server, health, address = await _start(config, servicer, access_token, metrics)
+    epochs = Epochs()
+    server, health, address = await _start(config, servicer, access_token, metrics, epochs)
     if config.metrics_port is not None:
         httpd, _ = start_http_server(
             config.metrics_port, addr=config.host, registry=metrics.registry
@@ -142,6 +144,7 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
         _shard_group(config, address),
         on_lost=servicer.release_all,
         access_token=access_token,
+        on_epoch=epochs.heard,
         join_token=config.join_token,
         tls=config.tls,
     )
@@ -170,13 +173,18 @@ async def _report(leader: Leader, engine: EngineThread, metrics: ShardMetrics) -
 
 
 async def _start(
-    config: ShardConfig, servicer: ShardServicer, access_token: str, metrics: ShardMetrics
+    config: ShardConfig,
+    servicer: ShardServicer,
+    access_token: str,
+    metrics: ShardMetrics,
+    epochs: Epochs,
 ) -> tuple[grpc.aio.Server, health_aio.HealthServicer, str]:
     peers_only = CallerCheck(
         _SERVICE_NAME,
         metadata_key=ACCESS_TOKEN_METADATA,
         token=access_token,
         names=frozenset({SCHEDULER_NAME, SHARD_NAME} if config.tls.is_mutual else ()),
+        also=epochs.check,
     )
     interceptors = [ErrorInterceptor(metrics.answered), peers_only]
     server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)

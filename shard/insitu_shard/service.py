@@ -113,6 +113,13 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
                 for response in to_responses(event):
                     yield response
 
+    async def PauseSession(
+        self, request: shard_service_pb2.PauseSessionRequest, context: Context
+    ) -> shard_service_pb2.PauseSessionResponse:
+        """Holds a session's segment before its next trace, or lets it go on."""
+        await self._engine.pause(request.session_id, goes_on=request.goes_on)
+        return shard_service_pb2.PauseSessionResponse()
+
     async def FetchValues(
         self, request: shard_service_pb2.FetchValuesRequest, context: Context
     ) -> AsyncIterator[shard_service_pb2.FetchValuesResponse]:

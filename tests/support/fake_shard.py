@@ -138,6 +138,10 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
     max_sessions: int = 1
     requests: list[RunSegmentRequest] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
+    metadata: list[Any] = field(default_factory=list)
+    """Of the calls that ran segments."""
+    pauses: list[tuple[str, bool]] = field(default_factory=list)
+    """Sessions that were held (True) or let go on."""
     uploads: dict[str, bytes] = field(default_factory=dict)
     refuses_uploads: bool = False
     num_cancelled: int = 0
@@ -236,6 +240,7 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
         self, request: RunSegmentRequest, context: Any
     ) -> AsyncIterator[RunSegmentResponse]:
         self.requests.append(request)
+        self.metadata.append(context.invocation_metadata())
         self.running.set()
         try:
             await self.hold.wait()
@@ -244,6 +249,10 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
+
+    async def PauseSession(self, request: Any, context: Any) -> pb.PauseSessionResponse:
+        self.pauses.append((request.session_id, not request.goes_on))
+        return pb.PauseSessionResponse()
 
     async def ReleaseSession(self, request: Any, context: Any) -> pb.ReleaseSessionResponse:
         self.released.append(request.session_id)

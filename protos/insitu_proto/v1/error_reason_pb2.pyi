@@ -102,6 +102,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The session took more while it ran than the server or the API key allows: time, saved or kept bytes."""
     ERROR_REASON_TOO_MANY_ATTEMPTS: _ErrorReason.ValueType  # 35
     """Too many wrong API keys came from the caller's address lately. Try again later."""
+    ERROR_REASON_SCHEDULER_REPLACED: _ErrorReason.ValueType  # 36
+    """The scheduler that asks does not lead any more: another has taken over. Only shard groups answer so."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Says why something was refused or failed. The name without its prefix is the reason of
@@ -184,6 +186,8 @@ ERROR_REASON_LIMIT_EXCEEDED: ErrorReason.ValueType  # 34
 """The session took more while it ran than the server or the API key allows: time, saved or kept bytes."""
 ERROR_REASON_TOO_MANY_ATTEMPTS: ErrorReason.ValueType  # 35
 """Too many wrong API keys came from the caller's address lately. Try again later."""
+ERROR_REASON_SCHEDULER_REPLACED: ErrorReason.ValueType  # 36
+"""The scheduler that asks does not lead any more: another has taken over. Only shard groups answer so."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

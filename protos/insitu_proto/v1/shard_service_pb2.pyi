@@ -435,16 +435,22 @@ class TraceStarted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TRACE_NUMBER_FIELD_NUMBER: _builtins.int
+    EXECUTION_TIME_FIELD_NUMBER: _builtins.int
     trace_number: _builtins.int
     """Number of the trace in the session, from 1."""
+    @_builtins.property
+    def execution_time(self) -> _duration_pb2.Duration:
+        """Time that the group has spent on the segment so far; of passes that it shared, its part."""
+
     def __init__(
         self,
         *,
         trace_number: _builtins.int = ...,
+        execution_time: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["execution_time", b"execution_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["trace_number", b"trace_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["execution_time", b"execution_time", "trace_number", b"trace_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -499,6 +505,49 @@ class SegmentFinished(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SegmentFinished: _TypeAlias = SegmentFinished  # noqa: Y015
+
+@_typing.final
+class PauseSessionRequest(_message.Message):
+    """Asks to hold a session's segment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    GOES_ON_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The session."""
+    goes_on: _builtins.bool
+    """Whether to let it go on again."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        goes_on: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goes_on", b"goes_on", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseSessionRequest: _TypeAlias = PauseSessionRequest  # noqa: Y015
+
+@_typing.final
+class PauseSessionResponse(_message.Message):
+    """Answers PauseSession."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseSessionResponse: _TypeAlias = PauseSessionResponse  # noqa: Y015
 
 @_typing.final
 class FetchValuesRequest(_message.Message):

@@ -60,6 +60,11 @@ class ShardServiceStub:
                 request_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.RunSegmentRequest.SerializeToString,
                 response_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.RunSegmentResponse.FromString,
                 _registered_method=True)
+        self.PauseSession = channel.unary_unary(
+                '/insitu.v1.ShardService/PauseSession',
+                request_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.PauseSessionRequest.SerializeToString,
+                response_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.PauseSessionResponse.FromString,
+                _registered_method=True)
         self.FetchValues = channel.unary_stream(
                 '/insitu.v1.ShardService/FetchValues',
                 request_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.FetchValuesRequest.SerializeToString,
@@ -119,6 +124,14 @@ class ShardServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseSession(self, request, context):
+        """Holds a session's segment before its next trace, and lets it go on again; its values stay. Idempotent;
+        a session without a segment here is fine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def FetchValues(self, request, context):
         """Streams values of a session that the group keeps, each followed by its elements in chunks, to the
         group of another model that the session uses. Values that are not set are left out. Idempotent.
@@ -168,6 +181,11 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.RunSegment,
                     request_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.RunSegmentRequest.FromString,
                     response_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.RunSegmentResponse.SerializeToString,
+            ),
+            'PauseSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseSession,
+                    request_deserializer=insitu__proto_dot_v1_dot_shard__service__pb2.PauseSessionRequest.FromString,
+                    response_serializer=insitu__proto_dot_v1_dot_shard__service__pb2.PauseSessionResponse.SerializeToString,
             ),
             'FetchValues': grpc.unary_stream_rpc_method_handler(
                     servicer.FetchValues,
@@ -321,6 +339,33 @@ class ShardService:
             '/insitu.v1.ShardService/RunSegment',
             insitu__proto_dot_v1_dot_shard__service__pb2.RunSegmentRequest.SerializeToString,
             insitu__proto_dot_v1_dot_shard__service__pb2.RunSegmentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/insitu.v1.ShardService/PauseSession',
+            insitu__proto_dot_v1_dot_shard__service__pb2.PauseSessionRequest.SerializeToString,
+            insitu__proto_dot_v1_dot_shard__service__pb2.PauseSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,10 @@ class ShardServiceStub:
     """Runs a segment and streams what happens. Cancelling the call stops the segment before its next
     trace. Segments of several sessions run beside each other, trace by trace.
     """
+    PauseSession: _grpc.UnaryUnaryMultiCallable[_shard_service_pb2.PauseSessionRequest, _shard_service_pb2.PauseSessionResponse]
+    """Holds a session's segment before its next trace, and lets it go on again; its values stay. Idempotent;
+    a session without a segment here is fine.
+    """
     FetchValues: _grpc.UnaryStreamMultiCallable[_shard_service_pb2.FetchValuesRequest, _shard_service_pb2.FetchValuesResponse]
     """Streams values of a session that the group keeps, each followed by its elements in chunks, to the
     group of another model that the session uses. Values that are not set are left out. Idempotent.
@@ -78,6 +82,10 @@ class ShardServiceAsyncStub(ShardServiceStub):
     RunSegment: _aio.UnaryStreamMultiCallable[_shard_service_pb2.RunSegmentRequest, _shard_service_pb2.RunSegmentResponse]  # type: ignore[assignment]
     """Runs a segment and streams what happens. Cancelling the call stops the segment before its next
     trace. Segments of several sessions run beside each other, trace by trace.
+    """
+    PauseSession: _aio.UnaryUnaryMultiCallable[_shard_service_pb2.PauseSessionRequest, _shard_service_pb2.PauseSessionResponse]  # type: ignore[assignment]
+    """Holds a session's segment before its next trace, and lets it go on again; its values stay. Idempotent;
+    a session without a segment here is fine.
     """
     FetchValues: _aio.UnaryStreamMultiCallable[_shard_service_pb2.FetchValuesRequest, _shard_service_pb2.FetchValuesResponse]  # type: ignore[assignment]
     """Streams values of a session that the group keeps, each followed by its elements in chunks, to the
@@ -135,6 +143,16 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_shard_service_pb2.RunSegmentResponse], _abc.AsyncIterator[_shard_service_pb2.RunSegmentResponse]]:
         """Runs a segment and streams what happens. Cancelling the call stops the segment before its next
         trace. Segments of several sessions run beside each other, trace by trace.
+        """
+
+    @_abc_1.abstractmethod
+    def PauseSession(
+        self,
+        request: _shard_service_pb2.PauseSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_service_pb2.PauseSessionResponse, _abc.Awaitable[_shard_service_pb2.PauseSessionResponse]]:
+        """Holds a session's segment before its next trace, and lets it go on again; its values stay. Idempotent;
+        a session without a segment here is fine.
         """
 
     @_abc_1.abstractmethod

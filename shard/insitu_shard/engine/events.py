@@ -17,6 +17,8 @@ class TraceStarted:
 
     trace_number: int
     """Number of the trace in the session, from 1."""
+    seconds: float = field(default=0.0, compare=False)
+    """What the segment has taken of the engine's time so far."""
 
 
 @dataclass(frozen=True, slots=True)

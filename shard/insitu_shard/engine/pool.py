@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from insitu_shard.compiler import Limits
-from insitu_shard.engine.events import Finished, SegmentEvent, StepFollows
+from insitu_shard.engine.events import Finished, SegmentEvent, StepFollows, TraceStarted
 from insitu_shard.engine.pass_run import run_next_pass
 from insitu_shard.engine.turns import Turns
 from insitu_wire.errors import Error
@@ -69,6 +69,16 @@ class SegmentPool:
         if running := self._forget(key):
             running.close()
 
+    def pause(self, key: str, *, goes_on: bool = False) -> None:
+        """Holds a segment before its next trace, or lets it go on; its values stay."""
+        if key in self._running:
+            self._running[key].is_paused = not goes_on
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no segment could go on."""
+        return all(running.is_paused for running in self._running.values())
+
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of the segments, in the order in which they were added."""
@@ -87,7 +97,7 @@ class SegmentPool:
         others do not notice.
         """
         yield from self._go_on()
-        waiting = [key for key, running in self._running.items() if running.pending]
+        waiting = [key for key, at in self._running.items() if at.pending and not at.is_paused]
         if waiting:
             self._run_pass(self._turns.order(waiting))
             yield from self._go_on()
@@ -110,6 +120,8 @@ class SegmentPool:
 
     def _go_on(self) -> Iterator[tuple[str, SegmentEvent | Error]]:
         for key, running in list(self._running.items()):
+            if running.is_paused:
+                continue
             for event in running.go_on():
                 if self._running.get(key) is not running:
                     break
@@ -131,6 +143,7 @@ class _Running:
         self._pending: Sequence[Pending] = ()
         self.seconds = 0.0
         """What it has taken of the engine's time."""
+        self.is_paused = False
 
     @property
     def pending(self) -> list[Pending]:
@@ -158,7 +171,9 @@ class _Running:
         started = time.perf_counter()
         event = next(self._told, None)
         self.seconds += time.perf_counter() - started
-        return replace(event, seconds=self.seconds) if isinstance(event, Finished) else event
+        if isinstance(event, Finished | TraceStarted):
+            return replace(event, seconds=self.seconds)
+        return event
 
     def close(self) -> None:
         """Ends it."""

@@ -15,7 +15,7 @@ from insitu_proto.v1.event_pb2 import Event, EventKind
 from insitu_proto.v1.scheduler_service_pb2_grpc import SchedulerServiceStub
 from insitu_scheduler.config import SchedulerConfig
 from insitu_scheduler.server import Server
-from insitu_wire.errors import from_rpc_error
+from insitu_wire.errors import Error, from_rpc_error
 from insitu_wire.limits import CHANNEL_OPTIONS
 from support.fake_shard import FakeShard
 
@@ -104,6 +104,10 @@ class Client:
                 values[node_id] = b""
             values |= {node_id: values[node_id] + response.data} if response.data else {}
         return values
+
+    async def cancel_quietly(self, session_id: str) -> None:
+        with contextlib.suppress(Error):
+            await self.cancel(session_id)
 
     async def cancel(self, session_id: str) -> bool:
         request = pb.CancelSessionRequest(session_id=session_id)

@@ -6,6 +6,7 @@ import asyncio
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+import grpc
 import pytest
 
 from insitu_proto.v1 import error_reason_pb2
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest
+    from insitu_scheduler.config import SchedulerConfig
 
 
 class Directed:
@@ -174,7 +176,7 @@ async def test_sessions_are_spread_over_the_groups_of_a_model(
         assert [len(group.requests) for group in (wide, second)] == [2, 2]
 
 
-async def test_a_session_over_two_models_takes_a_place_of_each(
+async def test_a_session_over_two_models_has_a_place_only_where_it_runs(
     client: Client, server: Server, script: Directed
 ) -> None:
     def group(name: str, max_sessions: int) -> FakeShard:
@@ -197,9 +199,15 @@ async def test_a_session_over_two_models_takes_a_place_of_each(
         assert await _group_states(client) == {"tiny/a": "BUSY", "tiny/b": "READY"}
         alone = await client.submit(Session(steps=[trace(read(1), save(2, of=1), model="tiny/b")]))
         await client.watch_until(alone, "RUNNING")
-        assert await _group_states(client) == {"tiny/a": "BUSY", "tiny/b": "BUSY"}
-        await client.cancel(both)
-        await _until(lambda: a.released == b.released == [both])
+        narrow = await client.submit(Session(steps=[trace(read(1), save(2, of=1), model="tiny/a")]))
+        assert await client.state(narrow) == "QUEUED"
+        script.may_end[both].set()
+        await _until(lambda: [request.session_id for request in b.requests] == [alone, both])
+        await client.watch_until(narrow, "RUNNING")
+        script.may_end[narrow].set()
+        await client.watch(narrow)
+        assert names(await client.watch(both))[-1] == "COMPLETED"
+        await _until(lambda: both in a.released and both in b.released)
         assert await client.state(alone) == "RUNNING"
         async with asyncio.timeout(5):
             while "BUSY" in (await _group_states(client)).values():  # noqa: ASYNC110 - as above
@@ -240,3 +248,82 @@ async def test_one_users_flood_leaves_room_for_the_next_user(
         script.may_end[flood[0]].set()
         await cy.watch_until(second, "RUNNING")
         assert await client.state(flood[3]) == "QUEUED"
+
+
+async def test_a_session_comes_in_on_its_next_model_whoever_is_there(
+    client: Client, server: Server, script: Directed, connect: Callable[[str], Client]
+) -> None:
+    async with (
+        FakeShard(server.address, model="tiny/a", script=script, group_id="a") as a,
+        FakeShard(server.address, model="tiny/b", script=script, group_id="b") as b,
+    ):
+        for shard in (a, b):
+            await shard.ready()
+        bob = connect("bob-key")
+        busy = await bob.submit(Session(steps=[trace(read(1), save(2, of=1), model="tiny/b")]))
+        await bob.watch_until(busy, "RUNNING")
+        waits = await bob.submit(Session(steps=[trace(read(1), save(2, of=1), model="tiny/b")]))
+        steps = [trace(read(at), save(at + 1, of=at), model=f"tiny/{name}") for at, name in
+                 ((1, "a"), (3, "b"))]  # fmt: skip
+        both = await client.submit(Session(steps=steps))
+        script.may_end[both].set()
+        assert names(await client.watch(both))[-1] == "COMPLETED"
+        assert await bob.state(waits) == "QUEUED"
+
+
+async def test_a_session_beyond_its_quantum_yields_while_others_wait_and_goes_on_in_its_turn(
+    config: SchedulerConfig,
+) -> None:
+    may_go_on = asyncio.Event()
+
+    async def long(request: RunSegmentRequest) -> AsyncIterator[RunSegmentResponse]:
+        if len(shard.requests) > 1:
+            yield finished()
+            return
+        for number in (1, 2):
+            started = trace_started(number)
+            started.trace_started.execution_time.FromSeconds(40 * (number - 1))
+            yield started
+            await may_go_on.wait()
+        await _until(lambda: [is_held for _, is_held in shard.pauses] == [True, False])
+        yield finished()
+
+    async with Server(config) as server, FakeShard(server.address, script=long) as shard:
+        await shard.ready()
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            ann, bob = Client(channel, "ann-key"), Client(channel, "bob-key")
+            session_id = await ann.submit(saving())
+            await ann.watch_until(session_id, "RUNNING")
+            short = await bob.submit(saving())
+            assert await bob.state(short) == "QUEUED"
+            may_go_on.set()
+            assert names(await bob.watch(short))[-1] == "COMPLETED"
+            events = await ann.watch(session_id)
+    assert names(events)[-1] == "COMPLETED"
+    (yielded,) = [event for event in events if "keeps its values" in event.message]
+    after = names(events[yielded.sequence :])
+    assert "30 s" in yielded.message
+    assert after[0] == "RUNNING"
+    assert [request.session_id for request in shard.requests] == [session_id, short]
+    assert all(event.attempt <= 1 for event in events)
+
+
+async def test_a_session_beyond_its_quantum_goes_on_while_only_its_users_own_wait(
+    client: Client, server: Server
+) -> None:
+    may_go_on = asyncio.Event()
+
+    async def long(request: RunSegmentRequest) -> AsyncIterator[RunSegmentResponse]:
+        started = trace_started(1)
+        started.trace_started.execution_time.FromSeconds(40)
+        await may_go_on.wait()
+        yield started
+        yield finished()
+
+    async with FakeShard(server.address, script=long) as shard:
+        await shard.ready()
+        ids = await _submit(client, 2)
+        may_go_on.set()
+        for session_id in ids:
+            assert names(await client.watch(session_id))[-1] == "COMPLETED"
+        assert shard.pauses == []

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 async def journal(tmp_path: Path) -> AsyncIterator[Journal]:
-    journal = Journal(tmp_path / "journal.sqlite")
+    journal = Journal(f"sqlite:///{tmp_path}/journal.sqlite")
     await journal.open()
     yield journal
     await journal.close()

@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 _COSTS = {"ann": 1.0, "bob": 10.0, "cy": 0.3}
 
 
+def anywhere(waiting: WaitingSession) -> bool:
+    return True
+
+
 def _session(name: str, user: str, cost: float, *, enqueued_at: float = 0.0) -> WaitingSession:
     return WaitingSession(SessionId(name), user, "a", cost, enqueued_at)
 
 
 def _served(queue: FairQueue, now: float = 0.0) -> Iterator[WaitingSession]:
-    while session := queue.pop("a", {"a"}, now=now):
-        yield session
+    while found := queue.pop("a", anywhere, now=now):
+        yield found[0]
 
 
 def test_a_flood_costs_others_one_session_at_most() -> None:
@@ -96,27 +100,10 @@ def test_a_session_of_a_sated_user_is_overtaken() -> None:
     queue = FairQueue()
     queue.push(_session("1", "ann", 1.0))
     queue.push(_session("2", "bob", 1.0))
-    found = queue.pop("a", {"a"}, sated={"ann"})
+    found = queue.pop("a", anywhere, sated={"ann"})
     assert found is not None
-    assert found.user == "bob"
-    assert queue.pop("a", {"a"}, sated={"ann"}) is None
-
-
-def test_a_session_over_two_models_is_not_starved_by_those_over_one() -> None:
-    queue = FairQueue()
-    wide = WaitingSession(SessionId("wide"), "ann", "a", 1.0, 0.0, others=frozenset("b"))
-    queue.push(wide)
-    for number in range(50):
-        queue.push(WaitingSession(SessionId(f"a{number}"), "bob", "a", 1.0, 0.0))
-        queue.push(WaitingSession(SessionId(f"b{number}"), "bob", "b", 1.0, 0.0))
-    served = []
-    for turn in range(20):
-        # One group of each model, and never both free before one of them has had to wait.
-        model = "ab"[turn % 2]
-        held = wide.session_id not in served and any(at.startswith("wait") for at in served)
-        found = queue.pop(model, {"a", "b"} if held else {model})
-        served.append(found.session_id if found else SessionId(f"wait {turn}"))
-    assert wide.session_id in served
+    assert found[0].user == "bob"
+    assert queue.pop("a", anywhere, sated={"ann"}) is None
 
 
 def test_those_who_left_are_forgotten() -> None:
@@ -125,7 +112,7 @@ def test_those_who_left_are_forgotten() -> None:
         session = _session(str(number), f"user {number}", 1.0 + number % 7)
         line.push(session)
         line.serve(session, session.estimated_cost, now=0.0)
-        line.settle(session.user, 0.0)
+        line.settle(session, 0.0)
     last = _session("last", "ann", 1.0)
     for _ in range(10):
         line.push(last)
@@ -141,7 +128,7 @@ _OPERATIONS = st.lists(
             st.sampled_from(["a", "b", "ab", ""]),
             st.floats(0.1, 20),
         ),
-        st.tuples(st.just("pop"), st.sampled_from(["a", "b"]), st.booleans()),
+        st.tuples(st.just("pop"), st.sampled_from(["a", "b"])),
         st.tuples(st.just("end"), st.floats(0.1, 3)),
         st.tuples(st.just("remove"), st.integers(0, 200)),
     ),
@@ -169,14 +156,12 @@ def test_no_session_is_lost_or_runs_twice_and_a_users_own_keep_their_order(
                 )  # fmt: skip
                 pushed[name] = session
                 queue.push(session)
-            case ("pop", model, both):
-                found = queue.pop(model, {"a", "b"} if both else {model})
-                if found is not None:
-                    assert model in {found.model, *found.others} or found.model is None
+            case ("pop", model):
+                if (popped := queue.pop(model, anywhere)) is not None:
+                    found = popped[0]
+                    assert found.model in {model, None}
                     running.append(found)
-                    order[found.user, (found.model or "") + "".join(found.others)].append(
-                        int(found.session_id)
-                    )
+                    order[found.user, found.model].append(int(found.session_id))
             case ("end", factor) if running:
                 session = running.pop(0)
                 queue.settle(session, session.estimated_cost * factor)
@@ -189,7 +174,7 @@ def test_no_session_is_lost_or_runs_twice_and_a_users_own_keep_their_order(
         assert {at for at, _ in queue.positions()} == waiting
     assert len(ended) == len(set(ended))
     assert all(numbers == sorted(numbers) for numbers in order.values())
-    while found := queue.pop("a", {"a", "b"}) or queue.pop("b", {"a", "b"}):
-        ended.append(found.session_id)
+    while popped := queue.pop("a", anywhere) or queue.pop("b", anywhere):
+        ended.append(popped[0].session_id)
     assert len(queue) == 0
     assert set(ended) | {at.session_id for at in running} == set(pushed)

@@ -39,7 +39,7 @@ insert into sessions values ('old', 'r', 'ann', 'a', 'QUEUED', x'00', x'7061796c
 
 @pytest.fixture
 async def journal(tmp_path: Path) -> AsyncIterator[Journal]:
-    journal = Journal(tmp_path / "journal.sqlite")
+    journal = Journal(f"sqlite:///{tmp_path}/journal.sqlite")
     await journal.open()
     yield journal
     await journal.close()
@@ -131,7 +131,7 @@ async def test_an_event_that_nobody_waits_for_is_written_soon(
 
 
 async def test_closing_writes_what_is_pending(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.sqlite")
+    journal = Journal(f"sqlite:///{tmp_path}/journal.sqlite")
     await journal.open()
     log = await accept(journal, accepted())
     EventBook(journal).publish(log, events.running(1, 1))
@@ -167,7 +167,7 @@ async def test_a_journal_of_an_older_version_is_brought_up_to_date(tmp_path: Pat
     connection = sqlite3.connect(tmp_path / "journal.sqlite")
     connection.executescript(_FIRST_VERSION)
     connection.close()
-    journal = Journal(tmp_path / "journal.sqlite")
+    journal = Journal(f"sqlite:///{tmp_path}/journal.sqlite")
     await journal.open()
     (found,) = await journal.read_unfinished()
     assert (found.session_id, found.payload, found.is_detached) == ("old", b"payload", False)
@@ -185,4 +185,4 @@ async def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
     path.write_text("something else than a database\n" * 100)
     with pytest.raises(ConfigurationError, match="--data-dir"):
-        await Journal(path).open()
+        await Journal(f"sqlite:///{path}").open()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from insitu_proto.v1.intervention_pb2 import Keep, Load, Node
-from insitu_proto.v1.session_pb2 import Session
-from insitu_scheduler.fair_queue import FairQueue
+from insitu_proto.v1.session_pb2 import Compute, Session, Step
 from insitu_scheduler.kept_values import KeptValues
-from insitu_scheduler.queue import SessionId, WaitingSession
+from insitu_scheduler.queue import SessionId
 from insitu_scheduler.registry import LeaseId
 from insitu_wire.errors import NotFoundError, VersionError
 from support.fake_shard import read, reference, trace
@@ -29,8 +28,8 @@ def _loading(*handles: str, model: str = "a") -> Session:
 def test_a_session_goes_to_the_group_that_keeps_what_it_loads() -> None:
     kept = KeptValues()
     kept.add("ann", _keeping("x"), {"a": ONE}, keeper=SessionId("s"))
-    assert kept.group_of("ann", _loading("x")) == ONE
-    assert kept.group_of("ann", _loading()) is None
+    assert kept.groups_of("ann", _loading("x")) == {"a": ONE}
+    assert kept.groups_of("ann", _loading()) == {}
 
 
 def test_a_session_runs_after_those_that_keep_what_it_loads() -> None:
@@ -45,32 +44,42 @@ def test_nobody_finds_what_is_anothers_or_gone() -> None:
     kept = KeptValues()
     kept.add("ann", _keeping("x"), {"a": ONE}, keeper=SessionId("s"))
     with pytest.raises(NotFoundError):
-        kept.group_of("bob", _loading("x"))
+        kept.groups_of("bob", _loading("x"))
     kept.lose(ONE)
     with pytest.raises(NotFoundError):
-        kept.group_of("ann", _loading("x"))
+        kept.groups_of("ann", _loading("x"))
 
 
 def test_values_of_two_groups_or_of_another_models_are_refused() -> None:
     kept = KeptValues()
     kept.add("ann", _keeping("x"), {"a": ONE}, keeper=SessionId("s"))
     kept.add("ann", _keeping("y"), {"a": TWO}, keeper=SessionId("t"))
-    with pytest.raises(VersionError, match="several shard groups"):
-        kept.group_of("ann", _loading("x", "y"))
+    with pytest.raises(VersionError, match="several shard groups of a"):
+        kept.groups_of("ann", _loading("x", "y"))
     with pytest.raises(VersionError, match="is loaded in a trace of b"):
-        kept.group_of("ann", _loading("x", model="b"))
+        kept.groups_of("ann", _loading("x", model="b"))
 
 
-def test_a_session_that_needs_one_group_waits_for_it_and_holds_up_nobody() -> None:
-    queue = FairQueue()
-    for name, lease in (("1", TWO), ("2", None)):
-        queue.push(
-            WaitingSession(
-                SessionId(name), "ann", "a", estimated_cost=1.0, enqueued_at=0.0, lease_id=lease
-            )
-        )
-    first, second = queue.pop("a", {"a"}, ONE), queue.pop("a", {"a"}, TWO)
-    assert first is not None
-    assert first.session_id == "2"
-    assert second is not None
-    assert second.session_id == "1"
+def test_a_value_that_is_kept_between_traces_is_with_the_model_of_the_trace_before() -> None:
+    between = Node(id=3, keep=Keep(value=reference(1), handle_id="x"))
+    session = Session(
+        steps=[trace(read(1), model="a"), Step(compute=Compute(nodes=[between])), *_steps("b")]
+    )
+    for leases in ({"a": ONE, "b": TWO}, {"b": TWO, "a": ONE}):
+        kept = KeptValues()
+        kept.add("ann", session, leases, keeper=SessionId("s"))
+        assert kept.groups_of("ann", _loading("x")) == {"a": ONE}
+
+
+def test_a_session_may_load_what_groups_of_several_models_keep() -> None:
+    kept = KeptValues()
+    kept.add("ann", _keeping("x"), {"a": ONE}, keeper=SessionId("s"))
+    other = Node(id=2, keep=Keep(value=reference(1), handle_id="y"))
+    other_session = Session(steps=[trace(read(1), other, model="b")])
+    kept.add("ann", other_session, {"b": TWO}, keeper=SessionId("t"))
+    both = Session(steps=[*_loading("x").steps, *_loading("y", model="b").steps])
+    assert kept.groups_of("ann", both) == {"a": ONE, "b": TWO}
+
+
+def _steps(model: str) -> list[Step]:
+    return [trace(read(1), model=model)]

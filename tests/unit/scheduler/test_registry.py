@@ -48,35 +48,46 @@ def test_an_expired_or_revoked_lease_can_not_be_kept_alive(registry: Registry) -
 def test_a_full_group_is_not_ready_until_a_place_is_free(registry: Registry) -> None:
     group = grant(registry, "1", max_sessions=2)
     registry.take(group, "ann")
-    assert (group.state, registry.ready()) == (GroupState.READY, [group])
+    assert (group.state, registry.ready_models()) == (GroupState.READY, ["a"])
     registry.take(group, "ann")
-    assert (group.state, registry.ready()) == (GroupState.BUSY, [])
+    assert (group.state, registry.ready_models()) == (GroupState.BUSY, [])
     registry.free(group, "ann")
-    assert (group.state, registry.ready()) == (GroupState.READY, [group])
+    assert (group.state, registry.ready_models()) == (GroupState.READY, ["a"])
 
 
 def test_the_group_that_was_free_longest_comes_first(registry: Registry) -> None:
     first, second = grant(registry, "1"), grant(registry, "2")
     registry.take(first, "ann")
     registry.free(first, "ann")
-    assert registry.ready() == [second, first]
+    assert registry.of("a") == [second, first]
 
 
-def test_the_group_with_the_fewest_sessions_comes_first(registry: Registry) -> None:
-    first, second, third = (grant(registry, name, max_sessions=3) for name in "123")
-    for group in (first, first, second):
-        registry.take(group, "ann")
-    assert registry.ready() == [third, second, first]
-    registry.take(second, "ann")
-    registry.free(second, "ann")
-    assert registry.ready() == [third, second, first]
+def test_the_model_with_the_fewest_sessions_comes_first(registry: Registry) -> None:
+    for model in "abc":
+        grant(registry, model, model, max_sessions=3)
+    for model, count in {"a": 2, "b": 1, "c": 3}.items():
+        for _ in range(count):
+            registry.take(registry.of(model)[0], "ann")
+    assert registry.ready_models() == ["b", "a"]
+
+
+def test_what_a_group_is_expected_to_take_counts_what_has_to_be_brought(registry: Registry) -> None:
+    group = grant(registry, "1", max_sessions=4)
+    registry.pin(group, 8.0)
+    assert group.predicted_seconds({}) == 2.0
+    assert group.predicted_seconds({"x": 500_000_000}) == 3.0
+    group.brought(["x"])
+    assert group.predicted_seconds({"x": 500_000_000}) == 2.0
+    registry.unpin(group, 8.0)
+    assert group.is_empty
+    assert group.expected_seconds == 0.0
 
 
 def test_a_draining_group_takes_nothing_new_and_never_returns(registry: Registry) -> None:
     group = grant(registry, "1")
     registry.keep_alive(group.lease_id, now=1, is_draining=True)
     registry.keep_alive(group.lease_id, now=2)
-    assert (group.state, registry.ready()) == (GroupState.DRAINING, [])
+    assert (group.state, registry.ready_models()) == (GroupState.DRAINING, [])
 
 
 def test_freeing_a_group_whose_lease_is_gone_does_not_bring_it_back(registry: Registry) -> None:
@@ -84,7 +95,7 @@ def test_freeing_a_group_whose_lease_is_gone_does_not_bring_it_back(registry: Re
     registry.take(group, "ann")
     registry.revoke(group.lease_id)
     registry.free(group, "ann")
-    assert (group.num_sessions, registry.ready()) == (0, [])
+    assert (group.num_sessions, registry.ready_models()) == (0, [])
 
 
 def test_replicas_are_counted_by_model_and_found_by_group(registry: Registry) -> None:

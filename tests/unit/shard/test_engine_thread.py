@@ -28,7 +28,16 @@ class Leader:
 
     commands: list[str] = field(default_factory=list)
     left: dict[str, int] = field(default_factory=dict)
+    paused: set[str] = field(default_factory=set)
     may_run: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.left.keys() <= self.paused
+
+    def pause(self, key: str, *, goes_on: bool) -> None:
+        self.commands.append(f"{'resume' if goes_on else 'pause'} {key}")
+        self.paused ^= {key}
 
     def begin(self, key: str, request: RunSegmentRequest) -> None:
         self.commands.append(f"begin {key}")
@@ -44,6 +53,8 @@ class Leader:
         assert self.may_run.wait(10)
         self.commands.append("round")
         for key, left in list(self.left.items()):
+            if key in self.paused:
+                continue
             if left == LOSES_A_RANK:
                 raise RuntimeError("connection closed by peer")
             yield key, TraceStarted(left)
@@ -76,7 +87,7 @@ async def engine(leader: Leader, lost: asyncio.Event) -> AsyncIterator[EngineThr
 
 
 def _segment(num_traces: int) -> RunSegmentRequest:
-    request = RunSegmentRequest()
+    request = RunSegmentRequest(session_id=f"session of {num_traces}")
     request.segment.seed = num_traces
     return request
 
@@ -194,3 +205,18 @@ async def test_a_round_waits_for_segments_that_are_about_to_come(
             await engine.do(lambda: None)
         await asyncio.gather(first, _told(engine, 1))
         assert leader.commands == ["begin 1", "begin 2", "round"]
+
+
+async def test_a_session_that_is_held_takes_no_rounds_until_it_goes_on(
+    engine: EngineThread, leader: Leader
+) -> None:
+    async with aclosing(engine.run(_segment(ENDLESS))) as events:
+        await anext(events)
+        await engine.pause(f"session of {ENDLESS}", goes_on=False)
+        assert len(await _told(engine, 3)) == 4
+        num_rounds = leader.commands.count("round")
+        await engine.do(lambda: None)
+        assert leader.commands.count("round") == num_rounds
+        await engine.pause(f"session of {ENDLESS}", goes_on=True)
+        while leader.commands.count("round") == num_rounds:
+            await anext(events)

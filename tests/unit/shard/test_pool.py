@@ -137,3 +137,23 @@ def test_a_key_names_one_segment(model: LoadedModel, pool: SegmentPool) -> None:
     pool.add("a", _run(model, _trace()))
     with pytest.raises(ValueError, match="'a' runs already"):
         pool.add("a", _run(model, _trace()))
+
+
+def test_a_segment_that_is_held_goes_on_where_it_was_and_the_others_do_not_notice(
+    model: LoadedModel, pool: SegmentPool
+) -> None:
+    held = log("between"), _longer(_trace(2)), log("after")
+    pool.add("held", _run(model, _trace(1), *held))
+    pool.add("other", _run(model, _trace(1)))
+    pool.pause("held")
+    assert not pool.is_idle
+    assert {key for key, _ in _told(pool)} == {"other"}
+    assert pool.is_idle
+    assert _told(pool) == []
+    pool.pause("held", goes_on=True)
+    told = [event for _ in range(3) for _, event in pool.round()]
+    assert [type(event) for event in told] == [
+        TraceStarted, Saved, Logged, TraceStarted, Saved, Logged, Finished,
+    ]  # fmt: skip
+    starts = [event.seconds for event in told if isinstance(event, TraceStarted)]
+    assert 0 < starts[0] < starts[1]

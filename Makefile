@@ -7,7 +7,7 @@ PROTOS := $(sort $(wildcard protos/insitu_proto/v1/*.proto))
 # Programs that some tests run, and skip without: Debian's names.
 SYSTEM_PACKAGES := chromium fonts-dejavu-core prometheus
 
-.PHONY: help setup system-packages demo test check k8s bench fmt lint types arch protos protos-check clean
+.PHONY: help setup system-packages demo test test-gpu check k8s bench fmt lint types arch protos protos-check clean
 
 help: ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ demo: setup ## Starts a server with a small real model, runs the first session a
 
 test: setup ## Runs all tests.
 	$(BIN)/python -m pytest
+
+test-gpu: setup ## Runs the tests that need a GPU.
+	$(BIN)/python -m pytest tests/gpu
 
 k8s: setup ## Renders and checks the Kubernetes manifests, and runs them as processes.
 	$(BIN)/python -m pytest tests/deploy

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from insitu_shard.downloads import Download
 from insitu_shard.engine import Finished, TraceStarted
 from insitu_shard.gathering import Gathering
 from insitu_wire.errors import Error, Reason, error
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest
+    from insitu_shard.downloads import Downloads
     from insitu_shard.engine import SegmentEvent
     from insitu_shard.group import Leader
     from insitu_shard.metrics import ShardMetrics
@@ -53,6 +55,7 @@ class EngineThread:
         metrics: ShardMetrics,
         *,
         thread: ThreadPoolExecutor,
+        downloads: Downloads,
         on_lost: Callable[[], None],
         gathering: Gathering | None = None,
     ) -> None:
@@ -62,12 +65,14 @@ class EngineThread:
             leader: runs segments on all ranks.
             metrics: where segments are counted.
             thread: the one thread that runs the engine.
+            downloads: bring saved values into the host's memory.
             on_lost: called when the group can not go on.
             gathering: tells how long a round waits for more segments.
         """
         self._leader = leader
         self._metrics = metrics
         self._thread = thread
+        self._downloads = downloads
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._keys = map(str, itertools.count(1))
@@ -95,16 +100,19 @@ class EngineThread:
         Whoever closes the generator before drops the segment.
         """
         key = next(self._keys)
-        told: asyncio.Queue[SegmentEvent | Error] = asyncio.Queue()
+        told: asyncio.Queue[SegmentEvent | Error | Download] = asyncio.Queue()
 
         def tell(event: SegmentEvent | Error) -> None:
-            self._loop.call_soon_threadsafe(told.put_nowait, event)
+            self._loop.call_soon_threadsafe(told.put_nowait, self._downloads.begun(event))
 
         self._submit(partial(self._begin, key, request, tell))
         event: SegmentEvent | Error | None = None
         try:
             while not isinstance(event, Finished | Error):
-                event = await told.get()
+                next_event = await told.get()
+                if isinstance(next_event, Download):
+                    next_event = await next_event.finished()
+                event = next_event
                 yield event
         finally:
             if not isinstance(event, Finished | Error):

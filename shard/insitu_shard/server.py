@@ -22,6 +22,7 @@ from prometheus_client import start_http_server
 from insitu_proto.v1 import placement_pb2, shard_service_pb2, shard_service_pb2_grpc
 from insitu_shard.command_channel import CommandChannel, join_group
 from insitu_shard.compiler import Limits
+from insitu_shard.downloads import Downloads
 from insitu_shard.engine import Budgets, load_model, parse_dtype, rank_device, resolve_model_folder
 from insitu_shard.engine_thread import EngineThread
 from insitu_shard.epochs import Epochs
@@ -128,7 +129,9 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
         is_lost = True
         stopping.set()
 
-    engine = EngineThread(leader, metrics, thread=thread, on_lost=lost)
+    engine = EngineThread(
+        leader, metrics, thread=thread, downloads=Downloads(model.device), on_lost=lost
+    )
     servicer = ShardServicer(leader, description, engine, config.tls)
     access_token = secrets.token_hex(32)
     epochs = Epochs()

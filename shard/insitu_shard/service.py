@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from insitu_proto.v1 import shard_service_pb2, shard_service_pb2_grpc
 from insitu_shard.codec import to_fetched, to_responses
+from insitu_shard.engine import Saved, num_bytes
 from insitu_shard.imports import fetch_values
 from insitu_shard.upload_cache import receive_upload
 from insitu_wire.errors import Error, to_failure
@@ -110,7 +111,11 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
                 if isinstance(event, Error):
                     yield shard_service_pb2.RunSegmentResponse(failure=to_failure(event))
                     return
-                for response in to_responses(event):
+                responses = to_responses(event)
+                if isinstance(event, Saved) and num_bytes(event.value) > CHUNK_BYTES:
+                    # Its checksum comes first, and takes long.
+                    yield await asyncio.to_thread(next, responses)
+                for response in responses:
                     yield response
 
     async def PauseSession(

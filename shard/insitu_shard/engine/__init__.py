@@ -19,7 +19,7 @@ from insitu_shard.engine.events import (
 )
 from insitu_shard.engine.explain import explain
 from insitu_shard.engine.gguf import convert
-from insitu_shard.engine.handles import Budgets, HandleStore, KeptValues
+from insitu_shard.engine.handles import Budgets, HandleStore, KeptValues, num_bytes
 from insitu_shard.engine.loading import load_model
 from insitu_shard.engine.model import LoadedModel
 from insitu_shard.engine.model_folder import (
@@ -60,6 +60,7 @@ __all__ = [
     "has_plan",
     "load_config",
     "load_model",
+    "num_bytes",
     "parse_dtype",
     "rank_device",
     "resolve_model_folder",

@@ -10,6 +10,7 @@ import torch
 
 from insitu_shard.engine.checkpoint import check_checkpoint
 from insitu_shard.engine.describe import empty_model, measure_whole, point_plan
+from insitu_shard.engine.head_input import pack_head_input
 from insitu_shard.engine.layout import Layouts, find_layouts, packed_outputs
 from insitu_shard.engine.measure import PROBE_SIZES, measure
 from insitu_shard.engine.model import LoadedModel
@@ -64,6 +65,7 @@ def load_model(
         else:
             module = load_weights(config, folder, dtype=dtype, ranks=ranks, device=device)
     attach_points(module, point_plan(config, dtype=module.dtype))
+    pack_head_input(module)
     ranks.meet()
     layouts = _layouts(config, module, ranks, device)
     _log.info("%s is loaded, in %.1f s", name, time.monotonic() - started_at)

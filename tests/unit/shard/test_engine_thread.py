@@ -10,8 +10,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest
+from insitu_shard.downloads import Downloads
 from insitu_shard.engine import Finished, SegmentEvent, TraceStarted
 from insitu_shard.engine_thread import EngineThread
 from insitu_shard.gathering import Gathering
@@ -83,7 +85,13 @@ def lost() -> asyncio.Event:
 async def engine(leader: Leader, lost: asyncio.Event) -> AsyncIterator[EngineThread]:
     metrics = ShardMetrics("tiny")
     with ThreadPoolExecutor(1) as thread:
-        yield EngineThread(leader, metrics, thread=thread, on_lost=lost.set)  # type: ignore[arg-type]
+        yield EngineThread(
+            leader,  # type: ignore[arg-type]
+            metrics,
+            thread=thread,
+            downloads=Downloads(torch.device("cpu")),
+            on_lost=lost.set,
+        )
 
 
 def _segment(num_traces: int) -> RunSegmentRequest:
@@ -192,6 +200,7 @@ async def test_a_round_waits_for_segments_that_are_about_to_come(
             leader,  # type: ignore[arg-type]
             metrics,
             thread=thread,
+            downloads=Downloads(torch.device("cpu")),
             on_lost=lost.set,
             gathering=_UntilTwo(seconds),
         )

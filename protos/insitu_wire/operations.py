@@ -8,6 +8,7 @@ once; a name that a user sends is only ever looked up in the table.
 from __future__ import annotations
 
 import difflib
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ _VIEWS = {
 }  # fmt: skip
 
 
+@lru_cache(maxsize=4096)
 def last_word(name: str) -> str:
     """Gives the word of an operation's name that says what it does, such as "argmax"."""
     return name.removesuffix(".__get__").rpartition(".")[2]
@@ -170,6 +172,7 @@ def writes_into_container(name: str) -> bool:
     return name in _CONTAINER_WRITES
 
 
+@lru_cache(maxsize=4096)
 def is_in_place(name: str) -> bool:
     """Whether the operation writes into its first argument."""
     word = last_word(name)
@@ -216,6 +219,7 @@ def writing_option(name: str, args: Sequence[object], kwargs: Mapping[str, objec
     return ""
 
 
+@lru_cache(maxsize=4096)
 def may_alias(name: str) -> bool:
     """Whether the operation's result may share memory with its arguments."""
     return is_in_place(name) or last_word(name) in _VIEWS

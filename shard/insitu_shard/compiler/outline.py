@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING
 
 from insitu_shard.compiler.prefixes import FAMILIES
@@ -37,6 +38,8 @@ class Outline:
     shares_prefixes: bool = False
     """Whether lanes may leave their first positions to others."""
     _parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    _sizes: dict[tuple[str, bool], list[tuple[int, int]]] = field(default_factory=dict)
+    _shown: dict[tuple[str, bool], bool] = field(default_factory=dict)
 
     @staticmethod
     def of(description: model_pb2.ModelDescription) -> Outline:
@@ -54,7 +57,7 @@ class Outline:
         # What is inside of modules is there only for who looks at it.
         own = (module for module in called if not module.is_point)
         inside = (module for module in own if _is_below(module.path, blocks[0]))
-        block_bytes = sum(_bytes_per_token(module.output) for module in inside)
+        block_bytes = sum(size for at in inside for size, _ in _sizes_per_token(at.output))
         family = json.loads(description.config_json or "{}").get("model_type")
         return Outline(blocks, head_path, modules, block_bytes, family in FAMILIES, parts)
 
@@ -99,6 +102,14 @@ class Outline:
             return [module.output]
         return [*module.args.tuple.items, *module.kwargs.dict.items]
 
+    def shows_rows(self, path: str, *, is_input: bool) -> bool:
+        """Whether all that is at a boundary is known to be a row's own, or the same for all."""
+        key = (path, is_input)
+        if key not in self._shown:
+            structures = self.structures(path, is_input=is_input)
+            self._shown[key] = all(map(_shows_rows, structures))
+        return self._shown[key]
+
     def output_bytes(self, path: str, *, is_input: bool, length: int = 1) -> int:
         """Estimates the bytes of a module's result, or of its first argument, for each token.
 
@@ -107,8 +118,11 @@ class Outline:
             is_input: whether its first argument is meant.
             length: tokens in a row: what is between pairs of them has so many for each.
         """
-        structures = self.structures(path, is_input=is_input)[:1]
-        return sum(_bytes_per_token(structure, length) for structure in structures)
+        key = (path, is_input)
+        if key not in self._sizes:
+            structures = self.structures(path, is_input=is_input)[:1]
+            self._sizes[key] = [size for at in structures for size in _sizes_per_token(at)]
+        return sum(elements * length**power for elements, power in self._sizes[key])
 
 
 def has_rows(structure: model_pb2.StructureSpec) -> bool:
@@ -120,7 +134,7 @@ def has_rows(structure: model_pb2.StructureSpec) -> bool:
     )
 
 
-def shows_rows(structure: model_pb2.StructureSpec) -> bool:
+def _shows_rows(structure: model_pb2.StructureSpec) -> bool:
     """Whether all that is in a value is known to be either a row's own or the same for all."""
     return all(tensor is not None for tensor in _tensors(structure))
 
@@ -138,16 +152,15 @@ def _tensors(structure: model_pb2.StructureSpec) -> list[model_pb2.TensorSpec | 
     return [None]
 
 
-def _bytes_per_token(structure: model_pb2.StructureSpec, length: int = 1) -> int:
-    total = 0
+def _sizes_per_token(structure: model_pb2.StructureSpec) -> list[tuple[int, int]]:
+    """Gives the bytes of each tensor for a token, and the power of the length in them."""
+    sizes = []
     for tensor in _tensors(structure):
         if tensor is not None and any(size.batch_power for size in tensor.dimensions):
-            elements = 1
-            for size in tensor.dimensions:
-                elements *= size.factor
+            elements = prod(size.factor for size in tensor.dimensions)
             num_lengths = sum(size.length_power for size in tensor.dimensions)
-            total += elements * length ** max(num_lengths - 1, 0) * _ITEM_BYTES
-    return total
+            sizes.append((elements * _ITEM_BYTES, max(num_lengths - 1, 0)))
+    return sizes
 
 
 def _parts(called: Sequence[str], blocks: Sequence[str]) -> dict[str, tuple[int, int]] | None:
@@ -155,10 +168,11 @@ def _parts(called: Sequence[str], blocks: Sequence[str]) -> dict[str, tuple[int,
     parts: dict[str, tuple[int, int]] = {}
     after = len(blocks) + 1
     part = 0
+    numbers = {block: number for number, block in enumerate(blocks, 1)}
+    above = {block[:end] for block in blocks for end in range(len(block)) if block[end] == "."}
     for path in called:
-        if path in blocks:
-            part = blocks.index(path) + 1
-        if any(block != path and _is_below(block, path) for block in blocks):
+        part = numbers.get(path, part)
+        if not path or path in above:
             parts[path] = (0, after)
         elif part and _is_below(path, blocks[part - 1]):
             parts[path] = (part, part)

@@ -228,19 +228,12 @@ class Node:
     """Number of the step of a generation that it belongs to, from 1; 0 for none."""
     used: tuple[NodeId, ...] = field(init=False, compare=False)
     """Ids that its arguments refer to."""
+    boundary: Boundary | None = field(init=False, compare=False)
+    """The moment of the forward pass that the node is tied to, if any."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "used", tuple(references(operands(self.operation))))
-
-    @property
-    def boundary(self) -> Boundary | None:
-        """The moment of the forward pass that the node is tied to, if any."""
-        if isinstance(self.operation, Read | Write):
-            return self.operation.hook_point.boundary
-        if isinstance(self.operation, Skip):
-            skip = self.operation
-            return Boundary(skip.module_path, True, skip.call_index, skip.step)
-        return None
+        object.__setattr__(self, "boundary", _boundary(self.operation))
 
     @property
     def waits_for_end(self) -> bool:
@@ -343,6 +336,15 @@ class Step:
     """Number of the trace in the session, from 1; 0 if it is none."""
 
 
+def _boundary(operation: Operation) -> Boundary | None:
+    match operation:
+        case Read(hook_point=point) | Write(hook_point=point):
+            return point.boundary
+        case Skip(module_path=path, call_index=call, step=step):
+            return Boundary(path, True, call, step)
+    return None
+
+
 def operands(operation: Operation) -> tuple[object, ...]:
     """Gives the arguments of an operation, in which references may be nested."""
     match operation:
@@ -365,18 +367,24 @@ def operands(operation: Operation) -> tuple[object, ...]:
 
 def references(value: object) -> Iterator[NodeId]:
     """Yields the ids that a value refers to, however deep."""
+    found: list[NodeId] = []
+    _collect(value, found)
+    return iter(found)
+
+
+def _collect(value: object, found: list[NodeId]) -> None:
     match value:
         case Ref(node_id=node_id):
-            yield node_id
+            found.append(node_id)
         case list() | tuple():
             for item in value:
-                yield from references(item)
+                _collect(item, found)
         case dict():
             for item in value.values():
-                yield from references(item)
+                _collect(item, found)
         case slice():
             for part in (value.start, value.stop, value.step):
-                yield from references(part)
+                _collect(part, found)
 
 
 def resolve(value: Any, value_of: Callable[[NodeId], object]) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from insitu_shard.compiler import Fork, TraceFacts, WindowStep
-from insitu_shard.compiler.outline import has_rows, shows_rows
+from insitu_shard.compiler.outline import has_rows
 from insitu_shard.engine.graph import (
     Assign,
     Call,
@@ -278,8 +278,7 @@ def _reason_for_alone(plan: Plan, outline: Outline) -> str:
                 moment = outline.moment(point.module_path, is_input=is_input)
                 if moment is None or point.call_index:
                     return f"it is not known when {point} is reached"
-                structures = outline.structures(point.module_path, is_input=is_input)
-                if not all(map(shows_rows, structures)):
+                if not outline.shows_rows(point.module_path, is_input=is_input):
                     return f"not all that is in {point} is known"
     for boundary, writers in plan.due_at_boundary.items():
         structures = outline.structures(boundary.module_path, is_input=boundary.is_input)

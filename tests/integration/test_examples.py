@@ -58,3 +58,12 @@ def test_a_patch_across_models_brings_the_answer_over(tmp_path: Path) -> None:
     assert model.endswith("' Paris'")
     assert patched.endswith("' Paris'")
     assert not other.endswith("' Paris'")
+
+
+@pytest.mark.usefixtures("demo_folder")
+def test_a_text_is_steered_while_it_is_generated(tmp_path: Path) -> None:
+    lines = _run("generation_steering", "--tokens", "5", cwd=tmp_path).splitlines()
+    projections = [float(line.partition("mean projection ")[2].split()[0]) for line in lines]
+    assert len(projections) == 3
+    assert projections == sorted(projections)
+    assert len({line.partition("projection")[2] for line in lines}) == 3

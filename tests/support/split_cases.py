@@ -151,6 +151,18 @@ def recorded_gradients(model: LanguageModel) -> dict[str, Any]:
     return found
 
 
+_SPLIT = ("up_proj", "c_fc", "fc1", "dense_h_to_4h", "gate_up_proj", "fc_in", "q_proj")
+
+
+def _split_path(model: LanguageModel, block: str) -> str:
+    """Gives a module of a block whose output is split over ranks."""
+    below = [at.path for at in model._description.modules if at.path.startswith(f"{block}.")]
+    return min(
+        (path for path in below if path.rpartition(".")[2] in _SPLIT),
+        key=lambda path: _SPLIT.index(path.rpartition(".")[2]),
+    )
+
+
 def generations(model: LanguageModel) -> dict[str, Any]:
     """Tokens that are chosen and drawn, with writes to what is split, alone and together."""
     saved: dict[str, Any] = {}
@@ -160,7 +172,9 @@ def generations(model: LanguageModel) -> dict[str, Any]:
             with model.generate(IDS, max_new_tokens=4 + number, **options) as tracer:
                 for step in tracer.iter[:]:
                     block = model.blocks[number]
-                    saved[f"normed {number} {step}"] = block.mlp.output.norm().save()
+                    split = model.get(_split_path(model, block.path))
+                    saved[f"normed {number} {step}"] = split.output.norm().save()
+                    split.output[..., :3] = 0.1
                     block.output[0][:, -1] *= 1 + 0.1 * number
                 saved[f"ids {number}"] = tracer.result.save()
     return saved

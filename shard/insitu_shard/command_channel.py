@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from datetime import timedelta
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from insitu_shard.engine.ranks import Ranks
-
-if TYPE_CHECKING:
-    from insitu_shard.config import ShardConfig
 
 # Followers wait for the next command as long as nobody uses the model. A leader that dies closes
 # its connections, which ends the wait at once.
 _IDLE_TIMEOUT = timedelta(days=365)
+
+# A rank may read its slices much faster than another. One that dies is noticed by torchrun.
+_LOADING_TIMEOUT = timedelta(hours=1)
 
 _BROADCAST_BYTES = 64 * 1024 * 1024
 
@@ -98,13 +100,31 @@ class CommandChannel:
         return Command(command), bytes(first + self.receive_data(size - len(first)))
 
 
-def join_group(config: ShardConfig, rank: int) -> Ranks:
+def join_group(num_ranks: int, rank: int) -> Ranks:
     """Joins the ranks that torchrun started; one rank alone joins nothing."""
-    if config.num_ranks > 1:
-        dist.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            timeout=timedelta(seconds=config.collective_timeout_seconds),
-        )
-        patient = dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT)
-        return Ranks(rank, config.num_ranks, patient=patient)
-    return Ranks(rank, config.num_ranks)
+    if num_ranks == 1:
+        return Ranks(rank, num_ranks)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(
+        backend=backend, store=_store(), rank=rank, world_size=num_ranks, timeout=_LOADING_TIMEOUT
+    )
+    patient = dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT)
+    return Ranks(rank, num_ranks, patient=patient)
+
+
+def bound_collectives(ranks: Ranks, seconds: float) -> None:
+    """Has ranks wait for each other no longer than that, now that all have loaded."""
+    if ranks.size > 1:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def _store() -> Any:
+    """Gives what ranks find each other by, with nothing in it of ranks that ran before.
+
+    The agent's own store stays when it starts the ranks again, and those would look for the dead.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    within = _LOADING_TIMEOUT
+    store = dist.TCPStore(host, port, is_master=False, timeout=within)  # type: ignore[attr-defined]
+    attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    return dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]

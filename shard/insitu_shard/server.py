@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from insitu_proto.v1 import placement_pb2, shard_service_pb2, shard_service_pb2_grpc
-from insitu_shard.command_channel import CommandChannel, join_group
+from insitu_shard.command_channel import CommandChannel, bound_collectives, join_group
 from insitu_shard.compiler import Limits
 from insitu_shard.downloads import Downloads
 from insitu_shard.engine import Budgets, load_model, parse_dtype, rank_device, resolve_model_folder
@@ -57,7 +57,7 @@ def run_rank(config: ShardConfig, rank: int) -> None:
     Raises:
         Error: the group can not start, or was lost.
     """
-    ranks = join_group(config, rank)
+    ranks = join_group(config.num_ranks, rank)
     channel = CommandChannel(ranks, timeout_seconds=config.collective_timeout_seconds)
     num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if ranks.is_leader and num_restarts:
@@ -84,6 +84,7 @@ def _load(config: ShardConfig, ranks: Ranks) -> LoadedModel:
     )
     # What is done once, at the first pass, is done before the first user comes.
     model.warm_up()
+    bound_collectives(ranks, config.collective_timeout_seconds)
     return model
 
 

@@ -1,10 +1,9 @@
-"""A rank that hangs or dies ends its group, which comes back; sessions are run again."""
+"""A rank that hangs ends its group, which comes back; sessions are run again."""
 
 from __future__ import annotations
 
 import logging
 import re
-import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,25 +22,25 @@ if TYPE_CHECKING:
 IDS = [5, 9, 17, 23]
 
 
-def test_a_follower_that_hangs_or_dies_costs_no_session(
+# torch gives a rank that hangs half a minute to end.
+@pytest.mark.timeout(600)
+def test_a_follower_that_hangs_costs_no_session(
     tiny: TinyModels,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setenv("INSITU_COLLECTIVE_TIMEOUT_SECONDS", "8")
+    monkeypatch.setenv("INSITU_COLLECTIVE_TIMEOUT_SECONDS", "3")
     monkeypatch.setattr(CONFIG, "_api_key", "tests")
     caplog.set_level(logging.INFO, "insitu")
     with Up(tmp_path, [f"tiny/llama={tiny.folder('llama')}"], ["--tp", "2"]) as up:
         monkeypatch.setenv("INSITU_ENDPOINT", up.endpoint)
         model = LanguageModel("tiny/llama")
         expected = _logits(model)
-        for number, sign in enumerate((signal.SIGSTOP, signal.SIGKILL), start=1):
-            _follower(up).send_signal(sign)
-            assert torch.equal(_logits(model), expected)
-            # By torchrun, or if that has failed too often, by `insitu up`.
-            assert len(re.findall("were started again|starting it again", up.log)) >= number
-            assert len(re.findall("What ran your session was lost", caplog.text)) == number
+        _follower(up).suspend()
+        assert torch.equal(_logits(model), expected)
+        assert "the ranks of tiny/llama were started again, time 1" in up.log
+        assert len(re.findall("What ran your session was lost", caplog.text)) == 1
         # With the reason.
         assert re.search(r"session \S+ is lost: .*RuntimeError", up.log)
 

@@ -69,6 +69,36 @@ def _queue(selector: str) -> list[Panel]:
             {"{{model}}": f"sum by (model) (insitu_queue_backlog_seconds{selector})"},
         ),
         Panel(
+            "Expected wait",
+            "s",
+            "What a session would wait that a new user sent now, by estimate.",
+            {"{{model}}": f"max by (model) (insitu_queue_expected_wait_seconds{selector})"},
+        ),
+        Panel(
+            "Sessions that waited for more than 5 s",
+            "percentunit",
+            "Over an hour. The objective: at most 1% over 30 days.",
+            {"{{model}}": f"insitu:queue_slow:ratio_1h{selector}"},
+        ),
+        Panel(
+            "Users who wait",
+            "short",
+            "Users of whom at least one session waits.",
+            {"{{model}}": f"sum by (model) (insitu_queue_users{selector})"},
+        ),
+        Panel(
+            "Fairness",
+            "percentunit",
+            "Jain's index over the users who waited all of the last minute: 1 if all got the same.",
+            {"{{model}}": f"min by (model) (insitu_fairness_ratio{selector})"},
+        ),
+        Panel(
+            "Session, from acceptance to end",
+            "s",
+            "Waiting, running and being run again together.",
+            _quantiles("insitu_session_duration_seconds", selector),
+        ),
+        Panel(
             "Finished sessions",
             "ops",
             "By how they ended.",
@@ -133,6 +163,77 @@ def _groups(selector: str) -> list[Panel]:
     ]
 
 
+def _group(selector: str) -> list[Panel]:
+    ranks = selector.replace("{", '{kind="used",')
+    total = selector.replace("{", '{kind="total",')
+    return [
+        Panel(
+            "Busy",
+            "percentunit",
+            "Part of the time in which the engine ran segments.",
+            {
+                "{{instance}}": f"sum by (instance) (rate(insitu_shard_busy_seconds_total{selector}"
+                "[$__rate_interval]))"
+            },
+        ),
+        Panel(
+            "Rows of a pass",
+            "short",
+            "Where the pass is widest.",
+            _quantiles("insitu_shard_pass_rows", selector, "instance"),
+        ),
+        Panel(
+            "Segments",
+            "ops",
+            "By how they ended.",
+            _rate("insitu_shard_segment_seconds_count", selector, "instance, outcome"),
+        ),
+        Panel(
+            "Memory of the ranks",
+            "percentunit",
+            "What is used of a rank's GPU, or of its part of the pod's or machine's memory.",
+            {
+                "{{instance}} rank {{rank}}": f"insitu_shard_rank_memory_bytes{ranks} / "
+                f"ignoring (kind) insitu_shard_rank_memory_bytes{total}"
+            },
+        ),
+        Panel(
+            "CPU of the ranks",
+            "short",
+            "Cores that a rank's process keeps busy.",
+            {
+                "{{instance}} rank {{rank}}": "sum by (instance, rank) "
+                f"(rate(insitu_shard_rank_cpu_seconds_total{selector}[$__rate_interval]))"
+            },
+        ),
+        Panel(
+            "Time in collectives",
+            "percentunit",
+            "Part of its time that a rank spends in exchanging tensors, or waiting to.",
+            {
+                "{{instance}} rank {{rank}}": "sum by (instance, rank) "
+                f"(rate(insitu_shard_collective_seconds_total{selector}[$__rate_interval]))"
+            },
+        ),
+        Panel(
+            "Kept beyond sessions",
+            "bytes",
+            "By the user who keeps most, and how much one may.",
+            {
+                "{{instance}}": f"max by (instance) (insitu_shard_kept_bytes{selector})",
+                "{{instance}} at most": "max by (instance) "
+                f"(insitu_shard_kept_limit_bytes{selector})",
+            },
+        ),
+        Panel(
+            "Loading took",
+            "s",
+            "From its start until the model was there.",
+            {"{{instance}}": f"max by (instance) (insitu_shard_load_seconds{selector})"},
+        ),
+    ]
+
+
 def _operation() -> list[Panel]:
     return [
         Panel(
@@ -160,6 +261,30 @@ def _operation() -> list[Panel]:
             _quantiles("insitu_cost_ratio", ""),
         ),
         Panel(
+            "Writes that wait for the journal",
+            "short",
+            "They are committed together.",
+            {"pending": "sum(insitu_journal_pending)"},
+        ),
+        Panel(
+            "Deciding what runs next",
+            "s",
+            "Time that it takes.",
+            _quantiles("insitu_decision_seconds", "", "job"),
+        ),
+        Panel(
+            "Leases",
+            "short",
+            "What happened to leases of shard groups within an hour.",
+            {"{{model}} {{event}}": "sum by (model, event) (increase(insitu_leases_total[1h]))"},
+        ),
+        Panel(
+            "Sessions kept in memory",
+            "bytes",
+            "Size of those that wait or run.",
+            {"sessions": "sum(insitu_queue_bytes)"},
+        ),
+        Panel(
             "Downloads",
             "Bps",
             "Saved values that clients fetched.",
@@ -181,7 +306,12 @@ DASHBOARDS = {
         [*_queue('{model=~"$model"}'), *_groups('{model=~"$model"}')],
         "model",
     ),
-    "insitu-operation": ("insitu: operation", _operation(), ""),
+    "insitu-group": (
+        "insitu: a shard group",
+        [*_groups('{instance=~"$instance"}'), *_group('{instance=~"$instance"}')],
+        "instance",
+    ),
+    "insitu-operation": ("insitu: administration", _operation(), ""),
 }
 
 
@@ -193,11 +323,12 @@ def dashboard(uid: str) -> dict[str, Any]:
         {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Data source"}
     ]
     if variable:
-        query = f"label_values(insitu_groups, {variable})"
+        metric = "insitu_groups" if variable == "model" else "insitu_shard_handles"
+        query = f"label_values({metric}, {variable})"
         variables.append(
             {
                 "name": variable, "type": "query", "datasource": source, "query": query,
-                "refresh": 2, "multi": True, "includeAll": True, "label": "Model",
+                "refresh": 2, "multi": True, "includeAll": True, "label": variable.title(),
             }
         )  # fmt: skip
     return {

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-import sys
-import uuid
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import Annotated
 
 import typer
 
 from insitu_shard.config import Placement, ShardConfig, parse_model
-from insitu_wire.errors import Error, Reason, error
+from insitu_wire.errors import Error
 from insitu_wire.logs import LogFormat, set_up_logging
 from insitu_wire.tls import Tls
 
@@ -168,6 +166,27 @@ def run(
             help="How often torchrun starts the ranks again after one has failed.",
         ),
     ] = 3,
+    nodes: Annotated[
+        int,
+        typer.Option(
+            envvar=["INSITU_NODES", "LWS_GROUP_SIZE"],
+            help="Machines that share the ranks of the group; each runs this command.",
+        ),
+    ] = 1,
+    node_rank: Annotated[
+        int,
+        typer.Option(
+            envvar=["INSITU_NODE_RANK", "LWS_WORKER_INDEX"],
+            help="Which of these machines this is, from 0; machine 0 has the leader.",
+        ),
+    ] = 0,
+    rendezvous: Annotated[
+        str,
+        typer.Option(
+            envvar=["INSITU_RENDEZVOUS", "LWS_LEADER_ADDRESS"],
+            help="host or host:port of machine 0, where the machines of a group meet.",
+        ),
+    ] = "",
     host_id: Annotated[
         str, typer.Option(help="Name of the host that starts the group.", hidden=True)
     ] = "",
@@ -209,6 +228,9 @@ def run(
             collective_timeout_seconds=collective_timeout_seconds,
             grace_seconds=grace_seconds,
             max_restarts=max_restarts,
+            num_nodes=nodes,
+            node_rank=node_rank,
+            rendezvous=rendezvous,
             host_id=host_id,
         )
         from insitu_shard.placing import with_placement
@@ -219,52 +241,14 @@ def run(
 
             run_rank(config, rank=int(os.environ["RANK"]))
         else:
+            from insitu_shard.launching import launch_ranks
             from insitu_shard.preflight import check_before_start
 
             check_before_start(config)
-            _launch_ranks(config)
+            launch_ranks(config)
     except Error as err:
         typer.echo(f"insitu shard: {err}", err=True)
         raise typer.Exit(1) from err
-
-
-def _launch_ranks(config: ShardConfig) -> None:
-    """Starts this module once a rank under torchrun's agent, and waits for all of them.
-
-    Raises:
-        Error: a rank failed; what it printed says why.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.num_ranks)))
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=config.num_ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=config.max_restarts,
-        monitor_interval=0.1,
-        # The leader ends the others after what runs has ended.
-        shutdown_timeout=math.ceil(config.grace_seconds) + _STOP_SECONDS,
-    )
-    try:
-        elastic_launch(launch, sys.executable)("-m", "insitu_shard", *sys.argv[1:])
-    except SignalException:
-        # The agent has passed the signal on, and all ranks have ended.
-        return
-    except ChildFailedError as exception:
-        rank, failure = exception.get_first_failure()
-        raise error(
-            Reason.REPLICA_LOST,
-            f"rank {rank} of {config.num_ranks} ended with status {failure.exitcode}; what it "
-            "printed above says why",
-            rank=rank,
-            status=failure.exitcode,
-        ) from None
 
 
 def main() -> None:

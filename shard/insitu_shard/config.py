@@ -50,6 +50,14 @@ class ShardConfig:
     """Port of the leader's /metrics; 0 takes a free one, None serves none."""
     num_ranks: int = 1
     """Ranks that the model is split over."""
+    num_nodes: int = 1
+    """Machines that share the ranks."""
+    node_rank: int = 0
+    """Which of them this is; 0 has the leader."""
+    rendezvous: str = ""
+    """host or host:port of machine 0, where they meet."""
+    rendezvous_timeout_seconds: int = 3600
+    """How long they wait for each other to come."""
     max_sessions: int = 16
     """How many sessions the scheduler may have it run at once."""
     max_pass_tokens: int = 8192
@@ -116,6 +124,37 @@ class ShardConfig:
                 Reason.INVALID_CONFIGURATION,
                 f"--tp is {self.num_ranks}; it is the number of ranks, 1 or more",
                 numRanks=self.num_ranks,
+            )
+        self._check_nodes()
+
+    def _check_nodes(self) -> None:
+        if self.num_nodes < 1 or self.num_ranks % self.num_nodes:
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                f"--nodes is {self.num_nodes}, and --tp {self.num_ranks}; each node has as many "
+                "ranks as the others: choose a --tp that --nodes divides",
+                numNodes=self.num_nodes,
+                numRanks=self.num_ranks,
+            )
+        if not 0 <= self.node_rank < self.num_nodes:
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                f"--node-rank is {self.node_rank}; of {self.num_nodes} nodes it is 0 to "
+                f"{self.num_nodes - 1}",
+                nodeRank=self.node_rank,
+            )
+        if self.num_nodes > 1 and not self.rendezvous:
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                f"--nodes is {self.num_nodes}, and nothing says where they meet; give the address "
+                "of node 0 with --rendezvous",
+                numNodes=self.num_nodes,
+            )
+        if self.grace_seconds < 0:
+            raise error(
+                Reason.INVALID_CONFIGURATION,
+                f"--grace-seconds is {self.grace_seconds}; it must be 0 or more",
+                graceSeconds=self.grace_seconds,
             )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING
 
+import torch
+
 from insitu_shard.engine import (
     check_checkpoint,
     check_ranks,
@@ -30,10 +32,24 @@ def check_before_start(config: ShardConfig) -> None:
         check_port(config.host, config.metrics_port, "--metrics-port")
     folder = resolve_model_folder(config.model_path)
     check_ranks(load_config(folder), config.num_ranks)
+    _check_devices(config)
     check_checkpoint(folder)
     # To ask a GPU would take some of its memory, for as long as the group lives.
     if config.dtype and (device := rank_device(0)).type == "cpu":
         parse_dtype(config.dtype, device)
+
+
+def _check_devices(config: ShardConfig) -> None:
+    """Refuses more ranks than this machine has GPUs; where it has none, ranks are processes."""
+    num_local, num_gpus = config.num_ranks // config.num_nodes, torch.cuda.device_count()
+    if config.spread is None and 0 < num_gpus < num_local:
+        raise error(
+            Reason.INVALID_CONFIGURATION,
+            f"--tp asks for {num_local} ranks here, and this machine shows {num_gpus} GPU(s); a "
+            "rank has one of its own: lower --tp, or give the pod or process more GPUs",
+            numRanks=num_local,
+            numGpus=num_gpus,
+        )
 
 
 def check_port(host: str, port: int, flag: str) -> None:

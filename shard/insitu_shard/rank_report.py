@@ -45,7 +45,7 @@ def report_all(model: LoadedModel) -> list[RankReport]:
 
 
 def _report(model: LoadedModel) -> RankReport:
-    used, total = _memory(model.device, model.ranks.size)
+    used, total = _memory(model.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     collectives = model.ranks.collectives
     return RankReport(used, total, time.process_time(), collectives.seconds, collectives.number)
 

@@ -73,7 +73,7 @@ def run_rank(config: ShardConfig, rank: int) -> None:
 
 
 def _load(config: ShardConfig, ranks: Ranks) -> LoadedModel:
-    device = rank_device(ranks.rank)
+    device = rank_device(int(os.environ.get("LOCAL_RANK", ranks.rank)))
     model = load_model(
         config.model,
         resolve_model_folder(config.model_path),

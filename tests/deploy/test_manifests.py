@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import kubernetes_validate
@@ -11,17 +12,20 @@ import typer
 
 import insitu_scheduler.__main__ as scheduler_main
 import insitu_shard.__main__ as shard_main
-from insitu import CONFIG, LanguageModel
+from insitu import CONFIG, LanguageModel, NotFoundError
 from support.manifests import HAS_KUBECTL, OVERLAYS, Cluster, Manifests, entry_point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from insitu import Session
+    from support.tiny_models import TinyModels
+
 pytestmark = pytest.mark.skipif(not HAS_KUBECTL, reason="kubectl, which renders them, is not here")
 
 # Of operators that a cluster may have: their schemas are not Kubernetes' own.
-_FOREIGN = {"PodMonitor", "PrometheusRule", "ScaledObject"}
+_FOREIGN = {"LeaderWorkerSet", "PodMonitor", "PrometheusRule", "ScaledObject"}
 _MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -77,12 +81,14 @@ def test_named_ports_volumes_maps_and_secrets_are_there(manifests: Manifests) ->
                 volumes.add(claim["metadata"]["name"])
         assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
         assert manifests.environment(container)
-    ports = {port["name"] for _, container in _pods(manifests) for port in container["ports"]}
+    ports = {
+        port["name"] for _, container in _pods(manifests) for port in container.get("ports", [])
+    }
     for service in manifests.of("Service"):
         assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
     for policy in manifests.of("NetworkPolicy"):
         for rule in policy["spec"].get("ingress", []):
-            assert {port["port"] for port in rule["ports"]} <= ports
+            assert {port["port"] for port in rule.get("ports", [])} <= ports
 
 
 def test_every_container_is_hardened_and_bounded(manifests: Manifests) -> None:
@@ -95,7 +101,28 @@ def test_every_container_is_hardened_and_bounded(manifests: Manifests) -> None:
         assert context["capabilities"]["drop"] == ["ALL"]
         assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
         assert "memory" in container["resources"]["limits"]
-        assert {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys()
+        assert template["spec"]["terminationGracePeriodSeconds"] > _grace_seconds(
+            manifests, container
+        )
+        # Nobody calls those that follow a leader.
+        if template["metadata"]["labels"]["app.kubernetes.io/component"] != "shard-follower":
+            assert {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys()
+            assert "preStop" in container["lifecycle"]
+
+
+def _grace_seconds(manifests: Manifests, container: dict[str, Any]) -> float:
+    return float(manifests.environment(container)["INSITU_GRACE_SECONDS"])
+
+
+def test_every_scaled_object_asks_for_a_model_that_a_group_serves(manifests: Manifests) -> None:
+    names = {
+        manifests.environment(container).get("INSITU_MODEL", "").partition("=")[0]
+        for _, container in _pods(manifests)
+    }
+    for scaled in manifests.of("ScaledObject"):
+        (trigger,) = scaled["spec"]["triggers"]
+        assert trigger["metadata"]["query"].split('"')[1] in names
+        assert manifests.named("StatefulSet", scaled["spec"]["scaleTargetRef"]["name"])
 
 
 def test_devices_are_requested_as_many_as_there_are_ranks(manifests: Manifests) -> None:
@@ -104,7 +131,13 @@ def test_devices_are_requested_as_many_as_there_are_ranks(manifests: Manifests) 
         count = resources["limits"].get("nvidia.com/gpu")
         assert resources["requests"].get("nvidia.com/gpu") == count
         if count is not None:
-            assert manifests.environment(container)["INSITU_TP"] == count
+            num_ranks = int(manifests.environment(container)["INSITU_TP"])
+            assert int(count) * _num_nodes(manifests) == num_ranks
+
+
+def _num_nodes(manifests: Manifests) -> int:
+    wide = manifests.of("LeaderWorkerSet")
+    return wide[0]["spec"]["leaderWorkerTemplate"]["size"] if wide else 1
 
 
 @pytest.mark.parametrize(
@@ -140,14 +173,106 @@ def test_the_demo_starts_serves_and_drains_as_its_manifests_say(
         monkeypatch.setattr(CONFIG, "_api_key", "insitu-demo-key")
         expected = _next_token(LanguageModel(str(demo_folder)), remote=False)
         assert torch.equal(_next_token(LanguageModel(_MODEL), remote=True), expected)
+        with pytest.raises(NotFoundError, match=_MODEL):
+            _next_token(LanguageModel("no/overlay-defines-it"), remote=True)
         (shard,) = (pod for name, pod in cluster.pods.items() if "shard" in name)
-        assert shard.delete() == 0
+        session = _long_session(LanguageModel(_MODEL))
+        shard.terminate()
+        # The one group there is takes nothing new, and ends after the session that it runs.
+        session.submission.result(timeout=60)
+        assert shard.process.wait(60) == 0
         # The StatefulSet starts it again, and the scheduler takes it back.
         again = cluster.start(manifests.named("StatefulSet", shard.name))
         again.wait_until_ready()
         assert torch.equal(_next_token(LanguageModel(_MODEL), remote=True), expected)
         for pod in cluster.pods.values():
             assert pod.delete() == 0
+
+
+def test_a_group_wider_than_a_node_serves_as_its_manifest_says(
+    tmp_path: Path, tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifests = Manifests("gpu-wide")
+    secrets = {"insitu-api-keys": {"api-keys": "ann:ann-key\n"}}
+    with Cluster(manifests, tmp_path, secrets=secrets) as cluster:
+        scheduler, leader, worker = manifests.workloads
+        cluster.start(scheduler).wait_until_ready()
+        # As the controller says it to the pods; the model and the number of ranks fit this machine.
+        group = {
+            "LWS_GROUP_SIZE": "2",
+            "LWS_LEADER_ADDRESS": f"127.0.0.1:{cluster.ports['leader', 29400]}",
+            "INSITU_MODEL": f"tiny/llama={tiny.folder('llama')}",
+            "INSITU_TP": "2",
+        }
+        follower = cluster.start(worker, LWS_WORKER_INDEX="1", **group)
+        cluster.start(leader, LWS_WORKER_INDEX="0", **group).wait_until_ready()
+        monkeypatch.setenv("INSITU_ENDPOINT", cluster.endpoint)
+        monkeypatch.setattr(CONFIG, "_api_key", "ann-key")
+        found = _top_token(LanguageModel("tiny/llama"), remote=True)
+        expected = _top_token(LanguageModel(str(tiny.folder("llama"))), remote=False)
+        assert torch.equal(found, expected)
+        # All pods of a group are told to end at the same time; the leader ends the others.
+        follower.terminate()
+        assert cluster.pods[leader["metadata"]["name"]].delete() == 0
+        assert follower.process.wait(60) == 0
+
+
+def test_a_missing_secret_is_an_exit_status_and_a_line_that_names_the_file(tmp_path: Path) -> None:
+    manifests = Manifests("gpu")
+    with Cluster(manifests, tmp_path) as cluster:
+        pod = cluster.start(manifests.named("StatefulSet", "insitu-scheduler"))
+        assert pod.process.wait(60) == 1
+    last = pod.log.splitlines()[-1]
+    assert last.startswith("insitu scheduler: the key file")
+    assert "/etc/insitu/keys/api-keys" in last
+
+
+def test_a_volume_without_the_model_is_an_exit_status_and_a_line_that_names_the_folder(
+    tmp_path: Path,
+) -> None:
+    manifests = Manifests("gpu")
+    with Cluster(manifests, tmp_path) as cluster:
+        pod = cluster.start(manifests.named("StatefulSet", "insitu-shard-llama-70b"))
+        assert pod.process.wait(120) == 1
+    last = pod.log.splitlines()[-1]
+    assert last.startswith("insitu shard:")
+    assert "/models/Meta-Llama-3.1-70B" in last
+
+
+def test_a_group_without_its_scheduler_says_so_keeps_trying_and_ends_when_told(
+    tmp_path: Path, tiny: TinyModels
+) -> None:
+    manifests = Manifests("cpu-demo")
+    with Cluster(manifests, tmp_path) as cluster:
+        workload = manifests.named("StatefulSet", "insitu-shard-smollm2")
+        pod = cluster.start(workload, INSITU_MODEL=f"tiny/llama={tiny.folder('llama')}")
+        pod.wait_until_ready()
+        deadline = time.monotonic() + 30
+        while "does not keep us registered" not in pod.log:
+            assert time.monotonic() < deadline, pod.log
+            time.sleep(0.1)
+        assert pod.process.poll() is None
+        assert f"the scheduler at {cluster.endpoint}" in pod.log
+        assert pod.delete() == 0
+
+
+def _long_session(model: LanguageModel) -> Session:
+    """Gives a session that runs, and will for a while."""
+    with model.session(remote=True, blocking=False, exact=True) as session:
+        for number in range(30):
+            with model.trace(f"The Eiffel Tower, number {number}, is in"):
+                model.lm_head.output[0, -1].argmax(dim=-1).save()
+    deadline = time.monotonic() + 60
+    while session.submission.status() != "RUNNING":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return session
+
+
+def _top_token(model: LanguageModel, *, remote: bool) -> torch.Tensor:
+    with model.trace([5, 9, 17], remote=remote):
+        token: torch.Tensor = model.lm_head.output[0, -1].argmax(dim=-1).save()
+    return token
 
 
 def _next_token(model: LanguageModel, *, remote: bool) -> torch.Tensor:

@@ -17,7 +17,7 @@ import yaml
 from insitu import CONFIG, LanguageModel
 from support.manifests import DEPLOY
 from support.prometheus import HAS_PROMETHEUS, Prometheus, rules
-from support.up import Up
+from support.up import Up, insitu
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +42,7 @@ def _script(name: str) -> ModuleType:
 
 
 dashboards, metrics_page = _script("dashboards"), _script("metrics_page")
+rules_file = _script("rules")
 
 
 def _expressions() -> list[str]:
@@ -66,6 +67,10 @@ def _rules(kind: str) -> list[dict[str, Any]]:
 
 def test_the_page_of_metrics_is_current() -> None:
     assert metrics_page.PAGE.read_text() == metrics_page.page(), "run metrics_page.py"
+
+
+def test_the_rules_of_insitu_up_are_those_of_the_manifests() -> None:
+    assert rules_file.FILE.read_text() == rules_file.text(), "run rules.py"
 
 
 @pytest.mark.parametrize("uid", dashboards.DASHBOARDS)
@@ -109,29 +114,41 @@ def test_promtool_takes_the_rules_and_the_alerts_fire_when_they_should(tmp_path:
 
 
 @needs_prometheus
-def test_every_panel_has_data_while_sessions_run(
+def test_insitu_up_starts_prometheus_and_every_panel_has_data_while_sessions_run(
     tmp_path: Path, tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Up(tmp_path / "up", [f"tiny/llama={tiny.folder('llama')}"]) as up:
-        (shard,) = set(re.findall(r"metrics are at http://([^/]+)/metrics", up.log)) - {
-            up.metrics_address
-        }
-        targets = {"insitu-scheduler": [up.metrics_address], "insitu-shard": [shard]}
+    with Up(tmp_path, [f"tiny/llama={tiny.folder('llama')}"], ["--monitoring"]) as up:
+        line = up.next_line()
+        assert line.startswith("Prometheus is at http://127.0.0.1:")
+        prometheus = Prometheus(line.split()[-1])
         monkeypatch.setenv("INSITU_ENDPOINT", up.endpoint)
         monkeypatch.setattr(CONFIG, "_api_key", "tests")
         model = LanguageModel("tiny/llama")
-        with Prometheus(tmp_path, targets) as prometheus:
-            prometheus.wait_for("insitu_build_info")
-            for _ in range(3):
-                _run_some(model)
-                # More than a scrape apart.
-                time.sleep(1.2)
-            prometheus.wait_for("increase(insitu_sessions_finished_total[30s]) > 0")
-            for expression in _expressions():
-                here = expression.replace("$__rate_interval", "30s").replace("$model", ".*")
-                found = prometheus.wait_for(here)
-                values = [float(series["value"][1]) for series in found]
-                assert any(not math.isnan(value) for value in values), expression
+        prometheus.wait_for("insitu_build_info and on () insitu_shard_build_info")
+        for _ in range(3):
+            _run_some(model)
+            # A scrape apart.
+            time.sleep(5.5)
+        prometheus.wait_for("increase(insitu_sessions_finished_total[30s]) > 0")
+        for expression in _expressions():
+            found = prometheus.wait_for(_filled_in(expression))
+            values = [float(series["value"][1]) for series in found]
+            assert any(not math.isnan(value) for value in values), expression
+        # Nothing is wrong, and no alert says so.
+        assert prometheus.query('ALERTS{alertstate="firing"}') == []
+
+
+def test_without_prometheus_the_flag_says_how_to_get_it(tmp_path: Path, tiny: TinyModels) -> None:
+    flags = ["--model", f"tiny/llama={tiny.folder('llama')}", "--port", "0", "--monitoring"]
+    done = insitu("up", *flags, "--data-dir", str(tmp_path), PATH=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "apt-get install prometheus" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def _filled_in(expression: str) -> str:
+    filled = expression.replace("$__rate_interval", "30s").replace("[1h]", "[30s]")
+    return filled.replace("$model", ".*").replace("$instance", ".*").replace("_1h", "_5m")
 
 
 def _run_some(model: LanguageModel) -> None:

@@ -56,7 +56,9 @@ class Manifests:
 
     @property
     def workloads(self) -> list[dict[str, Any]]:
-        return self.of("StatefulSet", "Deployment")
+        """What makes pods; a LeaderWorkerSet is two: one for leaders, one for workers."""
+        wide = [part for found in self.of("LeaderWorkerSet") for part in _parts(found)]
+        return [*self.of("StatefulSet", "Deployment"), *wide]
 
     def environment(self, container: dict[str, Any]) -> dict[str, str]:
         """Gives what a container's process has in its environment, as far as it is ours."""
@@ -68,6 +70,20 @@ class Manifests:
             value = "127.0.0.1" if field_path == "status.podIP" else entry["value"]
             found[entry["name"]] = re.sub(r"\$\((\w+)\)", lambda at: found[at[1]], value)
         return found
+
+
+def _parts(wide: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    template = wide["spec"]["leaderWorkerTemplate"]
+    for part, number in (("leader", 1), ("worker", template["size"] - 1)):
+        labels = template[f"{part}Template"]["metadata"]["labels"]
+        yield {
+            "metadata": {"name": f"{wide['metadata']['name']}-{part}"},
+            "spec": {
+                "replicas": wide["spec"]["replicas"] * number,
+                "selector": {"matchLabels": labels},
+                "template": template[f"{part}Template"],
+            },
+        }
 
 
 def entry_point(image: str) -> list[str]:
@@ -86,10 +102,16 @@ class Pod:
     """One container of a pod, as a process."""
 
     name: str
+    log_path: Path
     container: dict[str, Any]
     grace_seconds: int
     process: subprocess.Popen[bytes]
     ports: dict[int, int]
+
+    @property
+    def log(self) -> str:
+        """What `kubectl logs` shows."""
+        return self.log_path.read_text()
 
     def is_ready(self) -> bool:
         """Asks what the kubelet asks."""
@@ -104,15 +126,19 @@ class Pod:
 
     def wait_until_ready(self) -> None:
         probe = self.container["startupProbe"]
-        deadline = time.monotonic() + min(120, probe["periodSeconds"] * probe["failureThreshold"])
+        deadline = time.monotonic() + min(300, probe["periodSeconds"] * probe["failureThreshold"])
         while not self.is_ready():
             assert self.process.poll() is None, f"{self.name} ended"
             assert time.monotonic() < deadline, f"{self.name} did not become ready"
             time.sleep(0.1)
 
+    def terminate(self) -> None:
+        """Tells it to end, as Kubernetes does after the preStop hook."""
+        self.process.terminate()
+
     def delete(self) -> int:
         """Ends it as Kubernetes does; gives its exit status."""
-        self.process.terminate()
+        self.terminate()
         return self.process.wait(self.grace_seconds)
 
 
@@ -124,6 +150,8 @@ class Cluster:
     folder: Path
     ports: dict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(_free_port))
     pods: dict[str, Pod] = field(default_factory=dict)
+    secrets: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Those that an administrator has made before."""
 
     def __enter__(self) -> Cluster:
         return self
@@ -149,15 +177,16 @@ class Cluster:
             for _ in range(workload["spec"]["replicas"]):
                 self.start(workload)
 
-    def start(self, workload: dict[str, Any]) -> Pod:
-        """Starts a pod of a workload."""
+    def start(self, workload: dict[str, Any], **more: str) -> Pod:
+        """Starts a pod of a workload, with more in its environment than the manifest says."""
         name, spec = workload["metadata"]["name"], workload["spec"]["template"]["spec"]
         (container,) = spec["containers"]
-        log = (self.folder / f"{name}.log").open("ab")
+        log_path = self.folder / f"{name}.log"
+        log = log_path.open("ab")
         environment = {
             key: self._here(name, value)
             for key, value in self.manifests.environment(container).items()
-        }
+        } | more
         self._mount_secrets(spec, container)
         command = [*container.get("command", entry_point(container["image"]))]
         command += container.get("args", [])
@@ -169,10 +198,11 @@ class Cluster:
         )
         log.close()
         ports = {
-            at["containerPort"]: self.ports[name, at["containerPort"]] for at in container["ports"]
+            at["containerPort"]: self.ports[name, at["containerPort"]]
+            for at in container.get("ports", [])
         }
         grace = spec["terminationGracePeriodSeconds"]
-        self.pods[name] = Pod(name, container, min(grace, 60), process, ports)
+        self.pods[name] = Pod(name, log_path, container, min(grace, 60), process, ports)
         return self.pods[name]
 
     def _here(self, name: str, value: str) -> str:
@@ -191,9 +221,17 @@ class Cluster:
             folder = self.folder / mount["mountPath"][1:]
             if "secret" in volume:
                 folder.mkdir(parents=True, exist_ok=True)
-                data = self.manifests.named("Secret", volume["secret"]["secretName"])["data"]
-                for key, value in data.items():
-                    (folder / key).write_bytes(base64.b64decode(value))
+                for key, value in self._secret(volume["secret"]["secretName"]).items():
+                    (folder / key).write_bytes(value)
+
+    def _secret(self, name: str) -> dict[str, bytes]:
+        if name in self.secrets:
+            return {key: value.encode() for key, value in self.secrets[name].items()}
+        found = [
+            secret for secret in self.manifests.of("Secret") if secret["metadata"]["name"] == name
+        ]
+        data = found[0]["data"] if found else {}
+        return {key: base64.b64decode(value) for key, value in data.items()}
 
 
 def _mounts(

@@ -66,6 +66,11 @@ class Up:
         address: str = json.loads((self.data_dir / "scheduler.json").read_text())["metrics_address"]
         return address
 
+    def next_line(self) -> str:
+        """Waits for what it prints next."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
     def descendants(self) -> list[psutil.Process]:
         """All processes that it has started."""
         return psutil.Process(self.process.pid).children(recursive=True)

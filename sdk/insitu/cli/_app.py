@@ -62,6 +62,9 @@ def up(
             "sessions ask for them. Default: all are loaded, and stay."
         ),
     ] = None,
+    monitoring: Annotated[
+        bool, typer.Option(help="Whether to start Prometheus, too, if it is installed.")
+    ] = False,
 ) -> None:
     """Starts a server on this machine: a scheduler, and shard groups for each model.
 
@@ -78,6 +81,7 @@ def up(
         dtype=dtype,
         replicas=replicas,
         max_loaded=max_loaded,
+        has_monitoring=monitoring,
     )
     raise typer.Exit(Deployment(config).run())
 

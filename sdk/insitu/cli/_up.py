@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from insitu._config import Config
 from insitu.backends.remote import RemoteBackend
+from insitu.cli._monitoring import Monitoring
 from insitu_proto.v1 import placement_pb2
 from insitu_wire.errors import Error, Reason, error
 from insitu_wire.supervised import SupervisedProcess
@@ -46,6 +47,8 @@ class UpConfig:
     """Shard groups of each model."""
     max_loaded: int | None = None
     """How many of the models fit into memory at once; None for all of them."""
+    has_monitoring: bool = False
+    """Whether Prometheus is started beside it."""
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
@@ -79,6 +82,7 @@ class Deployment:
     is_stopping: bool = False
     operator_key: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
     """Its own key, of which the scheduler is told the hash."""
+    monitoring: Monitoring | None = None
     join_token: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
     """What its shard groups know, and no others."""
 
@@ -93,6 +97,8 @@ class Deployment:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         try:
+            if self.config.has_monitoring:
+                self.monitoring = Monitoring(self.config.data_dir / "monitoring")
             address = self._start_scheduler()
             if self.config.max_loaded is None:
                 self._start_shards(address)
@@ -101,6 +107,7 @@ class Deployment:
             self._wait_until_ready(address)
             if not self.is_stopping:
                 print(f"insitu is ready at {address}", flush=True)
+            self._start_monitoring()
             while not self.is_stopping:
                 self._restart_ended()
                 time.sleep(_POLL_SECONDS)
@@ -123,6 +130,7 @@ class Deployment:
             arguments += ["--api-keys-file", str(self.config.api_keys_file)]
         digest = hashlib.sha256(self.operator_key.encode()).hexdigest()
         arguments += ["--operator-key-sha256", digest]
+        arguments += ["--metrics-port", self._metrics_port("insitu-scheduler")]
         self._start("scheduler", "insitu_scheduler", arguments)
         while not address_file.is_file():
             self._check_processes()
@@ -137,12 +145,14 @@ class Deployment:
         for model in self.config.models:
             name = model.partition("=")[0]
             arguments = ["--model", model, "--scheduler", scheduler, "--tp", str(self.config.tp)]
-            arguments += ["--metrics-port", "0", "--port", "0"]
+            arguments += ["--port", "0"]
             if self.config.dtype:
                 arguments += ["--dtype", self.config.dtype]
             for number in range(1, self.config.replicas + 1):
                 which = f" {number}" if self.config.replicas > 1 else ""
-                self._start(f"shard group{which} of {name}", "insitu_shard", arguments)
+                metrics = ["--metrics-port", self._metrics_port("insitu-shard")]
+                group = f"shard group{which} of {name}"
+                self._start(group, "insitu_shard", [*arguments, *metrics])
 
     def _start_host(self, scheduler: str, max_loaded: int) -> None:
         arguments = [part for model in self.config.models for part in ("--model", model)]
@@ -151,6 +161,16 @@ class Deployment:
         if self.config.dtype:
             arguments += ["--dtype", self.config.dtype]
         self._start("host", "insitu_shard.host", arguments)
+
+    def _metrics_port(self, job: str) -> str:
+        """Gives the port for the metrics of a process: a free one, that Prometheus knows."""
+        return str(self.monitoring.add_target(job) if self.monitoring else 0)
+
+    def _start_monitoring(self) -> None:
+        if self.monitoring is None or self.is_stopping:
+            return
+        self._start("Prometheus", "insitu.cli._monitoring", self.monitoring.arguments())
+        print(f"Prometheus is at {self.monitoring.url}", flush=True)
 
     def _start(self, name: str, module: str, arguments: list[str]) -> None:
         process = SupervisedProcess("insitu up", module, arguments)

@@ -9,6 +9,7 @@ import pytest
 from insitu import ConfigurationError
 from insitu_shard.config import Placement, ShardConfig
 from insitu_shard.placing import with_placement
+from insitu_shard.preflight import check_before_start
 from support.tiny_models import TinyModels
 
 
@@ -45,3 +46,14 @@ def test_a_model_that_can_not_be_split_is_spread_where_there_are_gpus(
 def test_a_limit_of_memory_is_not_for_a_split_model(tiny: TinyModels) -> None:
     with pytest.raises(ConfigurationError, match="--max-memory"):
         _config(tiny, "llama", placement=Placement.TP, max_memory="cpu=1GiB")
+
+
+def test_more_ranks_than_gpus_are_refused_before_any_starts(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(tiny, "llama", num_ranks=2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ConfigurationError, match=r"2 ranks here, .* shows 1 GPU"):
+        check_before_start(config)
+    # Two nodes with one each are enough.
+    check_before_start(replace(config, num_nodes=2, rendezvous="node-0"))

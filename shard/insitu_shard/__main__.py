@@ -6,7 +6,6 @@ again, once a rank.
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import Annotated
@@ -17,9 +16,6 @@ from insitu_shard.config import Placement, ShardConfig, parse_model
 from insitu_wire.errors import Error
 from insitu_wire.logs import LogFormat, set_up_logging
 from insitu_wire.tls import Tls
-
-# What the leader needs to end the others.
-_STOP_SECONDS = 5
 
 
 def run(

@@ -150,12 +150,6 @@ class ShardConfig:
                 "of node 0 with --rendezvous",
                 numNodes=self.num_nodes,
             )
-        if self.grace_seconds < 0:
-            raise error(
-                Reason.INVALID_CONFIGURATION,
-                f"--grace-seconds is {self.grace_seconds}; it must be 0 or more",
-                graceSeconds=self.grace_seconds,
-            )
 
 
 _LOWEST = {

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 import uuid
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from torch.distributed.launcher.api import LaunchConfig
 
     from insitu_shard.config import ShardConfig
 
 _RENDEZVOUS_PORT = 29400
-# What the agent itself may end the ranks on.
-_AGENT_SIGNALS = "SIGHUP,SIGQUIT"
+# What the end of a group takes beside what runs.
+_STOP_SECONDS = 10
 
 
 def launch_ranks(config: ShardConfig) -> None:
@@ -31,20 +27,21 @@ def launch_ranks(config: ShardConfig) -> None:
     Raises:
         Error: a rank failed; what it printed says why.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
     num_local = config.num_ranks // config.num_nodes
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_local)))
-    stop = _Stop(is_ignored=config.node_rank > 0)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop.ask)
+    if config.node_rank:
+        # The leader ends the ranks of all nodes, after what runs has ended.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         elastic_launch(_launch(config), sys.executable)("-m", "insitu_shard", *sys.argv[1:])
+    except SignalException:
+        # The agent has passed the signal on, and all ranks have ended.
+        return
     except ChildFailedError as exception:
-        if stop.is_asked:
-            # Ranks that still loaded have no end of their own.
-            return
         rank, failure = exception.get_first_failure()
         raise error(
             Reason.REPLICA_LOST,
@@ -55,50 +52,22 @@ def launch_ranks(config: ShardConfig) -> None:
         ) from None
 
 
-@dataclass(slots=True)
-class _Stop:
-    """Passes on that the group is to end, and leaves it its time.
-
-    The agent would do so, too, but kills after 30 seconds what has not ended by then.
-    """
-
-    is_ignored: bool
-    """Whether it is not for this node to say: the leader ends the ranks of all nodes."""
-    is_asked: bool = False
-
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        """Handles a signal."""
-        if self.is_ignored:
-            return
-        ranks = _children()
-        if not ranks:
-            raise SystemExit(0)
-        self.is_asked = True
-        for pid in ranks:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-
-
-def _children() -> list[int]:
-    """Gives the processes that this one has started."""
-    tasks = Path("/proc/self/task").glob("*/children")
-    return [int(pid) for task in tasks for pid in task.read_text().split()]
-
-
 def _launch(config: ShardConfig) -> LaunchConfig:
     from torch.distributed.launcher.api import LaunchConfig
 
+    # The leader ends the others after what runs has ended.
+    shutdown_timeout = math.ceil(config.grace_seconds) + _STOP_SECONDS
     if config.num_nodes == 1:
         return LaunchConfig(
-            signals_to_handle=_AGENT_SIGNALS,
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=config.num_ranks,
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
-            max_restarts=0,
+            max_restarts=config.max_restarts,
             monitor_interval=0.1,
+            shutdown_timeout=shutdown_timeout,
         )
     address = config.rendezvous
     return LaunchConfig(
@@ -110,7 +79,9 @@ def _launch(config: ShardConfig) -> LaunchConfig:
         rdzv_backend="static",
         rdzv_endpoint=address if ":" in address else f"{address}:{_RENDEZVOUS_PORT}",
         rdzv_configs={"rank": config.node_rank, "timeout": config.rendezvous_timeout_seconds},
+        # Ranks of all nodes are started again together: by who started this.
         max_restarts=0,
         monitor_interval=0.1,
-        signals_to_handle=_AGENT_SIGNALS,
+        shutdown_timeout=shutdown_timeout,
+        signals_to_handle="SIGHUP,SIGQUIT" if config.node_rank else "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
     )

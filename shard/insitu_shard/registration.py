@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 
 _FIRST_RETRY_SECONDS = 0.2
 _LAST_RETRY_SECONDS = 5.0
+_DRAIN_SECONDS = 0.3
 _NO_TLS = Tls()
 
 
@@ -58,6 +59,12 @@ class Registration:
         self._on_lost = on_lost
         self._keep_alive_seconds = 1.0
         self._draining = asyncio.Event()
+        self._drained = asyncio.Event()
+        # The first request that said so, and how many requests and answers there were: each request
+        # has its answer.
+        self._told_in: int | None = None
+        self._num_requests = 0
+        self._num_answers = 0
 
     async def run(self) -> None:
         """Stays registered until cancelled."""
@@ -77,28 +84,44 @@ class Registration:
                     self._scheduler, rpc_error.details(), delay,
                 )  # fmt: skip
             await self._on_lost()
+            if self._draining.is_set():
+                self._drained.set()
             await asyncio.sleep(delay)
             delay = min(delay * 2, _LAST_RETRY_SECONDS)
 
-    def drain(self) -> None:
-        """Tells the scheduler to send nothing new."""
+    async def drain(self) -> None:
+        """Has the scheduler send no new session, and waits until those that it has sent have ended.
+
+        A session may have several segments here, with others elsewhere between them: the scheduler
+        alone knows whether it has ended.
+        """
         self._draining.set()
+        await self._drained.wait()
 
     def _granted(self, lease: placement_pb2.Lease) -> None:
         self._on_epoch(lease.epoch)
         self._keep_alive_seconds = lease.ttl.ToTimedelta().total_seconds() / 3
+        self._num_answers += 1
+        if self._told_in is None or self._num_answers < self._told_in:
+            return
+        if not lease.num_sessions:
+            self._drained.set()
 
     async def _requests(self) -> AsyncIterator[registry_service_pb2.RegisterGroupRequest]:
+        self._told_in, self._num_requests, self._num_answers = None, 1, 0
         yield registry_service_pb2.RegisterGroupRequest(
             group=self._group, access_token=self._access_token
         )
         while True:
-            was_draining = self._draining.is_set()
-            if was_draining:
-                await asyncio.sleep(self._keep_alive_seconds)
+            if self._draining.is_set():
+                await asyncio.sleep(min(_DRAIN_SECONDS, self._keep_alive_seconds))
             else:
                 await _wait(self._draining, self._keep_alive_seconds)
-            keep_alive = registry_service_pb2.KeepAlive(is_draining=self._draining.is_set())
+            is_draining = self._draining.is_set()
+            self._num_requests += 1
+            if is_draining and self._told_in is None:
+                self._told_in = self._num_requests
+            keep_alive = registry_service_pb2.KeepAlive(is_draining=is_draining)
             yield registry_service_pb2.RegisterGroupRequest(keep_alive=keep_alive)
 
 

@@ -11,7 +11,7 @@ import signal
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -38,6 +38,8 @@ from insitu_wire.limits import ACCESS_TOKEN_METADATA, SERVER_OPTIONS
 from insitu_wire.tls import SCHEDULER_NAME, SHARD_NAME
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from insitu_shard.config import ShardConfig
     from insitu_shard.engine import LoadedModel
     from insitu_shard.engine.ranks import Ranks
@@ -122,12 +124,10 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
         load_seconds, kept_limit_bytes=config.kept_bytes, handle_limit_bytes=config.handle_bytes
     )
     leader.watch_passes(metrics.pass_ran)
-    stopping = asyncio.Event()
-    is_lost = False
+    stopping, gone = asyncio.Event(), asyncio.Event()
 
     def lost() -> None:
-        nonlocal is_lost
-        is_lost = True
+        gone.set()
         stopping.set()
 
     engine = EngineThread(
@@ -157,16 +157,24 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     reporting = asyncio.create_task(_report(leader, engine, metrics))
     _log.info("%s is served at %s over %d rank(s)", model.name, address, config.num_ranks)
     await stopping.wait()
-    registration.drain()
     await health.enter_graceful_shutdown()
+    await _first_of(registration.drain(), gone.wait(), seconds=config.grace_seconds)
     # Those whose sessions are lost are told why.
-    await server.stop(_LAST_WORDS_SECONDS if is_lost else config.grace_seconds)
+    await server.stop(_LAST_WORDS_SECONDS)
     registering.cancel()
     tidying.cancel()
     reporting.cancel()
-    if is_lost:
+    if gone.is_set():
         raise error(Reason.REPLICA_LOST, f"the shard group of {model.name} lost a rank")
     await asyncio.to_thread(engine.stop)
+
+
+async def _first_of(*waits: Coroutine[Any, Any, object], seconds: float) -> None:
+    """Waits until one of some has ended, or for some seconds."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
 
 
 async def _report(leader: Leader, engine: EngineThread, metrics: ShardMetrics) -> None:

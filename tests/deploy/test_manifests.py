@@ -111,7 +111,8 @@ def test_every_container_is_hardened_and_bounded(manifests: Manifests) -> None:
 
 
 def _grace_seconds(manifests: Manifests, container: dict[str, Any]) -> float:
-    return float(manifests.environment(container)["INSITU_GRACE_SECONDS"])
+    found = manifests.environment(container)
+    return float(found.get("INSITU_SHARD_GRACE_SECONDS") or found["INSITU_GRACE_SECONDS"])
 
 
 def test_every_scaled_object_asks_for_a_model_that_a_group_serves(manifests: Manifests) -> None:

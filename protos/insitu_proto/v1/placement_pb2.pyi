@@ -97,11 +97,16 @@ class Lease(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    NUM_SESSIONS_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     """Unguessable name of the lease."""
     epoch: _builtins.int
     """How often a scheduler of the deployment has begun to lead: the group refuses orders that carry a
     lower number as metadata "insitu-epoch". 0 where the scheduler does not tell.
+    """
+    num_sessions: _builtins.int
+    """Sessions that the scheduler has given to the group and that have not been released there.
+    A group that drains may end once there are none.
     """
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
@@ -113,10 +118,11 @@ class Lease(_message.Message):
         lease_id: _builtins.str = ...,
         ttl: _duration_pb2.Duration | None = ...,
         epoch: _builtins.int = ...,
+        num_sessions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "lease_id", b"lease_id", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "lease_id", b"lease_id", "num_sessions", b"num_sessions", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

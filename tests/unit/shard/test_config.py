@@ -25,7 +25,6 @@ def test_a_group_has_a_rank_and_room_for_a_session(setting: str, flag: str) -> N
         ({"num_ranks": 3, "num_nodes": 2}, "--nodes is 2, and --tp 3"),
         ({"num_ranks": 2, "num_nodes": 2, "node_rank": 2}, "0 to 1"),
         ({"num_ranks": 2, "num_nodes": 2}, "--rendezvous"),
-        ({"grace_seconds": -1.0}, "--grace-seconds is -1.0"),
     ],
 )
 def test_nodes_have_equal_parts_numbers_and_a_place_to_meet(

@@ -1,13 +1,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The lowest that pyproject.toml allows, and the newest that was tried.
+TRANSFORMERS := 5.23.0 5.24.0
 PROTOS := $(sort $(wildcard protos/insitu_proto/v1/*.proto))
 
 .DEFAULT_GOAL := help
 # Programs that some tests run, and skip without: Debian's names.
 SYSTEM_PACKAGES := chromium fonts-dejavu-core prometheus
 
-.PHONY: help setup system-packages demo test test-gpu check k8s bench fmt lint types arch protos protos-check clean
+.PHONY: help setup system-packages demo test test-gpu test-transformers check k8s bench fmt lint types arch protos protos-check clean
 
 help: ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +32,15 @@ demo: setup ## Starts a server with a small real model, runs the first session a
 
 test: setup ## Runs all tests.
 	$(BIN)/python -m pytest
+
+test-transformers: $(TRANSFORMERS:%=.venv-transformers-%/.installed) ## Runs the contract tests on the lowest and the newest transformers.
+	for version in $(TRANSFORMERS); do .venv-transformers-$$version/bin/python -m pytest tests/contract || exit 1; done
+
+.venv-transformers-%/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-transformers-$*
+	.venv-transformers-$*/bin/pip install --quiet torch==2.13.0
+	.venv-transformers-$*/bin/pip install --quiet --editable '.[dev]' transformers==$*
+	touch $@
 
 test-gpu: setup ## Runs the tests that need a GPU.
 	$(BIN)/python -m pytest tests/gpu
@@ -88,4 +99,4 @@ protos-check: protos
 	  else echo 'no origin/main to compare the contract with'; fi
 
 clean: ## Removes the virtual environment and caches.
-	rm -rf $(VENV) .venv-nnsight .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .venv-nnsight .venv-transformers-* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

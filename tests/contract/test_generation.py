@@ -10,6 +10,10 @@ import torch
 
 import insitu
 from insitu import LanguageModel
+from insitu._brought import session_tensors
+from insitu_proto.v1.shard_service_pb2 import Segment
+from insitu_shard.compiler import Limits
+from insitu_shard.engine import Saved, SegmentPool, SegmentRun
 from insitu_wire.errors import Error, Reason
 from support.same_merged import is_there
 from support.tiny_models import CONFIGS, TinyModels
@@ -463,3 +467,152 @@ def test_there_are_no_gradients_and_no_caches_while_generating(model: Any) -> No
         model.lm_head.output.sum().backward()
         hidden.grad.save()
     assert caught.value.reason is Reason.UNSUPPORTED_FEATURE
+
+
+def _recorded(model: Any, ids: list[int], seed: int, num_tokens: int, strength: float) -> Any:
+    with model.session(run=False) as session:
+        with model.generate(
+            ids, max_new_tokens=num_tokens, eos_token_id=None, do_sample=seed > 1, seed=seed
+        ) as tracer:
+            for _ in tracer.iter[:]:
+                model.model.layers[1].output[0][:, -1] *= strength
+            tracer.result.save()
+    return session._recorder.session
+
+
+def _run_of(model: Any, session: Any) -> SegmentRun:
+    segment = Segment(
+        steps=session.steps,
+        locations=session.locations,
+        first_trace_number=1,
+        seed=session.seed,
+        tensors=session.tensors,
+    )
+    tensors = list(session_tensors(session, {}))
+    return SegmentRun({model.name: model._local._model}, segment, values={}, tensors=tensors)
+
+
+def _told(pool: SegmentPool) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    while len(pool):
+        for key, event in pool.round():
+            assert not isinstance(event, Error)
+            if isinstance(event, Saved):
+                told[key] = event.value
+    return told
+
+
+def test_generations_of_several_users_share_passes_and_get_what_they_get_alone(model: Any) -> None:
+    sessions = {
+        f"user {number}": _recorded(model, [number + 3, *IDS[1:]], number + 1, 4 + number, 1.1)
+        for number in range(4)
+    }
+    alone = {}
+    for key, session in sessions.items():
+        pool = SegmentPool()
+        pool.add(key, _run_of(model, session), user=key)
+        alone |= _told(pool)
+    pool = SegmentPool()
+    shared: list[int] = []
+    pool.on_pass = lambda report: shared.append(report.num_segments)
+    for key, session in sessions.items():
+        pool.add(key, _run_of(model, session), user=key)
+    together = _told(pool)
+    assert shared == [4, 4, 4, 4, 3, 2, 1]
+    assert together.keys() == sessions.keys()
+    for key, ids in alone.items():
+        assert torch.equal(together[key], ids)
+    assert model._local._model.pass_memory._num_held == 0
+
+
+def test_a_generation_that_is_dropped_leaves_those_that_it_shares_passes_with(model: Any) -> None:
+    sessions = [_recorded(model, [at, *IDS[1:]], at, 6, 1.2) for at in (3, 4)]
+    pool = SegmentPool()
+    pool.add("alone", _run_of(model, sessions[0]))
+    expected = _told(pool)["alone"]
+    pool.add("stays", _run_of(model, sessions[0]))
+    pool.add("goes", _run_of(model, sessions[1]))
+    for _ in range(3):
+        list(pool.round())
+    pool.drop("goes")
+    assert torch.equal(_told(pool)["stays"], expected)
+    assert model._local._model.pass_memory._num_held == 0
+
+
+def test_a_generation_that_fails_leaves_those_that_it_shares_passes_with(
+    model: Any, module: Any
+) -> None:
+    with pytest.raises(Error) as caught, model.session() as session:
+        with model.generate(IDS, max_new_tokens=STEPS, eos_token_id=None) as tracer:
+            ids = tracer.result.save()
+        with model.generate(OTHERS, max_new_tokens=STEPS, eos_token_id=None) as tracer:
+            for _ in tracer.iter[3]:
+                hidden = model.model.layers[1].output[0]
+                number = hidden.sum().long() % 1 + 100_000
+                model.model.layers[1].output[0][:] = model.model.embed_tokens(number)
+            tracer.result.save()
+        plan = session.explain()
+    assert len(plan.passes) == 1
+    assert caught.value.trace_number == 2
+    assert torch.equal(ids, _plain(module, [IDS], max_new_tokens=STEPS, eos_token_id=None))
+
+
+def test_explain_says_which_generations_share_passes_and_why_others_do_not(model: Any) -> None:
+    with model.session(run=False) as session:
+        for ids in (IDS, OTHERS, IDS[:5]):
+            with model.generate(ids, max_new_tokens=5):
+                model.generator.output.save()
+        with model.generate(IDS, max_new_tokens=5) as tracer:
+            for _ in tracer.iter[:]:
+                model.model.layers[1].self_attn.heads.pattern.save()
+    plans = session.explain().passes
+    assert [plan.traces for plan in plans] == [(1, 2), (3,), (4,)]
+    assert "a pass for each of up to 5 tokens" in plans[0].note
+    assert "looks into attention" in plans[2].note
+    # Two rows of 7 tokens and 5 more, keys and values of 3 layers of 2 heads of 16 float32.
+    assert plans[0].num_bytes > 2 * 12 * 2 * 3 * 2 * 16 * 4
+
+
+def test_caches_count_in_the_memory_of_passes(model: Any) -> None:
+    loaded = model._local._model
+    assert loaded.state_bytes == 2 * 3 * 2 * 16 * 4
+    limits = Limits(max_bytes=40 * loaded.state_bytes + 200_000)
+    pool = SegmentPool(limits)
+    shared: list[int] = []
+    pool.on_pass = lambda report: shared.append(report.num_segments)
+    for at in range(8):
+        session = _recorded(model, [at, *IDS[1:]], at + 1, 200, 1.0)
+        pool.add(str(at), _run_of(model, session))
+    list(pool.round())
+    assert 1 <= shared[0] < 8
+    for key in pool.keys:
+        pool.drop(key)
+
+
+def test_where_a_pass_of_several_fails_each_starts_over_by_itself(
+    model: Any, module: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_: Any, args: Any, output: Any) -> None:
+        if len(output) > 1 and output.shape[1] == 1:
+            raise RuntimeError("one row at a time")
+
+    hook = model._local._model.modules["model.layers.2.mlp"].register_forward_hook(refuse)
+    streamer = _Streamer()
+    try:
+        with model.session():
+            with model.generate(
+                IDS, max_new_tokens=6, eos_token_id=None, streamer=streamer
+            ) as tracer:
+                norms = insitu.list().save()
+                for _ in tracer.iter[:]:
+                    norms.append(model.model.layers[1].output[0].norm())
+                one = tracer.result.save()
+            with model.generate(OTHERS, max_new_tokens=8, eos_token_id=None) as tracer:
+                other = tracer.result.save()
+    finally:
+        hook.remove()
+    assert "a step of 2 traces failed" in caplog.text
+    assert torch.equal(one, _plain(module, [IDS], max_new_tokens=6, eos_token_id=None))
+    assert torch.equal(other, _plain(module, [OTHERS], max_new_tokens=8, eos_token_id=None))
+    assert len(norms) == 6
+    assert streamer.told == [[IDS], *([at] for at in one[0, len(IDS) :].tolist()), "end"]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import AutoConfig
 
 from insitu_shard.compiler import ExplainedPass, Explanation, Limits, Outline, Window, plan_passes
 from insitu_shard.engine.codec import StepDecoder
 from insitu_shard.engine.graph import Branch, Loop
 from insitu_shard.engine.handles import KeptValues
-from insitu_shard.engine.inputs import Batch, rows_of
+from insitu_shard.engine.inputs import Batch, rows_of, state_bytes
 from insitu_shard.engine.liveness import Liveness
 from insitu_shard.engine.module import LoadedModule
 from insitu_shard.engine.session_state import Options, SessionState
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from insitu_shard.engine.graph import Invoke, Step
     from insitu_shard.engine.trace_run import TraceRun
 
+# Of an element, as elsewhere in estimates.
+_ITEM_BYTES = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class _DescribedModel(LoadedModule):
@@ -35,6 +40,13 @@ class _DescribedModel(LoadedModule):
     @cached_property
     def outline(self) -> Outline:
         return Outline.of(self.description)
+
+    @cached_property
+    def state_bytes(self) -> int:
+        values = json.loads(self.description.config_json or "null")
+        if not values:
+            return 0  # a module that is no language model
+        return state_bytes(AutoConfig.for_model(**values), _ITEM_BYTES)
 
     def batch(self, invokes: Sequence[Invoke]) -> Batch | None:
         if not self.description.config_json:
@@ -124,6 +136,9 @@ def _next_pass(
     plan = next(plan_passes(facts, trace.model.outline, state.options.limits))
     members = [candidates[member] for member in plan.members]
     numbers = [other.trace_number for _, other in members]
+    if trace.generates:
+        most = max(other.max_new_tokens for _, other in members)
+        note = "; ".join(filter(None, [note, f"a pass for each of up to {most} tokens"]))
     explained = ExplainedPass.of(plan, trace.model.name, numbers, note)
     return explained, [place for place, _ in members]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, BinaryIO
 from weakref import WeakValueDictionary
 
@@ -15,9 +17,10 @@ from insitu_wire.errors import Error, Reason, error
 from insitu_wire.limits import CHUNK_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from pathlib import Path
 
+    from insitu_scheduler.object_store import ObjectStore
     from insitu_scheduler.queue import SessionId
 
 # A record is the header's length, the header (a SavedValue), and as many bytes as it announces.
@@ -35,16 +38,24 @@ class StoredValue:
 class ResultStore:
     """The results of all sessions, in a folder of their own each.
 
-    A process that dies loses nothing that was written; a machine that loses power may.
+    What a session saved is on disk, or in the object store, before its end is told.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, store: ObjectStore | None = None) -> None:
+        """Makes it.
+
+        Args:
+            folder: where results are, or are gathered while their session runs.
+            store: where they are moved to once it has ended; None to stay in the folder.
+        """
         self._folder = folder
+        self._store = store
         self._writers: WeakValueDictionary[SessionId, ResultWriter] = WeakValueDictionary()
 
     def writer(self, session_id: SessionId) -> ResultWriter:
         """Begins to write a session's values; its file is made with the first."""
-        writer = ResultWriter(self._path(session_id))
+        keep = partial(self._store.put, _name(session_id)) if self._store else None
+        writer = ResultWriter(self._path(session_id), keep)
         self._writers[session_id] = writer
         return writer
 
@@ -52,13 +63,13 @@ class ResultStore:
         """Gives the values that a session has saved completely, also while it saves more."""
         if writer := self._writers.get(session_id):
             writer.flush()
-        return await asyncio.to_thread(_scan, self._path(session_id))
+        return await asyncio.to_thread(_scan, partial(self._open, session_id))
 
     async def read(
         self, session_id: SessionId, values: Sequence[StoredValue]
     ) -> AsyncIterator[SavedValue | bytes]:
         """Yields each value's header followed by its data, in chunks of at most 1 MiB."""
-        batches = _batches(self._path(session_id), values)
+        batches = _batches(partial(self._open, session_id), values)
         while (batch := await asyncio.to_thread(next, batches, None)) is not None:
             for part in batch:
                 yield part
@@ -67,16 +78,31 @@ class ResultStore:
         """Deletes what a session has saved."""
         folder = self._path(session_id).parent
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        if self._store is not None:
+            await asyncio.to_thread(self._store.delete, session_id)
+
+    def _open(self, session_id: SessionId) -> BinaryIO | None:
+        """Opens a session's file, wherever it is; None if it has saved nothing."""
+        if (path := self._path(session_id)).exists():
+            return path.open("rb")
+        return self._store.open(_name(session_id)) if self._store else None
 
     def _path(self, session_id: SessionId) -> Path:
-        return self._folder / session_id / "values.bin"
+        return self._folder / _name(session_id)
 
 
 class ResultWriter:
     """Appends values to one session's file, checking that they are what was announced."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep: Callable[[Path], None] | None = None) -> None:
+        """Makes it; the file is made with the first value.
+
+        Args:
+            path: the file.
+            keep: copies the file to where it stays, at the end; None if it stays itself.
+        """
         self._path = path
+        self._keep = keep
         self._file: BinaryIO | None = None
         self._buffer: list[bytes] = []
         self._buffered_bytes = 0
@@ -150,8 +176,14 @@ class ResultWriter:
 
     def _write_and_close(self, buffer: list[bytes]) -> None:
         self._write(buffer)
-        if self._file is not None:
-            self._file.close()
+        if self._file is None:
+            return
+        os.fsync(self._file.fileno())
+        self._file.close()
+        _sync_folder(self._path.parent)
+        if self._keep is not None:
+            self._keep(self._path)
+            self._path.unlink()
 
     def _mismatch(self, got: str) -> Error:
         header = self._header
@@ -163,12 +195,28 @@ class ResultWriter:
         )
 
 
-def _scan(path: Path) -> list[StoredValue]:
-    if not path.exists():
+def _name(session_id: SessionId) -> str:
+    return f"{session_id}/values.bin"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Has the folder's entries on disk, too: a file without its name is lost."""
+    for path in (folder, folder.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _scan(open_file: Callable[[], BinaryIO | None]) -> list[StoredValue]:
+    file = open_file()
+    if file is None:
         return []
     values: list[StoredValue] = []
-    with path.open("rb") as file:
-        size = path.stat().st_size
+    with file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         while len(length := file.read(_LENGTH.size)) == _LENGTH.size:
             encoded = file.read(_LENGTH.unpack(length)[0])
             if len(encoded) < _LENGTH.unpack(length)[0]:
@@ -178,15 +226,17 @@ def _scan(path: Path) -> list[StoredValue]:
             if offset + header.num_bytes > size:
                 break
             values.append(StoredValue(header, offset))
-            file.seek(header.num_bytes, 1)
+            file.seek(header.num_bytes, os.SEEK_CUR)
     return values
 
 
-def _batches(path: Path, values: Sequence[StoredValue]) -> Iterator[list[SavedValue | bytes]]:
+def _batches(
+    open_file: Callable[[], BinaryIO | None], values: Sequence[StoredValue]
+) -> Iterator[list[SavedValue | bytes]]:
     """Groups small values, so that each costs no turn of a thread of its own."""
     batch: list[SavedValue | bytes] = []
     batch_bytes = 0
-    for part in _parts(path, values):
+    for part in _parts(open_file, values):
         batch.append(part)
         batch_bytes += len(part) if isinstance(part, bytes) else part.ByteSize()
         if batch_bytes >= CHUNK_BYTES:
@@ -195,10 +245,13 @@ def _batches(path: Path, values: Sequence[StoredValue]) -> Iterator[list[SavedVa
     yield batch
 
 
-def _parts(path: Path, values: Sequence[StoredValue]) -> Iterator[SavedValue | bytes]:
-    if not values:
+def _parts(
+    open_file: Callable[[], BinaryIO | None], values: Sequence[StoredValue]
+) -> Iterator[SavedValue | bytes]:
+    file = open_file() if values else None
+    if file is None:
         return
-    with path.open("rb") as file:
+    with file:
         for value in values:
             yield value.header
             file.seek(value.offset)

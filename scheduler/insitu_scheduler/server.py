@@ -37,6 +37,7 @@ from insitu_scheduler.housekeeping import keep_house
 from insitu_scheduler.journal import Journal
 from insitu_scheduler.metrics import SchedulerMetrics
 from insitu_scheduler.models import ModelCatalog
+from insitu_scheduler.object_store import ObjectStore
 from insitu_scheduler.recovery import take_over
 from insitu_scheduler.registry import Registry
 from insitu_scheduler.registry_service import RegistryServicer
@@ -145,7 +146,8 @@ class Server:
         queue = FairQueue(max_wait_seconds=config.max_wait_seconds)
         hosting = Hosting(registry, queue, turn_seconds=config.model_turn_seconds)
         catalog = ModelCatalog(registry, hosting)
-        results = ResultStore(data_dir.results_path)
+        store = ObjectStore(config.results) if config.results else None
+        results = ResultStore(data_dir.results_path, store)
         housekeeping = asyncio.create_task(
             keep_house(journal, book, results, retention_seconds=config.retention_seconds)
         )

@@ -43,7 +43,14 @@ if TYPE_CHECKING:
     from insitu._model import LanguageModel
     from insitu._module_model import Model
     from insitu._session import Session
-    from insitu._submission import SessionState, SessionSummary, Submission, attach, sessions
+    from insitu._submission import (
+        SessionState,
+        SessionSummary,
+        Submission,
+        attach,
+        fetch,
+        sessions,
+    )
     from insitu._trace import Tracer
 
 __all__ = [
@@ -77,6 +84,7 @@ __all__ = [
     "VersionError",
     "attach",
     "dict",
+    "fetch",
     "list",
     "optim",
     "sessions",
@@ -99,6 +107,7 @@ _LAZY = {
     "Submission": "insitu._submission",
     "Tracer": "insitu._trace",
     "attach": "insitu._submission",
+    "fetch": "insitu._submission",
     "sessions": "insitu._submission",
 }
 

@@ -208,3 +208,18 @@ def attach(session_id: str) -> Submission:
     submission = Submission(RemoteBackend(CONFIG), session_id)
     submission.status()
     return submission
+
+
+def fetch(session_id: str, *, timeout: float | None = None) -> dict[str, Any]:
+    """Gives what a session saved that was submitted before, by this process or another.
+
+    Waits for its end. As `attach(session_id).result()`.
+
+    Args:
+        session_id: the session's id, as `Submission.id` and `insitu.sessions()` have it.
+        timeout: how long to wait, in seconds; None for as long as it takes.
+
+    Raises:
+        Error: why the session failed, or why it can not be fetched.
+    """
+    return attach(session_id).result(timeout=timeout)

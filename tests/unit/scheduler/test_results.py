@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from insitu_proto.v1.result_pb2 import SavedValue
+from insitu_scheduler.object_store import ObjectStore
 from insitu_scheduler.queue import SessionId
 from insitu_scheduler.results import ResultStore
-from insitu_wire.errors import InternalError
+from insitu_wire.errors import ConfigurationError, InternalError
 from insitu_wire.limits import CHUNK_BYTES
 
 if TYPE_CHECKING:
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
 SESSION = SessionId("s1")
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> ResultStore:
-    return ResultStore(tmp_path)
+@pytest.fixture(params=["folder", "memory", "file"])
+def store(tmp_path: Path, request: pytest.FixtureRequest) -> ResultStore:
+    if request.param == "folder":
+        return ResultStore(tmp_path)
+    url = f"memory://{tmp_path}" if request.param == "memory" else f"file://{tmp_path}/stored"
+    return ResultStore(tmp_path / "gathered", ObjectStore(url))
 
 
 def header(node_id: int, data: bytes) -> SavedValue:
@@ -118,3 +122,26 @@ async def test_a_value_must_be_complete_before_the_next(store: ResultStore) -> N
     await writer.begin(header(1, b"abc"))
     with pytest.raises(InternalError, match="came with 0 bytes"):
         await writer.begin(header(2, b""))
+
+
+async def test_what_is_in_the_object_store_is_not_on_disk_any_more_and_is_deleted_there(
+    tmp_path: Path,
+) -> None:
+    store = ResultStore(tmp_path / "gathered", ObjectStore(f"file://{tmp_path}/stored"))
+    writer = store.writer(SESSION)
+    await writer.begin(header(1, b"abc"))
+    await writer.write(b"abc")
+    await writer.close()
+    assert [path.name for path in (tmp_path / "gathered").rglob("*.bin")] == []
+    assert [path.name for path in (tmp_path / "stored").rglob("*.bin")] == ["values.bin"]
+    # As another scheduler finds it.
+    other = ResultStore(tmp_path / "other", ObjectStore(f"file://{tmp_path}/stored"))
+    assert (await read(other))[0] == {1: b"abc"}
+    await other.delete(SESSION)
+    assert (await read(store))[0] == {}
+    await other.delete(SESSION)
+
+
+def test_a_store_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="'nowhere://x', which can not be used"):
+        ObjectStore("nowhere://x")

@@ -159,7 +159,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
 
     def _lease(self, group: Group) -> RegisterGroupResponse:
         lease = placement_pb2.Lease(
-            lease_id=group.lease_id, epoch=self._epoch, num_sessions=group.num_sessions
+            lease_id=group.lease_id, epoch=self._epoch, num_sessions=group.num_pinned
         )
         lease.ttl.FromTimedelta(datetime.timedelta(seconds=self._registry.ttl_seconds))
         return RegisterGroupResponse(lease=lease)

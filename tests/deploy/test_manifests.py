@@ -104,8 +104,12 @@ def test_every_container_is_hardened_and_bounded(manifests: Manifests) -> None:
         assert template["spec"]["terminationGracePeriodSeconds"] > _grace_seconds(
             manifests, container
         )
-        # Nobody calls those that follow a leader.
-        if template["metadata"]["labels"]["app.kubernetes.io/component"] != "shard-follower":
+        component = template["metadata"]["labels"]["app.kubernetes.io/component"]
+        # A scheduler that stands by listens nowhere, and nobody calls those that follow a leader.
+        if manifests.overlay == "ha" and component == "scheduler":
+            assert "readinessProbe" in container
+            assert not {"startupProbe", "livenessProbe"} & container.keys()
+        elif component != "shard-follower":
             assert {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys()
             assert "preStop" in container["lifecycle"]
 

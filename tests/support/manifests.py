@@ -64,10 +64,12 @@ class Manifests:
         """Gives what a container's process has in its environment, as far as it is ours."""
         found: dict[str, str] = {}
         for source in container.get("envFrom", []):
-            found |= self.named("ConfigMap", source["configMapRef"]["name"])["data"]
+            # Secrets are made by whoever deploys.
+            if "configMapRef" in source:
+                found |= self.named("ConfigMap", source["configMapRef"]["name"])["data"]
         for entry in container.get("env", []):
             field_path = entry.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
-            value = "127.0.0.1" if field_path == "status.podIP" else entry["value"]
+            value = "127.0.0.1" if field_path == "status.podIP" else entry.get("value", "")
             found[entry["name"]] = re.sub(r"\$\((\w+)\)", lambda at: found[at[1]], value)
         return found
 

@@ -56,6 +56,7 @@ bench: setup .venv-nnsight/.installed ## Measures, beside plain transformers and
 	$(BIN)/python benchmarks/attention.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/many_clients.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/fairness.py $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/scheduler.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/loading.py $(BENCH_FLAGS)
 
 .venv-nnsight/.installed:

@@ -122,6 +122,7 @@ class SessionRun:
             seed=self.session.seed,
             exact=self.session.exact,
             padding=self.session.padding,
+            checkpoint=self.session.checkpoint,
             tensors=self.session.tensors,
         )
         limits = self.terms.limits

@@ -68,6 +68,7 @@ class LanguageModel(BaseModel):
         run: bool = True,
         exact: bool = False,
         padding: bool = False,
+        checkpoint: bool = False,
     ) -> Session:
         """Opens a session: one request that holds traces.
 
@@ -83,8 +84,10 @@ class LanguageModel(BaseModel):
             exact: whether each trace has a forward pass of its own, as plain transformers runs it.
             padding: whether traces of all lengths may share a pass, in every family of models,
                 padded on the left: values differ by rounding (1e-3 in float32).
+            checkpoint: whether traces that take gradients keep only what decoder layers are given,
+                and run the layers again in the backward pass: less memory, a third more time.
         """
-        together = Together(exact=exact, padding=padding)
+        together = Together(exact=exact, padding=padding, checkpoint=checkpoint)
         if blocking:
             backend = self._remote if remote else self._local
             return Session(self, backend, run=run, together=together)

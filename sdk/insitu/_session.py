@@ -64,6 +64,8 @@ class Together(NamedTuple):
     """Each has a forward pass of its own."""
     padding: bool = False
     """Traces of different lengths may share one."""
+    checkpoint: bool = False
+    """Those that take gradients keep the inputs of decoder layers alone."""
 
 
 _BY_LENGTH = Together()
@@ -103,7 +105,8 @@ class Session:
         self._is_recorded = False
         self._submission: Submission | None = None
         self._recorder = SessionRecorder(reference)
-        self._recorder.session.exact, self._recorder.session.padding = together
+        recorded = self._recorder.session
+        recorded.exact, recorded.padding, recorded.checkpoint = together
         self._tracer: Tracer | None = None
         self._token: Token[Session | None] | None = None
         self._open = ExitStack()

@@ -93,6 +93,13 @@ def run(
             help="Memory that a forward pass may take beside the weights, by estimate, in bytes.",
         ),
     ] = 2 * 1024**3,
+    max_graph_bytes: Annotated[
+        int,
+        typer.Option(
+            envvar="INSITU_MAX_GRAPH_BYTES",
+            help="Memory that a trace may keep for its gradients, by estimate, in bytes.",
+        ),
+    ] = 8 * 1024**3,
     dtype: Annotated[
         str,
         typer.Option(envvar="INSITU_DTYPE", help="Element type of weights; default: as stored."),
@@ -213,6 +220,7 @@ def run(
             max_sessions=max_sessions,
             max_pass_tokens=max_pass_tokens,
             max_pass_bytes=max_pass_bytes,
+            max_graph_bytes=max_graph_bytes,
             placement=placement,
             max_memory=max_memory,
             dtype=dtype,

@@ -64,6 +64,8 @@ class ShardConfig:
     """How many tokens, over all rows, go through a layer at once."""
     max_pass_bytes: int = 2 * 1024**3
     """Memory that a forward pass may take beside the weights, by estimate."""
+    max_graph_bytes: int = 8 * 1024**3
+    """Memory that a trace may keep for its gradients, by estimate."""
     placement: Placement = Placement.AUTO
     """How the devices share the model."""
     max_memory: str = ""
@@ -156,6 +158,7 @@ _LOWEST = {
     "max_sessions": 1,
     "max_pass_tokens": 1,
     "max_pass_bytes": 1,
+    "max_graph_bytes": 1,
     "upload_cache_bytes": 0,
     "session_bytes": 0,
     "handle_bytes": 0,

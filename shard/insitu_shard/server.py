@@ -95,7 +95,7 @@ def _budgets(config: ShardConfig) -> Budgets:
 
 
 def _limits(config: ShardConfig) -> Limits:
-    return Limits(config.max_pass_tokens, config.max_pass_bytes)
+    return Limits(config.max_pass_tokens, config.max_pass_bytes, config.max_graph_bytes)
 
 
 async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> None:

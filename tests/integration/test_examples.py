@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -67,3 +68,21 @@ def test_a_text_is_steered_while_it_is_generated(tmp_path: Path) -> None:
     assert len(projections) == 3
     assert projections == sorted(projections)
     assert len({line.partition("projection")[2] for line in lines}) == 3
+
+
+@pytest.mark.usefixtures("demo_folder")
+def test_a_probe_that_is_trained_in_a_session_knows_what_it_has_not_seen(tmp_path: Path) -> None:
+    loss, good, bad, _ = _run("probe", cwd=tmp_path).splitlines()
+    first, last = (float(loss.split()[place]) for place in (1, 6))
+    assert last < first / 2
+    assert int(good.split("%")[0]) > int(bad.split("%")[0])
+
+
+@pytest.mark.usefixtures("demo_folder")
+def test_a_lora_that_is_trained_in_a_session_teaches_a_fact(tmp_path: Path) -> None:
+    before, after, _ = _run("lora", cwd=tmp_path).splitlines()
+    assert before.endswith("' Paris'")
+    assert after.endswith("' Rome'")
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(adapter) == 16
+    assert all(name.startswith("base_model.model.model.layers.") for name in adapter)

@@ -28,7 +28,7 @@ from insitu_proto.v1 import trace_pb2 as insitu__proto_dot_v1_dot_trace__pb2
 from insitu_proto.v1 import value_pb2 as insitu__proto_dot_v1_dot_value__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dinsitu_proto/v1/session.proto\x12\tinsitu.v1\x1a\"insitu_proto/v1/intervention.proto\x1a\x1cinsitu_proto/v1/tensor.proto\x1a\x1binsitu_proto/v1/trace.proto\x1a\x1binsitu_proto/v1/value.proto\"\xa9\x01\n\x07Session\x12\x1e\n\x05steps\x18\x01 \x03(\x0b\x32\x0f.insitu.v1.Step\x12,\n\tlocations\x18\x02 \x03(\x0b\x32\x19.insitu.v1.SourceLocation\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\"\n\x07tensors\x18\x07 \x03(\x0b\x32\x11.insitu.v1.Tensor\x12\r\n\x05\x65xact\x18\x08 \x01(\x08\x12\x0f\n\x07padding\x18\t \x01(\x08\"\xf0\x01\n\x04Step\x12\x10\n\x08location\x18\x01 \x01(\r\x12!\n\x05trace\x18\x02 \x01(\x0b\x32\x10.insitu.v1.TraceH\x00\x12\x1d\n\x03log\x18\x03 \x01(\x0b\x32\x0e.insitu.v1.LogH\x00\x12\x1f\n\x04\x65xit\x18\x04 \x01(\x0b\x32\x0f.insitu.v1.ExitH\x00\x12\x1f\n\x04loop\x18\x05 \x01(\x0b\x32\x0f.insitu.v1.LoopH\x00\x12#\n\x06\x62ranch\x18\x06 \x01(\x0b\x32\x11.insitu.v1.BranchH\x00\x12%\n\x07\x63ompute\x18\x07 \x01(\x0b\x32\x12.insitu.v1.ComputeH\x00\x42\x06\n\x04kind\"8\n\x07\x43ompute\x12\x1e\n\x05nodes\x18\x01 \x03(\x0b\x32\x0f.insitu.v1.Node\x12\r\n\x05model\x18\x02 \x01(\t\"!\n\x04\x45xit\x12\x19\n\x11loop_item_node_id\x18\x01 \x01(\x04\"]\n\x04Loop\x12\x1f\n\x05items\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x14\n\x0citem_node_id\x18\x02 \x01(\x04\x12\x1e\n\x05steps\x18\x03 \x03(\x0b\x32\x0f.insitu.v1.Step\"r\n\x06\x42ranch\x12#\n\tcondition\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x1e\n\x05steps\x18\x02 \x03(\x0b\x32\x0f.insitu.v1.Step\x12#\n\nelse_steps\x18\x03 \x03(\x0b\x32\x0f.insitu.v1.Stepb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dinsitu_proto/v1/session.proto\x12\tinsitu.v1\x1a\"insitu_proto/v1/intervention.proto\x1a\x1cinsitu_proto/v1/tensor.proto\x1a\x1binsitu_proto/v1/trace.proto\x1a\x1binsitu_proto/v1/value.proto\"\xbd\x01\n\x07Session\x12\x1e\n\x05steps\x18\x01 \x03(\x0b\x32\x0f.insitu.v1.Step\x12,\n\tlocations\x18\x02 \x03(\x0b\x32\x19.insitu.v1.SourceLocation\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\"\n\x07tensors\x18\x07 \x03(\x0b\x32\x11.insitu.v1.Tensor\x12\r\n\x05\x65xact\x18\x08 \x01(\x08\x12\x0f\n\x07padding\x18\t \x01(\x08\x12\x12\n\ncheckpoint\x18\x0f \x01(\x08\"\xf0\x01\n\x04Step\x12\x10\n\x08location\x18\x01 \x01(\r\x12!\n\x05trace\x18\x02 \x01(\x0b\x32\x10.insitu.v1.TraceH\x00\x12\x1d\n\x03log\x18\x03 \x01(\x0b\x32\x0e.insitu.v1.LogH\x00\x12\x1f\n\x04\x65xit\x18\x04 \x01(\x0b\x32\x0f.insitu.v1.ExitH\x00\x12\x1f\n\x04loop\x18\x05 \x01(\x0b\x32\x0f.insitu.v1.LoopH\x00\x12#\n\x06\x62ranch\x18\x06 \x01(\x0b\x32\x11.insitu.v1.BranchH\x00\x12%\n\x07\x63ompute\x18\x07 \x01(\x0b\x32\x12.insitu.v1.ComputeH\x00\x42\x06\n\x04kind\"8\n\x07\x43ompute\x12\x1e\n\x05nodes\x18\x01 \x03(\x0b\x32\x0f.insitu.v1.Node\x12\r\n\x05model\x18\x02 \x01(\t\"!\n\x04\x45xit\x12\x19\n\x11loop_item_node_id\x18\x01 \x01(\x04\"]\n\x04Loop\x12\x1f\n\x05items\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x14\n\x0citem_node_id\x18\x02 \x01(\x04\x12\x1e\n\x05steps\x18\x03 \x03(\x0b\x32\x0f.insitu.v1.Step\"r\n\x06\x42ranch\x12#\n\tcondition\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x1e\n\x05steps\x18\x02 \x03(\x0b\x32\x0f.insitu.v1.Step\x12#\n\nelse_steps\x18\x03 \x03(\x0b\x32\x0f.insitu.v1.Stepb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,15 +36,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'insitu_proto.v1.session_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SESSION']._serialized_start=169
-  _globals['_SESSION']._serialized_end=338
-  _globals['_STEP']._serialized_start=341
-  _globals['_STEP']._serialized_end=581
-  _globals['_COMPUTE']._serialized_start=583
-  _globals['_COMPUTE']._serialized_end=639
-  _globals['_EXIT']._serialized_start=641
-  _globals['_EXIT']._serialized_end=674
-  _globals['_LOOP']._serialized_start=676
-  _globals['_LOOP']._serialized_end=769
-  _globals['_BRANCH']._serialized_start=771
-  _globals['_BRANCH']._serialized_end=885
+  _globals['_SESSION']._serialized_end=358
+  _globals['_STEP']._serialized_start=361
+  _globals['_STEP']._serialized_end=601
+  _globals['_COMPUTE']._serialized_start=603
+  _globals['_COMPUTE']._serialized_end=659
+  _globals['_EXIT']._serialized_start=661
+  _globals['_EXIT']._serialized_end=694
+  _globals['_LOOP']._serialized_start=696
+  _globals['_LOOP']._serialized_end=789
+  _globals['_BRANCH']._serialized_start=791
+  _globals['_BRANCH']._serialized_end=905
 # @@protoc_insertion_point(module_scope)

@@ -34,12 +34,15 @@ class Session(_message.Message):
     TENSORS_FIELD_NUMBER: _builtins.int
     EXACT_FIELD_NUMBER: _builtins.int
     PADDING_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Seed of the random numbers of traces that have none of their own."""
     exact: _builtins.bool
     """Whether each trace has a forward pass of its own, rather than rows of one that others share."""
     padding: _builtins.bool
     """Whether traces of different lengths may share a pass, which changes values by rounding."""
+    checkpoint: _builtins.bool
+    """Whether what takes gradients keeps the inputs of decoder layers alone, and runs the layers again in the backward pass."""
     @_builtins.property
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Step]:
         """Steps in the order of execution. At least one."""
@@ -63,10 +66,11 @@ class Session(_message.Message):
         tensors: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
         exact: _builtins.bool = ...,
         padding: _builtins.bool = ...,
+        checkpoint: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "locations", b"locations", "padding", b"padding", "seed", b"seed", "steps", b"steps", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "exact", b"exact", "locations", b"locations", "padding", b"padding", "seed", b"seed", "steps", b"steps", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -232,6 +232,7 @@ class Segment(_message.Message):
     TENSORS_FIELD_NUMBER: _builtins.int
     EXACT_FIELD_NUMBER: _builtins.int
     PADDING_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     first_trace_number: _builtins.int
     """Number of the segment's first trace in the session, from 1."""
     seed: _builtins.int
@@ -239,6 +240,8 @@ class Segment(_message.Message):
     exact: _builtins.bool
     """The session's."""
     padding: _builtins.bool
+    """The session's."""
+    checkpoint: _builtins.bool
     """The session's."""
     @_builtins.property
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.Step]:
@@ -262,10 +265,11 @@ class Segment(_message.Message):
         tensors: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
         exact: _builtins.bool = ...,
         padding: _builtins.bool = ...,
+        checkpoint: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "first_trace_number", b"first_trace_number", "locations", b"locations", "padding", b"padding", "seed", b"seed", "steps", b"steps", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "exact", b"exact", "first_trace_number", b"first_trace_number", "locations", b"locations", "padding", b"padding", "seed", b"seed", "steps", b"steps", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -70,6 +70,7 @@ class LocalBackend:
             seed=session.seed,
             exact=session.exact,
             padding=session.padding,
+            checkpoint=session.checkpoint,
         )
         with ExitStack() as running:
             # In one order, so that no two sessions wait for each other.

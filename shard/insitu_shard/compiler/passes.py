@@ -34,6 +34,8 @@ class Limits:
     """Tokens that go through a layer at once, over all rows."""
     max_bytes: int = 2 * 1024**3
     """Estimate of the memory that the pass takes beside the weights."""
+    max_graph_bytes: int = 8 * 1024**3
+    """Estimate of the memory that a trace which takes gradients keeps for them."""
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,12 @@ def explain(
         handles=KeptValues(0),
         liveness=Liveness(steps),
         seed=session.seed,
-        options=Options(is_exact=session.exact, may_pad=session.padding, limits=limits or Limits()),
+        options=Options(
+            is_exact=session.exact,
+            may_pad=session.padding,
+            checkpoints=session.checkpoint,
+            limits=limits or Limits(),
+        ),
         writes_in_place=False,
     )
     return Explanation(tuple(_passes(steps, state, "")))

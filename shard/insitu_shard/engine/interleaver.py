@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from insitu_shard.engine.boundary_value import InputValue, OutputValue
+from insitu_shard.engine.checkpointing import checkpoint_modules
 from insitu_shard.engine.failures import model_raised
 from insitu_shard.engine.graph import Boundary, Skip
 from insitu_shard.engine.memory import copied_if_in, storages
@@ -43,6 +44,7 @@ class Interleaver:
         rows: RowMap | DecodeRows | None = None,
         *,
         step: int = 0,
+        checkpoints: bool = False,
     ) -> None:
         """Prepares a pass.
 
@@ -51,11 +53,13 @@ class Interleaver:
             runs: the blocks, in the order of definition.
             rows: which rows of the pass are whose; None for one block that has all.
             step: which pass of a generation it is.
+            checkpoints: whether a graph keeps what decoder layers are given alone.
         """
         self._model = model
         self._runs = runs
         self._rows = rows
         self._step = step
+        self._checkpoints = checkpoints
         self._at: dict[Boundary, list[int]] = defaultdict(list)
         self._due: set[Boundary] = set()
         for place, run in enumerate(runs):
@@ -89,6 +93,9 @@ class Interleaver:
             if isinstance((node := run.plan.nodes[node_id]).operation, Skip)
         }
         replaced = [self._install_skip(path) for path in skipping]
+        if self._checkpoints and any(run.takes_gradients for run in self._runs):
+            watched = {boundary.module_path for boundary in self._at} | skipping
+            replaced += checkpoint_modules(self._model, watched)
         try:
             attention = self._rows.attention() if self._rows else nullcontext()
             takes_gradients = any(run.takes_gradients for run in self._runs)
@@ -104,7 +111,7 @@ class Interleaver:
         finally:
             for hook in hooks:
                 hook.remove()
-            for undo in replaced:
+            for undo in reversed(replaced):
                 undo()
         return None
 

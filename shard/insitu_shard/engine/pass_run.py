@@ -84,7 +84,8 @@ def _run_once(plan: Pass, members: Sequence[Pending]) -> bool:
     for run in runs:
         run.start()
     if not plan.is_merged:
-        Interleaver(model, runs).run(members[0].trace.forward_inputs())
+        trace = members[0].trace
+        Interleaver(model, runs, checkpoints=trace.checkpoints).run(trace.forward_inputs())
         return True
     rows = RowMap(model, plan, runs)
     interleaver = Interleaver(model, runs, rows)

@@ -158,4 +158,9 @@ class SegmentRun:
 
 def _options(segment: shard_service_pb2.Segment, limits: Limits | None) -> Options:
     options = {} if limits is None else {"limits": limits}
-    return Options(is_exact=segment.exact, may_pad=segment.padding, **options)
+    return Options(
+        is_exact=segment.exact,
+        may_pad=segment.padding,
+        checkpoints=segment.checkpoint,
+        **options,
+    )

@@ -32,6 +32,8 @@ class Options:
     """Each trace has a pass of its own, of all positions and layers that the model itself runs."""
     may_pad: bool = False
     """Traces of different lengths may share a pass."""
+    checkpoints: bool = False
+    """Passes that take gradients keep the inputs of decoder layers alone."""
     limits: Limits = field(default_factory=Limits)
     """How large a pass may be."""
 

@@ -10,6 +10,7 @@ from insitu_shard.compiler import TraceFacts, WindowStep
 from insitu_shard.engine.block_run import BlockRun
 from insitu_shard.engine.events import TokensChosen
 from insitu_shard.engine.graph import Gradient, references
+from insitu_shard.engine.graph_size import check_graph
 from insitu_shard.engine.head import trimmed
 from insitu_shard.engine.model import LoadedModel
 from insitu_shard.engine.placement import Needs, place, place_generating
@@ -79,6 +80,11 @@ class TraceRun:
             self.fail(err)
 
     @property
+    def checkpoints(self) -> bool:
+        """Whether its graph keeps what decoder layers are given alone."""
+        return self._state.options.checkpoints
+
+    @property
     def has_failed(self) -> bool:
         """Whether it is known that it fails."""
         return self.error is not None or (self.block is not None and self.block.has_failed)
@@ -93,6 +99,14 @@ class TraceRun:
         """The trace as the planner of passes sees it; None if it needs no pass."""
         try:
             batch = self._batch
+            if self.plan is not None and batch is not None:
+                check_graph(
+                    self.plan,
+                    self.model.outline,
+                    num_tokens=len(batch.rows) * batch.length,
+                    checkpoints=self.checkpoints,
+                    max_bytes=self._state.options.limits.max_graph_bytes,
+                )
         except Error as err:
             self.fail(err)
             return None

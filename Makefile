@@ -55,6 +55,7 @@ bench: setup .venv-nnsight/.installed ## Measures, beside plain transformers and
 	$(BIN)/python benchmarks/logit_lens.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/attention.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/generation.py $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/gradients.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/many_clients.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/fairness.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/scheduler.py $(BENCH_FLAGS)

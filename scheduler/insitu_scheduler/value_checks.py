@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from insitu_scheduler.refusals import check_limit, malformed, unsupported
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from insitu_proto.v1.value_pb2 import DictValue, Value
 
 MAX_RANK = 16
+MAX_SIZES = 2**48
 MAX_DEPTH = 32
 MAX_VALUES = 1_000_000
 _KEY_KINDS = ("none", "bool_value", "int_value", "float_value", "str_value", "tuple")
@@ -130,6 +132,12 @@ def _check_shape(tensor: Tensor, owner: str) -> None:
         raise malformed(f"{owner} has a tensor of {len(shape)} dimensions; at most {MAX_RANK}")
     if any(size < 0 for size in shape):
         raise malformed(f"{owner} has a tensor of shape {shape}; sizes are 0 or more")
+    # Also of a tensor without elements: torch multiplies its other sizes.
+    if math.prod(max(size, 1) for size in shape) > MAX_SIZES:
+        raise malformed(
+            f"{owner} has a tensor of shape {shape}; its sizes, without those that are 0, must "
+            f"have a product of at most {MAX_SIZES:,}"
+        )
 
 
 def _check_elements(tensor: Tensor, owner: str) -> None:

@@ -248,6 +248,12 @@ def test_a_trace_with_bad_inputs_is_refused(
         (Reason.MALFORMED_SESSION, "7 bytes", with_tensor(data=b"x" * 7)),
         (Reason.MALFORMED_SESSION, "17 dimensions", with_tensor(shape=[1] * 17)),
         (Reason.MALFORMED_SESSION, "[-2]", with_tensor(shape=[-2])),
+        (Reason.MALFORMED_SESSION, "have a product", with_tensor(shape=[2**62, 0], data=b"")),
+        (
+            Reason.MALFORMED_SESSION,
+            "have a product",
+            with_tensor(shape=[2**40] * 2 + [0], data=b""),
+        ),
         (Reason.MALFORMED_SESSION, "element type number 0", with_tensor(dtype=0)),
         (Reason.MALFORMED_SESSION, "element type number 99", with_value(Value(dtype=99))),  # type: ignore[arg-type]
         (Reason.MALFORMED_SESSION, "by content hash", with_tensor(data=None, content_hash="0")),

@@ -205,6 +205,11 @@ class _Validation:
         if not trace.invokes:
             raise malformed(f"the trace of {self._owner} has no input; give it an invoke")
         for number, invoke in enumerate(trace.invokes, start=1):
+            if invoke.HasField("args") or invoke.HasField("kwargs"):
+                raise malformed(
+                    f"invoke {number} of {self._owner} has arguments of a module that is no "
+                    "language model; such modules run in process alone"
+                )
             if invoke.HasField("token_ids"):
                 self._check_values([invoke.token_ids])
                 continue

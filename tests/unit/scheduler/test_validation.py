@@ -25,7 +25,7 @@ from insitu_proto.v1.value_pb2 import Value
 from insitu_scheduler.models import KnownModel
 from insitu_scheduler.validation import check_size, validate
 from insitu_scheduler.value_checks import MAX_DEPTH
-from insitu_wire.errors import Error, Location, Reason
+from insitu_wire.errors import Error, InvalidTraceError, Location, Reason
 from support.fake_shard import MODEL, describe, log, read, reference, save, saving, trace
 
 if TYPE_CHECKING:
@@ -336,3 +336,9 @@ def test_without_any_model_even_a_log_is_refused() -> None:
     with pytest.raises(Error, match="no model is served yet") as caught:
         validate(Session(steps=[log("x")]), {})
     assert caught.value.reason is Reason.MODEL_NOT_FOUND
+
+
+def test_arguments_of_modules_that_run_in_process_alone_are_refused() -> None:
+    session = edited(lambda it: it.steps[0].trace.invokes[0].args.tuple.SetInParent())
+    with pytest.raises(InvalidTraceError, match="run in process alone"):
+        validate(session, MODELS)

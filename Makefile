@@ -30,8 +30,9 @@ system-packages: ## Installs the programs that some tests run, and skip without 
 demo: setup ## Starts a server with a small real model, runs the first session against it, stops it.
 	$(BIN)/python examples/run_demo.py
 
+# Tests of one file stay in one process, which shares its servers and models among them.
 test: setup ## Runs all tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-transformers: $(TRANSFORMERS:%=.venv-transformers-%/.installed) ## Runs the contract tests on the lowest and the newest transformers.
 	for version in $(TRANSFORMERS); do .venv-transformers-$$version/bin/python -m pytest tests/contract || exit 1; done

@@ -90,6 +90,22 @@ def test_a_trace_that_writes_what_another_gave_waits_for_it(model: LanguageModel
     assert [planned.traces for planned in session.explain().passes] == [(1, 3), (2,)]
 
 
+def test_it_says_why_the_items_of_a_loop_have_passes_of_their_own(model: LanguageModel) -> None:
+    with model.session(run=False) as session:
+        with session.iter([1.0, 2.0]) as scale:
+            with model.trace(IDS):
+                model.model.layers[0].output[0][:] *= scale
+                model.lm_head.output.save()
+            with model.trace(IDS):
+                model.lm_head.output.save()
+        with model.trace(IDS):
+            model.lm_head.output.save()
+    per_item, after = session.explain().passes
+    assert (per_item.traces, after.traces) == ((1, 2), (3,))
+    assert "for each item of a loop by itself" in per_item.note
+    assert not after.note
+
+
 def test_lists_across_traces_keep_their_order_in_one_pass(model: LanguageModel) -> None:
     rows = _num_forwards(model)
     with model.session():

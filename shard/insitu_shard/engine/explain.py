@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # Of an element, as elsewhere in estimates.
 _ITEM_BYTES = 4
+_PER_ITEM = "for each item of a loop by itself: what it sets, the next may use"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ def _passes(steps: Sequence[Step], state: SessionState, note: str) -> Iterator[E
     for window in windows(steps):
         match window[0].kind:
             case Loop(steps=inner):
-                yield from _passes(inner, state, "for each item")
+                yield from _passes(inner, state, _PER_ITEM)
             case Branch(steps=inner, else_steps=others):
                 yield from _passes(inner, state, "if a condition holds")
                 yield from _passes(others, state, "if a condition does not hold")

@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # The lowest that pyproject.toml allows, and the newest that was tried.
-TRANSFORMERS := 5.23.0 5.24.0
+TRANSFORMERS := 5.24.0
 PROTOS := $(sort $(wildcard protos/insitu_proto/v1/*.proto))
 
 .DEFAULT_GOAL := help

@@ -22,7 +22,7 @@ def test_the_contract_tests_are_run_on_the_lowest_and_the_newest_of_them() -> No
     root = Path(__file__).parents[2]
     (listed,) = re.findall(r"^TRANSFORMERS := (.*)$", (root / "Makefile").read_text(), re.MULTILINE)
     tested = transformers_internals.TESTED_VERSIONS
-    assert listed.split() == [tested[0], tested[-1]]
+    assert listed.split() == sorted({tested[0], tested[-1]})
     assert f'"transformers>={tested[0]},<6"' in (root / "pyproject.toml").read_text()
 
 

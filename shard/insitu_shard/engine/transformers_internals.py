@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         StoppingCriteriaList,
     )
 
-TESTED_VERSIONS = ("5.23.0", "5.24.0")
+TESTED_VERSIONS = ("5.24.0",)
 """Versions that the tests were run against."""
 
 # Its types say that styles are functions.

@@ -276,7 +276,7 @@ def test_all_inputs_of_a_module_are_saved(model: LanguageModel) -> None:
         args, kwargs = model.model.layers[0].inputs.save()
     assert args[0].shape == (1, 4, 64)
     assert kwargs["position_ids"].tolist() == [[0, 1, 2, 3]]
-    assert kwargs["past_key_values"] is None
+    assert kwargs["cache"] is None
 
 
 def test_a_misspelt_assignment_is_an_error(model: LanguageModel) -> None:

@@ -58,7 +58,7 @@ def test_a_decode_loop_shows_the_keys_of_the_cache_too(module: Any) -> None:
 def test_a_write_to_keys_and_values_leaves_the_cache_as_it_is(module: Any) -> None:
     def prefilled() -> Any:
         cache = DynamicCache(config=module.config)
-        logits = module(IDS, past_key_values=cache, use_cache=True).logits
+        logits = module(IDS, cache=cache, use_cache=True).logits
         return logits, cache.layers[1]
 
     expected, kept = prefilled()

@@ -58,7 +58,9 @@ def test_a_list_inside_a_dict_key_is_refused() -> None:
         torch_codec.decode(encoded)
 
 
-@pytest.mark.parametrize("value", [object(), 2**64, {1, 2}, b"bytes"], ids=["object", "too large", "set", "bytes"])
+@pytest.mark.parametrize(
+    "value", [object(), 2**64, {1, 2}, b"bytes"], ids=["object", "too large", "set", "bytes"]
+)
 def test_what_has_no_encoding_is_refused_by_its_type(value: object) -> None:
     with pytest.raises(InvalidTraceError, match=type(value).__name__):
         torch_codec.encode(value)

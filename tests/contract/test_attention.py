@@ -310,8 +310,8 @@ def test_merged_writes_between_attention_and_mlp_are_each_traces_own(tiny: TinyM
             r"heads has q, k, q_rotary, k_rotary, v, scores, pattern, z",
         ),
         ("gpt2", "attn.heads.q_rotary", r"heads has q, k, v, scores, pattern, z"),
-        ("gptj", "attn.heads", r"no module 'transformer.h.0.attn.heads'.*read its projections"),
-        ("gptj", "attn.num_heads", "no module"),
+        ("bloom", "attn.heads", r"self_attention.heads'.*read its projections"),
+        ("bloom", "attn.num_heads", "no module"),
     ],
 )
 def test_what_a_family_does_not_have_is_refused_while_recording(

@@ -33,6 +33,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Only for tests that ask for them.
 _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("bloom", {"vocab_size": 256, "hidden_size": 64, "n_layer": 3, "n_head": 4}),
     "gptj": ("gptj", {**_GPT2, "rotary_dim": 8, "n_inner": 128}),
 }
 # Those that matter where a model is split over ranks: what the number of ranks does not divide.

@@ -101,7 +101,7 @@ class SessionState:
             self._check_size(self.max_value_bytes)
 
     def _check_size(self, limit: int) -> None:
-        if (size := num_bytes(self.values)) > limit:
+        if (size := num_bytes(list(self.values.values()))) > limit:
             raise error(
                 Reason.LIMIT_EXCEEDED,
                 f"the session's values take {size:,} bytes between its steps, and they may take at "

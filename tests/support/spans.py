@@ -38,6 +38,17 @@ class SpanReceiver(trace_service_pb2_grpc.TraceServiceServicer):
                 self.spans += [(attributes["service.name"], span) for span in scope.spans]
         return trace_service_pb2.ExportTraceServiceResponse()
 
+    def trace_of(self, session_id: str) -> bytes:
+        """Gives the trace in which a session ran, once that is told."""
+        for _ in range(300):
+            for _, span in list(self.spans):
+                about = {pair.key: pair.value.string_value for pair in span.attributes}
+                if span.name == "insitu.run" and about["insitu.session_id"] == session_id:
+                    trace_id: bytes = span.trace_id
+                    return trace_id
+            time.sleep(0.1)
+        raise AssertionError(f"no span of session {session_id} came")
+
     def wait_for(self, trace_id: bytes, names: set[str]) -> dict[str, tuple[str, Any]]:
         """Gives the spans of a trace by their names, once all of some names are there."""
         for _ in range(300):

@@ -334,6 +334,16 @@ def _pop_location(metadata: dict[str, str]) -> Location | None:
     return Location(file, int(line), source)
 
 
+# CANCELLED without details of ours: a server that is told to stop ends its calls so.
+_UNANSWERED = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.CANCELLED,
+    }
+)
+
+
 def _from_transport(code: grpc.StatusCode, details: str, address: str) -> Error:
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return error(
@@ -342,7 +352,7 @@ def _from_transport(code: grpc.StatusCode, details: str, address: str) -> Error:
             "send fewer or smaller tensors",
             address=address,
         )
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+    if code in _UNANSWERED:
         return error(
             Reason.SERVER_UNREACHABLE,
             f"no insitu server answers at {address} ({details}); start one with `insitu up`, "

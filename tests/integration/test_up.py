@@ -47,11 +47,12 @@ def model(up: Up, monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
 
 
 def test_status_lists_models_groups_and_queues(up: Up) -> None:
-    done = insitu("status", INSITU_ENDPOINT=up.endpoint, INSITU_API_KEY="t", COLUMNS="150")
+    done = insitu("status", INSITU_ENDPOINT=up.endpoint, INSITU_API_KEY="t")
     assert done.returncode == 0, done.stderr
     assert "tiny/llama" in done.stdout
     assert "tiny/gpt2" in done.stdout
     assert "ready" in done.stdout
+    assert "…" not in done.stdout
 
 
 def test_status_without_a_server_names_the_address_it_tried() -> None:

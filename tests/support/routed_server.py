@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,13 @@ class RoutedServer:
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __enter__(self) -> str:
+        with ExitStack() as on_failure:
+            on_failure.callback(self.__exit__)
+            address = self._start_all()
+            on_failure.pop_all()
+        return address
+
+    def _start_all(self) -> str:
         self._start("insitu_scheduler", "--port", "0", "--data-dir", str(self.data_dir))
         address_file = self.data_dir / "scheduler.json"
         while not address_file.exists():
@@ -41,7 +49,9 @@ class RoutedServer:
         self.to_scheduler.target = scheduler
         self.start_shard()
         name = self.model.partition("=")[0]
+        deadline = time.monotonic() + 120
         while name not in insitu("status", INSITU_ENDPOINT=scheduler, INSITU_API_KEY="t").stdout:
+            assert time.monotonic() < deadline, f"{name} is not served"
             time.sleep(0.2)
         return self.to_scheduler.address
 

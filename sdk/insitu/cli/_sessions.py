@@ -6,11 +6,11 @@ from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from insitu._config import CONFIG
 from insitu.backends.remote import RemoteBackend
+from insitu.cli._console import console
 from insitu_wire.errors import Error, PermissionDeniedError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def show(
     for found in sessions(limit, all_users=all_users):
         times = (_local(found.created_at), _local(found.finished_at))
         table.add_row(found.id, found.user, found.model, found.state.lower(), *times)
-    Console().print(table)
+    console().print(table)
 
 
 @app.command()

@@ -8,10 +8,11 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
+from insitu.cli._console import console
 from insitu_proto.v1.event_pb2 import EventKind
 from insitu_proto.v1.host_service_pb2 import HostedModelState
 from insitu_proto.v1.placement_pb2 import ShardGroupState
@@ -29,7 +30,7 @@ _MAX_SESSIONS = 10
 
 def show_status(backend: RemoteBackend, endpoint: str) -> None:
     """Prints the server's shard groups and queues, and the user's newest sessions."""
-    Console().print(draw(backend.server_state(), list(backend.sessions(_MAX_SESSIONS)), endpoint))
+    console().print(draw(backend.server_state(), list(backend.sessions(_MAX_SESSIONS)), endpoint))
 
 
 def show_top(
@@ -44,7 +45,8 @@ def show_top(
         count: how many pictures there are; 0 for no end.
         all_users: whether the sessions of all users are shown.
     """
-    screen = Live(auto_refresh=False, screen=Console().is_terminal)
+    shown = console()
+    screen = Live(console=shown, auto_refresh=False, screen=shown.is_terminal)
     with suppress(KeyboardInterrupt), screen as live:
         for number in itertools.count(1):
             sessions = list(backend.sessions(_MAX_SESSIONS, all_users=all_users))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import traceback
 
+import grpc
 import pytest
 
 from insitu_proto.v1 import error_reason_pb2
@@ -10,8 +11,10 @@ from insitu_wire.errors import (
     Error,
     Location,
     Reason,
+    UnavailableError,
     error,
     from_failure,
+    from_rpc_error,
     status_code,
     to_failure,
     to_status,
@@ -72,3 +75,12 @@ def test_the_page_of_an_error_stands_below_its_traceback_and_not_in_its_text() -
     assert traceback.format_exception_only(err)[-1] == (
         "[SHAPE_MISMATCH] see docs/errors/SHAPE_MISMATCH.md\n"
     )
+
+
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"])
+def test_a_call_that_the_server_did_not_answer_itself_may_be_made_again(code: str) -> None:
+    # A server that is told to stop has gRPC end its calls as CANCELLED.
+    unanswered = grpc.aio.AioRpcError(
+        grpc.StatusCode[code], grpc.aio.Metadata(), grpc.aio.Metadata(), details=""
+    )
+    assert isinstance(from_rpc_error(unanswered, address="127.0.0.1:1"), UnavailableError)

@@ -244,7 +244,11 @@ class Dispatcher:
             self._background.spawn(unneeded.close())
 
     async def release_kept(self, user: str, handle_id: str) -> bool:
-        """Lets go of a value that a user keeps; tells whether there was one."""
+        """Lets go of a value that a user keeps; tells whether there was one.
+
+        Raises:
+            PermissionDeniedError: PERMISSION_DENIED, if it is another user's.
+        """
         place = self.kept.find(user, handle_id)
         self.kept.forget(user, handle_id)
         client = self._links.find(place.lease_id) if place else None

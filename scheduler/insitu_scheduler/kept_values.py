@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from insitu_wire.errors import Location, Reason, error
 from insitu_wire.steps import all_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from insitu_proto.v1.intervention_pb2 import Node
     from insitu_proto.v1.session_pb2 import Session
@@ -31,10 +32,16 @@ class KeptValue:
 
 
 class KeptValues:
-    """The values that groups keep, by user and handle. A user never sees another's."""
+    """The values that groups keep, by handle and user. A user never gets at another's.
+
+    Whoever asks for another's is told that it is another's, and who asks for what nobody has that
+    it is not there. That gives nothing away, unlike with an upload, whose hash can be made from
+    what one suspects: a handle is a random name that only its maker knows, and says nothing of the
+    value.
+    """
 
     def __init__(self) -> None:
-        self._values: dict[tuple[str, str], KeptValue] = {}
+        self._values: defaultdict[str, dict[str, KeptValue]] = defaultdict(dict)
 
     def add(
         self, user: str, session: Session, leases: dict[str, LeaseId], *, keeper: SessionId
@@ -52,13 +59,14 @@ class KeptValues:
             for node in _nodes(session, segment):
                 if node.HasField("keep"):
                     place = KeptValue(model, leases[model], keeper)
-                    self._values[user, node.keep.handle_id] = place
+                    self._values[node.keep.handle_id][user] = place
 
     def groups_of(self, user: str, session: Session) -> dict[str, LeaseId]:
         """Gives the groups that a session needs for what it loads, by model.
 
         Raises:
             NotFoundError: HANDLE_NOT_FOUND, at the user's line.
+            PermissionDeniedError: PERMISSION_DENIED, at the user's line.
             VersionError: UNSUPPORTED_FEATURE, if a value is of another model's group, or if several
                 groups of one model have what it loads.
         """
@@ -68,7 +76,7 @@ class KeptValues:
                 if not node.HasField("load"):
                     continue
                 location = _location(session, node)
-                place = self._values.get((user, node.load.handle_id))
+                place = self.find(user, node.load.handle_id, location)
                 if place is None:
                     raise not_found(node.load.handle_id, location)
                 if segment.model and segment.model != place.model:
@@ -80,26 +88,52 @@ class KeptValues:
     def keepers(self, user: str, session: Session) -> frozenset[SessionId]:
         """Gives the sessions that keep what a session loads; some may still run."""
         nodes = (node for segment in cut(session) for node in _nodes(session, segment))
-        loaded = {(user, node.load.handle_id) for node in nodes}
-        return frozenset(self._values[name].keeper for name in loaded & self._values.keys())
+        loaded = {node.load.handle_id for node in nodes} & self._values.keys()
+        places = (self._values[handle_id].get(user) for handle_id in loaded)
+        return frozenset(place.keeper for place in places if place is not None)
 
-    def find(self, user: str, handle_id: str) -> KeptValue | None:
-        """Gives where a value is kept."""
-        return self._values.get((user, handle_id))
+    def find(self, user: str, handle_id: str, location: Location | None = None) -> KeptValue | None:
+        """Gives where a value is kept; None if nobody keeps it.
+
+        Raises:
+            PermissionDeniedError: PERMISSION_DENIED, if others keep it and the user does not.
+        """
+        owners = self._values.get(handle_id)
+        if owners is None:
+            return None
+        if user not in owners:
+            raise _of_another_user(handle_id, location)
+        return owners[user]
 
     def has_any(self, lease_id: LeaseId) -> bool:
         """Whether users keep values with a group."""
-        return any(place.lease_id == lease_id for place in self._values.values())
+        return any(
+            place.lease_id == lease_id
+            for owners in self._values.values()
+            for place in owners.values()
+        )
 
     def forget(self, user: str, handle_id: str) -> None:
         """Takes note that a value is kept no longer."""
-        self._values.pop((user, handle_id), None)
+        self._remove([(handle_id, user)])
 
     def lose(self, lease_id: LeaseId) -> None:
         """Takes note that a group is gone, and all that it kept."""
-        self._values = {
-            key: place for key, place in self._values.items() if place.lease_id != lease_id
-        }
+        self._remove(
+            [
+                (handle_id, user)
+                for handle_id, owners in self._values.items()
+                for user, place in owners.items()
+                if place.lease_id == lease_id
+            ]
+        )
+
+    def _remove(self, names: Iterable[tuple[str, str]]) -> None:
+        for handle_id, user in names:
+            if owners := self._values.get(handle_id):
+                owners.pop(user, None)
+                if not owners:
+                    del self._values[handle_id]
 
 
 def not_found(handle_id: str, location: Location | None = None) -> Error:
@@ -108,6 +142,16 @@ def not_found(handle_id: str, location: Location | None = None) -> Error:
         Reason.HANDLE_NOT_FOUND,
         f"there is no kept value under the handle {handle_id:.64}; it was released, or has not "
         "been used for long, or the shard group that had it was lost: keep it again",
+        location=location,
+        handleId=handle_id[:64],
+    )
+
+
+def _of_another_user(handle_id: str, location: Location | None) -> Error:
+    return error(
+        Reason.PERMISSION_DENIED,
+        f"the value under the handle {handle_id:.64} is another user's; use the API key of the "
+        "user who kept it, or keep one of your own",
         location=location,
         handleId=handle_id[:64],
     )

@@ -45,10 +45,14 @@ class Handle(Proxy):
         self._made = origin
 
     def release(self) -> None:
-        """Lets the value go now. What uses the handle later is refused."""
+        """Lets the value go now. What uses the handle later is refused.
+
+        Raises:
+            PermissionDeniedError: the API key is not of the user who kept it.
+        """
         if not self._was_released:
-            self._was_released = True
             self._backend.release_handle(self.id)
+            self._was_released = True
 
     def _loaded(self, session: Session) -> Origin:
         recorder = session._recorder

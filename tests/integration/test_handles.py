@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from insitu import CONFIG, LanguageModel, NotFoundError
+from insitu import CONFIG, LanguageModel, NotFoundError, PermissionDeniedError
 from support.tiny_models import TinyModels
 from support.up import Up
 
@@ -55,25 +55,25 @@ def test_cell_by_cell_is_one_session(model: LanguageModel) -> None:
     torch.testing.assert_close(moved, norm)
 
 
-def test_another_user_is_told_that_there_is_none(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_user_is_refused(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with model.trace(IDS, remote=True):
         kept = model.model.layers[1].output[0].keep()
     monkeypatch.setattr(CONFIG, "_api_key", "bob")
-    with pytest.raises(NotFoundError, match="no kept value"):
+    with pytest.raises(PermissionDeniedError, match="is another user's"):
         with model.session(remote=True):
             kept.sum().save()
-    kept.release()  # bob's: nothing of ann's is touched
-    kept._was_released = False
+    with pytest.raises(PermissionDeniedError, match="is another user's"):
+        kept.release()
     monkeypatch.setattr(CONFIG, "_api_key", "ann")
     with model.session(remote=True):
         total = kept.sum().save()
     assert total.ndim == 0
     kept.release()
-    with pytest.raises(NotFoundError):
-        with model.session(remote=True):
-            kept.sum().save()
+    for user in ("ann", "bob"):
+        monkeypatch.setattr(CONFIG, "_api_key", user)
+        with pytest.raises(NotFoundError, match="no kept value"):
+            with model.session(remote=True):
+                kept.sum().save()
 
 
 def test_a_value_that_nobody_uses_is_let_go(

@@ -49,8 +49,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_INVALID_CREDENTIAL: _ErrorReason.ValueType  # 10
     """The API key is not one that the server knows."""
     ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 11
-    """The caller may not do this: the session is another user's, the API key is not for the model, or the
-    method is for administrators.
+    """The caller may not do this: the session or the kept value is another user's, the API key is not for the
+    model, or the method is for administrators.
     """
     ERROR_REASON_MODEL_NOT_FOUND: _ErrorReason.ValueType  # 12
     """No shard group serves a model of this name. The message lists those served."""
@@ -133,8 +133,8 @@ ERROR_REASON_MISSING_CREDENTIAL: ErrorReason.ValueType  # 9
 ERROR_REASON_INVALID_CREDENTIAL: ErrorReason.ValueType  # 10
 """The API key is not one that the server knows."""
 ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 11
-"""The caller may not do this: the session is another user's, the API key is not for the model, or the
-method is for administrators.
+"""The caller may not do this: the session or the kept value is another user's, the API key is not for the
+model, or the method is for administrators.
 """
 ERROR_REASON_MODEL_NOT_FOUND: ErrorReason.ValueType  # 12
 """No shard group serves a model of this name. The message lists those served."""

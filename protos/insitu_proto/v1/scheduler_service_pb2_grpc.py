@@ -180,7 +180,8 @@ class SchedulerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseKeptValue(self, request, context):
-        """Lets go of a value that one of the caller's sessions kept. Idempotent.
+        """Lets go of a value that one of the caller's sessions kept. Idempotent. Fails with PERMISSION_DENIED if
+        it is another user's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -68,7 +68,9 @@ class SchedulerServiceStub:
     server keeps them. Idempotent. Fails with PERMISSION_DENIED.
     """
     ReleaseKeptValue: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ReleaseKeptValueRequest, _scheduler_service_pb2.ReleaseKeptValueResponse]
-    """Lets go of a value that one of the caller's sessions kept. Idempotent."""
+    """Lets go of a value that one of the caller's sessions kept. Idempotent. Fails with PERMISSION_DENIED if
+    it is another user's.
+    """
     ListModels: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListModelsRequest, _scheduler_service_pb2.ListModelsResponse]
     """Lists the models that are served. Idempotent."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetModelRequest, _scheduler_service_pb2.GetModelResponse]
@@ -122,7 +124,9 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     server keeps them. Idempotent. Fails with PERMISSION_DENIED.
     """
     ReleaseKeptValue: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ReleaseKeptValueRequest, _scheduler_service_pb2.ReleaseKeptValueResponse]  # type: ignore[assignment]
-    """Lets go of a value that one of the caller's sessions kept. Idempotent."""
+    """Lets go of a value that one of the caller's sessions kept. Idempotent. Fails with PERMISSION_DENIED if
+    it is another user's.
+    """
     ListModels: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListModelsRequest, _scheduler_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the models that are served. Idempotent."""
     GetModel: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetModelRequest, _scheduler_service_pb2.GetModelResponse]  # type: ignore[assignment]
@@ -227,7 +231,9 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _scheduler_service_pb2.ReleaseKeptValueRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_service_pb2.ReleaseKeptValueResponse, _abc.Awaitable[_scheduler_service_pb2.ReleaseKeptValueResponse]]:
-        """Lets go of a value that one of the caller's sessions kept. Idempotent."""
+        """Lets go of a value that one of the caller's sessions kept. Idempotent. Fails with PERMISSION_DENIED if
+        it is another user's.
+        """
 
     @_abc_1.abstractmethod
     def ListModels(

@@ -90,11 +90,9 @@ async def test_a_list_has_ones_own_sessions_alone_also_from_anothers_on(scene: S
 
 
 async def test_anothers_kept_value_can_not_be_loaded_released_or_replaced(scene: Scene) -> None:
-    assert await refused(scene.bob.submit(loading(HANDLE))) is Reason.HANDLE_NOT_FOUND
-    released = await scene.bob.call(
-        "ReleaseKeptValue", pb.ReleaseKeptValueRequest(handle_id=HANDLE)
-    )
-    assert not released.had_value
+    release = pb.ReleaseKeptValueRequest(handle_id=HANDLE)
+    assert await refused(scene.bob.submit(loading(HANDLE))) is Reason.PERMISSION_DENIED
+    assert await refused(scene.bob.call("ReleaseKeptValue", release)) is Reason.PERMISSION_DENIED
     # A handle of the same name is another one: the shard is told whose each session is.
     kept = Node(id=2, keep=Keep(value=reference(1), handle_id=HANDLE))
     await scene.bob.watch(await scene.bob.submit(Session(steps=[trace(read(1), kept)])))
@@ -104,6 +102,21 @@ async def test_anothers_kept_value_can_not_be_loaded_released_or_replaced(scene:
     assert users[0] == users[2]
     assert users[1] == users[3]
     assert users[0] != users[1]
+
+
+async def test_a_refused_handle_tells_nothing_of_whose_it_is_and_of_what(scene: Scene) -> None:
+    with pytest.raises(Error) as caught:
+        await scene.bob.submit(loading(HANDLE))
+    assert caught.value.metadata.keys() == {"handleId"}
+    told = str(caught.value)
+    assert not any(secret in told for secret in ("ann", scene.session_id, scene.shard.model))
+
+
+async def test_a_guessed_handle_is_not_there(scene: Scene) -> None:
+    guess = uuid.UUID(int=0).hex
+    assert await refused(scene.bob.submit(loading(guess))) is Reason.HANDLE_NOT_FOUND
+    release = pb.ReleaseKeptValueRequest(handle_id=guess)
+    assert not (await scene.bob.call("ReleaseKeptValue", release)).had_value
 
 
 async def test_anothers_upload_is_not_told_of_and_not_given(scene: Scene) -> None:

@@ -9,7 +9,7 @@ from insitu_proto.v1.session_pb2 import Compute, Session, Step
 from insitu_scheduler.kept_values import KeptValues
 from insitu_scheduler.queue import SessionId
 from insitu_scheduler.registry import LeaseId
-from insitu_wire.errors import NotFoundError, VersionError
+from insitu_wire.errors import NotFoundError, PermissionDeniedError, VersionError
 from support.fake_shard import read, reference, trace
 
 ONE, TWO = LeaseId("one"), LeaseId("two")
@@ -43,11 +43,27 @@ def test_a_session_runs_after_those_that_keep_what_it_loads() -> None:
 def test_nobody_finds_what_is_anothers_or_gone() -> None:
     kept = KeptValues()
     kept.add("ann", _keeping("x"), {"a": ONE}, keeper=SessionId("s"))
-    with pytest.raises(NotFoundError):
+    with pytest.raises(PermissionDeniedError):
         kept.groups_of("bob", _loading("x"))
+    with pytest.raises(PermissionDeniedError):
+        kept.find("bob", "x")
     kept.lose(ONE)
-    with pytest.raises(NotFoundError):
-        kept.groups_of("ann", _loading("x"))
+    for user in ("ann", "bob"):
+        with pytest.raises(NotFoundError):
+            kept.groups_of(user, _loading("x"))
+    assert not kept.has_any(ONE)
+
+
+def test_one_name_may_be_of_several_users_each_with_a_value_of_their_own() -> None:
+    kept = KeptValues()
+    kept.add("ann", _keeping("x"), {"a": ONE}, keeper=SessionId("s"))
+    kept.add("bob", _keeping("x"), {"a": TWO}, keeper=SessionId("t"))
+    assert kept.groups_of("ann", _loading("x")) == {"a": ONE}
+    assert kept.groups_of("bob", _loading("x")) == {"a": TWO}
+    kept.forget("ann", "x")
+    with pytest.raises(PermissionDeniedError):
+        kept.find("ann", "x")
+    assert kept.find("bob", "x") is not None
 
 
 def test_values_of_two_groups_or_of_another_models_are_refused() -> None:

@@ -118,6 +118,9 @@ SELECT = "insitu.select"
 LAST = "insitu.last"
 """Gives the last of its arguments that is set; the others need not be."""
 
+GETITEM = frozenset({"torch.Tensor.__getitem__", "operator.getitem"})
+"""Give a part of their first argument, by their second."""
+
 # Lists and dicts that are built while a session runs. They take copies, so that nothing in them
 # changes with the tensor that it was made of.
 _CONTAINERS = "list dict append extend set_item len"

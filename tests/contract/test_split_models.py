@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
+from transformers import AutoConfig
 
+from support.gathered import gathered
 from support.lone_failures import outcomes
 from support.on_ranks import on_ranks
 from support.random_sessions import sessions
-from support.split_cases import differences, gradients
+from support.split_cases import IDS, differences, gradients
 from support.tiny_models import SPLIT_CONFIGS, TinyModels
 
 FAMILIES = [
@@ -79,3 +82,23 @@ def test_gradients_go_through_whole_views_of_split_tensors(
     folders = {name: tiny.folder(name) for name in ("llama", "gpt2", "llama of odd widths")}
     for found in on_ranks(gradients, 2, tmp_path, folders):
         assert not any(found.values()), found
+
+
+def test_no_more_crosses_between_ranks_than_is_looked_at(tiny: TinyModels, tmp_path: Path) -> None:
+    width = AutoConfig.from_pretrained(tiny.folder("llama")).intermediate_size
+    for found in on_ranks(gathered, 2, tmp_path, tiny.folder("llama")):
+        assert [case for case, (_, is_same) in found.items() if not is_same] == []
+        row = width * torch.float32.itemsize
+        assert {case: num_bytes for case, (num_bytes, _) in found.items()} == {
+            "everything": len(IDS) * row,
+            "one_position": row,
+            "one_position_of_an_input": row,
+            "three_columns_of_one_rank": len(IDS) * 2 * 3 * 4,
+            "columns_of_both_ranks": 2 * 2 * 2 * 4,
+            "two_positions_used_apart": 2 * row,
+            "positions_of_traces_that_share_a_pass": 4 * row,
+            "positions_of_invokes": 4 * row,
+            "a_part_beside_the_whole": len(IDS) * row,
+            "a_part_beside_a_write": len(IDS) * row,
+            "a_part_that_a_later_step_uses_whole": len(IDS) * row,
+        }

@@ -12,14 +12,15 @@ import torch
 from insitu_shard.engine.execute import Executor
 from insitu_shard.engine.failures import cyclic_write, not_reached
 from insitu_shard.engine.gradients import Gradients, detached
-from insitu_shard.engine.graph import UNSET, Gradient, ModuleCall, Skip, Stop
+from insitu_shard.engine.graph import UNSET, Gradient, ModuleCall, Read, Skip, Stop
 from insitu_shard.engine.invokes import InvokesValue
 from insitu_shard.engine.memory import storages
+from insitu_shard.engine.regions import looked_at
 from insitu_shard.engine.training_graph import Backward
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from collections.abc import Set as AbstractSet
 
     from insitu_shard.engine.boundary_value import BoundaryValue, InputValue, OutputValue
@@ -196,6 +197,13 @@ class BlockRun:
         if boundary.is_input and boundary in self.plan.due_at_boundary:
             self._check_arguments(boundary, value)
         return None if self.error else value.raw
+
+    def looks_at(self, boundary: Boundary, whole: InputValue | OutputValue) -> Iterator[Any]:
+        """Yields what its reads at a boundary use of what the model holds there."""
+        value = self._by_invoke(boundary, whole)
+        for node_id in self.plan.at_boundary[boundary]:
+            if isinstance(read := self.plan.nodes[node_id].operation, Read):
+                yield from looked_at(self.plan, node_id, value.read(read.hook_point))
 
     def let_go(self, memory: AbstractSet[StorageKey]) -> None:
         """Copies the parts that it has of memory which others are to free."""

@@ -26,6 +26,7 @@ class DecodeRows:
     """
 
     places: AbstractSet[tuple[str, bool]] = frozenset()
+    is_packed = False
 
     def __init__(
         self, model: LoadedModule, runs: Sequence[BlockRun], at: Sequence[InvokeRows], length: int

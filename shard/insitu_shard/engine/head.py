@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from insitu_shard.engine.graph import Boundary, Call, Node, Read, Ref, references
+from insitu_wire.operations import GETITEM
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
     from insitu_shard.engine.graph import Condition, NodeId
 
-_GETITEM = {"torch.Tensor.__getitem__", "operator.getitem"}
 # The logits are [batch, length, vocabulary].
 _NUM_DIMS = 3
 
@@ -85,7 +85,7 @@ def _add_use(node: Node, uses: _Uses, length: int) -> bool:
     """Takes note of a use; False if it may take all positions."""
     match node.operation:
         case Call(name=name, args=(Ref(node_id=target), key)) if (
-            name in _GETITEM and target in uses.views
+            name in GETITEM and target in uses.views
         ):
             if uses.views[target] and isinstance(key, int | slice) and not isinstance(key, bool):
                 uses.views[node.id] = isinstance(key, slice)

@@ -13,15 +13,20 @@ from insitu_shard.engine.checkpointing import checkpoint_modules
 from insitu_shard.engine.failures import model_raised
 from insitu_shard.engine.graph import Boundary, Skip
 from insitu_shard.engine.memory import copied_if_in, storages
+from insitu_shard.engine.parts import core, with_core
+from insitu_shard.engine.regions import region_of
+from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from insitu_shard.engine.block_run import BlockRun
     from insitu_shard.engine.decode_rows import DecodeRows
     from insitu_shard.engine.inputs import ForwardInputs
+    from insitu_shard.engine.layout import BoundaryLayout
     from insitu_shard.engine.memory import StorageKey
     from insitu_shard.engine.module import LoadedModule
+    from insitu_shard.engine.regions import Region
     from insitu_shard.engine.row_map import RowMap
 
 
@@ -165,7 +170,7 @@ class Interleaver:
                 changed = self._rows.enter(boundary, (args, kwargs))
                 args, kwargs = changed or (args, kwargs)
             if boundary in self._at:
-                value = self._model.brought(layout.gather((args, kwargs)))
+                value = self._gathered(boundary, layout, InputValue(args, kwargs))
                 whole = InputValue(*self._writable(boundary, value))
                 if (written := self._run_blocks(boundary, whole)) is not None:
                     changed = self._model.sent_back(layout.scatter(written), (args, kwargs))
@@ -187,7 +192,7 @@ class Interleaver:
                 changed = self._rows.fork(boundary, result)
                 result = result if changed is None else changed
             if boundary in self._at:
-                value = self._model.brought(layout.gather(result))
+                value = self._gathered(boundary, layout, OutputValue(result, is_block))
                 value = self._writable(boundary, value)
                 written = self._run_blocks(boundary, OutputValue(value, is_block))
                 if written is not None:
@@ -209,17 +214,50 @@ class Interleaver:
         is_place = self._rows is not None and (path, is_input) in self._rows.places
         return boundary if is_place or boundary in self._at else None
 
+    def _gathered(
+        self, boundary: Boundary, layout: BoundaryLayout, local: InputValue | OutputValue
+    ) -> Any:
+        """Gives the whole of what the ranks hold; zeros where no block looks."""
+        region = self._looked_at(boundary, layout, local) if layout.is_sharded else None
+        return self._model.brought(layout.gather(local.raw, region))
+
+    def _looked_at(
+        self, boundary: Boundary, layout: BoundaryLayout, local: InputValue | OutputValue
+    ) -> Region | None:
+        """Gives what the blocks use at a boundary; None if that is all, or is not known."""
+        shape = layout.full_shape(local.raw, core(local))
+        is_whole = boundary in self._due or any(run.takes_gradients for run in self._runs)
+        if is_whole or shape is None or (self._rows is not None and self._rows.is_packed):
+            return None
+        outline = torch.empty(shape, device="meta")
+        whole = with_core(local, outline)
+        places = self._places(boundary)
+        parts: Iterable[tuple[int, InputValue | OutputValue]]
+        if self._rows is None or self._rows.are_all_of_one(boundary):
+            parts = [(place, whole) for place in places]
+        else:
+            parts = self._rows.parts(boundary, whole, places, self._due)
+        try:
+            seen = [each for at, part in parts for each in self._runs[at].looks_at(boundary, part)]
+        except Error:
+            return None  # the node that reads will say it
+        return region_of(seen, outline)
+
+    def _places(self, boundary: Boundary) -> list[int]:
+        """Gives the blocks that are to come to a boundary: the same ones on all ranks."""
+        return [
+            place
+            for place in self._at[boundary]
+            if place in self._unfinished and self._runs[place].takes_part
+        ]
+
     def _writable(self, boundary: Boundary, value: Any) -> Any:
         """Gives what the nodes of a boundary may write to: never the weights themselves."""
         return copied_if_in(self._model.storages, value) if boundary in self._due else value
 
     def _run_blocks(self, boundary: Boundary, whole: InputValue | OutputValue) -> Any:
         """Runs all blocks at a boundary; gives what the model goes on with if they change it."""
-        places = [
-            place
-            for place in self._at[boundary]
-            if place in self._unfinished and self._runs[place].takes_part
-        ]
+        places = self._places(boundary)
         if self._rows is None or self._rows.are_all_of_one(boundary):
             written = self._at_boundary(places[0], boundary, whole) if places else None
         else:

@@ -7,6 +7,7 @@ a rank sees in a probe, beside those of the whole model.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from insitu_shard.engine.measure import Measurement
     from insitu_shard.engine.ranks import Ranks
+    from insitu_shard.engine.regions import Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,32 @@ class Split:
         parts = local.unflatten(self.dim, (self.num_parts, -1))
         return ranks.gather(parts, dim=self.dim, full_size=size).flatten(self.dim - 1, self.dim)
 
+    def gather_region(self, local: torch.Tensor, ranks: Ranks, region: Region) -> torch.Tensor:
+        """Gives a tensor like the whole that is zero outside of a region. Every rank must call it.
+
+        Only what the region has crosses between the ranks. No gradient goes through it.
+        """
+        full = local.new_zeros(self.full_shape(local))
+        if region.is_empty:
+            return full
+        dim = full.ndim + self.dim
+        start, stop = region.starts[dim], region.stops[dim]
+        part = region.of(local, but=dim)
+        if self.num_parts > 1:
+            whole = self.gather(part, ranks).narrow(dim, start, stop - start)
+        else:
+            whole = ranks.gather_range(
+                part, dim=dim, full_size=self.full_size, start=start, stop=stop
+            )
+        region.of(full).copy_(whole)
+        return full
+
+    def full_shape(self, local: torch.Tensor) -> list[int]:
+        """Gives the shape of the whole tensor."""
+        shape = list(local.shape)
+        shape[self.dim] = self.full_size
+        return shape
+
     def scatter(self, full: torch.Tensor, ranks: Ranks) -> torch.Tensor:
         """Gives this rank's part of a whole tensor."""
         if self.num_parts == 1:
@@ -63,19 +91,39 @@ class BoundaryLayout:
         """Whether any tensor is split."""
         return bool(self.splits)
 
-    def gather(self, value: Any) -> Any:
-        """Gives the whole value, joined from all ranks. Every rank must call it."""
-        return pytree.tree_map_with_path(self._gather_leaf, value) if self.splits else value
+    def gather(self, value: Any, region: Region | None = None) -> Any:
+        """Gives the whole value, joined from all ranks. Every rank must call it.
+
+        Args:
+            value: what this rank has.
+            region: what is needed of its one split tensor; None for all. The rest is zeros.
+        """
+        gather = partial(self._gather_leaf, region=region)
+        return pytree.tree_map_with_path(gather, value) if self.splits else value
+
+    def full_shape(self, value: object, tensor: object) -> list[int] | None:
+        """Gives the whole shape of a tensor in a value; None unless it alone is split."""
+        split_leaves = [
+            (leaf, split)
+            for path, leaf in pytree.tree_flatten_with_path(value)[0]
+            if (split := self.splits.get(pytree.keystr(path))) is not None
+        ]
+        match split_leaves:
+            case [(torch.Tensor() as leaf, split)] if leaf is tensor and len(self.splits) == 1:
+                return split.full_shape(leaf)
+        return None
 
     def scatter(self, value: Any) -> Any:
         """Gives this rank's part of a whole value."""
         return pytree.tree_map_with_path(self._scatter_leaf, value) if self.splits else value
 
-    def _gather_leaf(self, path: pytree.KeyPath, leaf: object) -> object:
+    def _gather_leaf(self, path: pytree.KeyPath, leaf: object, *, region: Region | None) -> object:
         split = self._split(path, leaf)
         if split is None or self.ranks is None or not isinstance(leaf, torch.Tensor):
             return leaf
-        return split.gather(leaf, self.ranks)
+        if region is None or region.is_all_of(split.full_shape(leaf)):
+            return split.gather(leaf, self.ranks)
+        return split.gather_region(leaf, self.ranks, region)
 
     def _scatter_leaf(self, path: pytree.KeyPath, leaf: object) -> object:
         split = self._split(path, leaf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from insitu_shard.engine.graph import Call, ModuleCall, Read, Ref, Side, Write
+from insitu_wire.operations import GETITEM
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from insitu_shard.engine.graph import Boundary, HookPoint, Node, NodeId
     from insitu_shard.engine.plan import Plan
 
-_GETITEM = {"torch.Tensor.__getitem__", "operator.getitem"}
 _SETITEM = "torch.Tensor.__setitem__"
 _BATCH, _LENGTH, _OTHER = (1, 0), (0, 1), (0, 0)
 
@@ -63,7 +63,7 @@ def _view(
         ):
             items = getattr(structure, str(structure.WhichOneof("kind"))).items
             return _whole(items[item]) if -len(items) <= item < len(items) else None
-        case Call(name=name, args=(Ref(node_id=target), key)) if name in _GETITEM:
+        case Call(name=name, args=(Ref(node_id=target), key)) if name in GETITEM:
             view = _view(target, plan, structure, length)
             return _indexed(view, key, length) if view else None
     return None

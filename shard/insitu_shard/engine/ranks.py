@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Collectives:
-    """How many collectives a rank took part in, and how long they took."""
+    """How many collectives a rank took part in, how long they took, and what they brought."""
 
     number: int = 0
     seconds: float = 0.0
+    gathered_bytes: int = 0
+    """Bytes of tensors that were joined of all ranks' parts."""
 
     @contextmanager
     def measured(self) -> Iterator[None]:
@@ -74,7 +76,23 @@ class Ranks:
             function: Any = _Gather
             whole: torch.Tensor = function.apply(local, self, dim, full_size)
             return whole
-        return self._gathered(local, dim, full_size)
+        return self._joined(local, dim, _chunk_sizes(full_size, self.size))
+
+    def gather_range(
+        self, local: torch.Tensor, *, dim: int, full_size: int, start: int, stop: int
+    ) -> torch.Tensor:
+        """Joins what the ranks' chunks have of a range of a dimension. Every rank must call it.
+
+        No gradient goes through it.
+        """
+        ends = list(accumulate(_chunk_sizes(full_size, self.size), initial=0))
+        bounds = [
+            (min(max(start, first), after), max(min(stop, after), first))
+            for first, after in pairwise(ends)
+        ]
+        sizes = [max(after - first, 0) for first, after in bounds]
+        first = bounds[self.rank][0] - ends[self.rank]
+        return self._joined(local.narrow(dim, first, sizes[self.rank]), dim, sizes)
 
     def local_chunk(self, full: torch.Tensor, *, dim: int) -> torch.Tensor:
         """Gives this rank's chunk of a whole tensor; its gradient is joined from all ranks."""
@@ -84,8 +102,8 @@ class Ranks:
             return part
         return self._chunk(full, dim)
 
-    def _gathered(self, local: torch.Tensor, dim: int, full_size: int) -> torch.Tensor:
-        sizes = _chunk_sizes(full_size, self.size)
+    def _joined(self, local: torch.Tensor, dim: int, sizes: list[int]) -> torch.Tensor:
+        """Joins parts of known sizes, one of each rank, along a dimension."""
         widest = max(sizes)
         padded = local.movedim(dim, 0).contiguous()
         if missing := widest - padded.shape[0]:
@@ -93,6 +111,7 @@ class Ranks:
         chunks = [torch.empty_like(padded) for _ in range(self.size)]
         with self.collectives.measured():
             dist.all_gather(chunks, padded)
+        self.collectives.gathered_bytes += padded.nbytes * self.size
         full = torch.cat([chunk[:size] for chunk, size in zip(chunks, sizes, strict=True)])
         return full.movedim(0, dim)
 
@@ -112,7 +131,7 @@ class _Gather(torch.autograd.Function):
         ctx: Any, local: torch.Tensor, ranks: Ranks, dim: int, full_size: int
     ) -> torch.Tensor:
         ctx.ranks, ctx.dim = ranks, dim
-        return ranks._gathered(local, dim, full_size)
+        return ranks._joined(local, dim, _chunk_sizes(full_size, ranks.size))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:

@@ -88,6 +88,11 @@ class RowMap:
         # What fills them up behind goes before the first block.
         return tuple(row + row[:1] * (self._plan.length - len(row)) for row in rows)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the model holds tokens in place of rows now."""
+        return self._packing is not None
+
     def are_all_of_one(self, boundary: Boundary) -> bool:
         """Whether one trace has all that the model holds at a boundary."""
         is_head = (boundary.module_path, boundary.is_input) == (self._outline.head_path, False)

@@ -15,8 +15,10 @@ last = []
 
 
 def run():
-    with model.session(remote=True) as session, model.trace(torch.tensor([[5, 9, 17]])):
+    ids = torch.tensor([[5, 9, 17]])
+    with model.session(remote=True, blocking=False) as session, model.trace(ids):
         saved = model.model.layers[0].output.new_ones(SIZE).save()
+    session.submission.result()
     last[:] = [session.submission.id]
     return [saved.numel(), saved[-1].item()]
 

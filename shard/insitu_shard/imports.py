@@ -1,4 +1,8 @@
-"""Brings values of a session over from the group of another model that the session uses."""
+"""Brings values of a session over from the group of another model that the session uses.
+
+A value is whole on every rank of both groups, however the models are split: it comes over once, to
+the leader, who broadcasts it (docs/adr/0023-values-move-whole.md).
+"""
 
 from __future__ import annotations
 

@@ -17,8 +17,7 @@ def run():
     with torch.no_grad(), model.generate(prompt, max_new_tokens=num_tokens, **options) as tracer:
         for _ in tracer.iter[:num_tokens]:
             model.model.layers[layer].output[:, -1] += direction
-        with tracer.invoke():
-            ids = tracer.result.save()
+        ids = tracer.result.save()
     return ids.tolist()
 
 

@@ -185,16 +185,6 @@ def test_what_was_saved_before_is_the_same_with_and_without_gradients(model: Lan
     assert torch.equal(plain, logits)
 
 
-def test_explain_says_that_a_trace_with_gradients_runs_alone(model: LanguageModel) -> None:
-    with model.session(run=False) as session:
-        for _ in range(2):
-            with model.trace(IDS):
-                hidden = model.model.layers[0].output[0]
-                model.lm_head.output.sum().backward()
-                hidden.grad.save()
-    assert "it takes gradients" in str(session.explain())
-
-
 def test_a_value_that_the_loss_does_not_depend_on_is_an_error_at_its_line(
     model: LanguageModel,
 ) -> None:

@@ -15,15 +15,17 @@ from insitu_shard.engine.gradients import Gradients, detached
 from insitu_shard.engine.graph import UNSET, Gradient, ModuleCall, Read, Skip, Stop
 from insitu_shard.engine.invokes import InvokesValue
 from insitu_shard.engine.memory import storages
+from insitu_shard.engine.needs import closure
 from insitu_shard.engine.regions import looked_at
 from insitu_shard.engine.training_graph import Backward
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
     from insitu_shard.engine.boundary_value import BoundaryValue, InputValue, OutputValue
+    from insitu_shard.engine.gradients import Asked
     from insitu_shard.engine.graph import Boundary, Node, NodeId
     from insitu_shard.engine.inputs import Batch
     from insitu_shard.engine.made import Made
@@ -60,6 +62,7 @@ class BlockRun:
         batch: Batch | None = None,
         deferred: AbstractSet[NodeId] = frozenset(),
         runs_to_end: bool = False,
+        shares_backward: bool = False,
     ) -> None:
         """Makes a run.
 
@@ -73,10 +76,12 @@ class BlockRun:
             batch: which rows of its input are whose.
             deferred: nodes that run in `finish` only, as if they had run when it was their turn.
             runs_to_end: whether its generation is to go on though no node needs it.
+            shares_backward: whether its gradients wait for `end_pass`.
         """
         self.plan = plan
         self._model = model
-        self._gradients = Gradients(plan.differentiated) if plan.differentiated else None
+        wanted = plan.differentiated
+        self._gradients = Gradients(wanted, shares_pass=shares_backward) if wanted else None
         self._executor = Executor(
             plan, model, earlier, seed, brought, handles, gradients=self._gradients
         )
@@ -84,6 +89,11 @@ class BlockRun:
         self._gated = dict(plan.gated)
         for node_id in (node_id for those in plan.gated.values() for node_id in those):
             self._num_missing[node_id] += 1
+        self._after_pass: set[NodeId] = set()
+        if wanted and shares_backward:
+            self._after_pass = closure(wanted.gradients, plan.successors)
+            for node_id in wanted.gradients:
+                self._num_missing[node_id] += 1
         self._ready: list[NodeId] = []
         self._batch = batch
         self._deferred = deferred
@@ -120,7 +130,8 @@ class BlockRun:
         executor = self._executor
         if executor.stopped_at is not None:
             return True
-        return self._num_turns == len(self.plan.nodes) and not self._runs_to_end
+        num_nodes = len(self.plan.nodes) - len(self._after_pass)
+        return self._num_turns == num_nodes and not self._runs_to_end
 
     @property
     def takes_part(self) -> bool:
@@ -160,6 +171,31 @@ class BlockRun:
         for step, boundaries in self.plan.boundaries.items():
             if step >= made.num_steps:
                 self._push(node_id for at in boundaries for node_id in self.plan.at_boundary[at])
+        self._run_ready(None, None)
+
+    @property
+    def waits_for_backward(self) -> bool:
+        """Whether its gradients wait for the end of its pass."""
+        return bool(self._after_pass)
+
+    def asked_gradients(self) -> Asked | None:
+        """Gives what its backward pass is to give; None if that is not known, or nothing."""
+        assert self._gradients is not None
+        stopped = self._executor.stopped_at is not None
+        if self.error is not None or self.has_failed or stopped:
+            return None
+        return self._executor.asked_gradients()
+
+    def answer_gradients(self, asked: Asked, found: Sequence[torch.Tensor | None]) -> None:
+        """Takes what a backward pass over several traces gave for this one."""
+        assert self._gradients is not None
+        self._gradients.answer(asked, found)
+
+    def end_pass(self) -> None:
+        """Runs what waits for gradients, after the pass that it shares with others."""
+        assert self.plan.differentiated is not None
+        self._after_pass.clear()
+        self._open(self.plan.differentiated.gradients)
         self._run_ready(None, None)
 
     def take_ends(self) -> list[tuple[Node, object]]:

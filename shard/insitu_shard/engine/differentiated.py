@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from insitu_shard.engine.graph import Gradient, Read, references
+from insitu_shard.engine.graph import Gradient, Read, Ref, references
 from insitu_shard.engine.training_graph import Backward
 
 if TYPE_CHECKING:
@@ -29,6 +29,12 @@ class Differentiated:
     boundaries: frozenset[Boundary]
     """Where the model gives what the values are made of."""
 
+    @property
+    def passes(self) -> frozenset[tuple[object, ...]]:
+        """What tells its backward passes apart."""
+        taken: list[Gradient | Backward] = [*self.gradients.values(), *self.backwards.values()]
+        return frozenset(map(pass_of, taken))
+
 
 def differentiated(nodes: Sequence[Node]) -> Differentiated | None:
     """Finds what a block takes gradients by; None if it takes none."""
@@ -49,6 +55,16 @@ def differentiated(nodes: Sequence[Node]) -> Differentiated | None:
         frozenset(references([each.parameters for each in backwards.values()])),
         frozenset(filter(None, boundaries)),
     )
+
+
+def pass_of(taken: Gradient | Backward) -> tuple[object, ...]:
+    """Gives what tells a backward pass from others: its loss, and what gradients are given."""
+    written = tuple((at, _identity(new)) for at, new in taken.written)
+    return taken.loss, _identity(taken.gradient), written
+
+
+def _identity(value: object) -> object:
+    return value if isinstance(value, Ref | int | float | None) else id(value)
 
 
 def _made_of(values: frozenset[NodeId], by_id: Mapping[NodeId, Node]) -> set[NodeId]:

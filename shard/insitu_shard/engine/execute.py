@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
     from insitu_shard.engine.boundary_value import BoundaryValue
-    from insitu_shard.engine.gradients import Gradients
+    from insitu_shard.engine.gradients import Asked, Gradients
     from insitu_shard.engine.graph import Node, NodeId
     from insitu_shard.engine.made import Made
     from insitu_shard.engine.memory import StorageKey
@@ -152,6 +152,22 @@ class Executor:
         results = call_jointly(module, lambda rows: self._call_module(path, (rows,), {}), inputs)
         if results is not None:
             self._called.update(zip((at for at, _ in calls), results, strict=True))
+
+    def asked_gradients(self) -> Asked | None:
+        """Gives what the backward pass of the block is to give; None if nothing, or not now."""
+        assert self._gradients is not None
+        assert self._plan.differentiated is not None
+        nodes = [self._plan.nodes[node_id] for node_id in self._plan.differentiated.gradients]
+        are_due = (self._plan.predecessors[node.id] <= self.done for node in nodes)
+        if not all(are_due) or not all(map(self._is_to_run, nodes)):
+            return None
+        try:
+            asked = self._gradients.asked(partial(self._value_of, reader=nodes[0].id))
+        except Error:
+            return None  # it is raised where the gradient is taken
+        is_known = isinstance(asked.loss, torch.Tensor) and asked.loss.requires_grad
+        is_whole = asked.gradient is not None or asked.loss.numel() == 1
+        return asked if is_known and is_whole and asked.inputs else None
 
     def run(self, node: Node, boundary_value: BoundaryValue | None) -> None:
         """Runs a node, unless its condition does not hold or a value that it uses is not set.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from insitu_shard.engine.differentiated import pass_of
 from insitu_shard.engine.graph import Ref
 from insitu_shard.engine.training import parameter_of
 from insitu_wire.errors import Reason, error
@@ -23,6 +25,21 @@ if TYPE_CHECKING:
     from insitu_shard.engine.training_graph import Backward
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a backward pass is to give."""
+
+    loss: Any
+    gradient: Any
+    """The gradient of the loss itself; None for 1."""
+    inputs: list[torch.Tensor]
+    """What gradients are taken by."""
+    nodes: list[NodeId]
+    """The gradients' nodes, as far as they are not of parameters."""
+    written: list[tuple[object, object]]
+    """Values, and the gradients that the pass goes on with there."""
+
+
 class Gradients:
     """The gradients of one run of a block.
 
@@ -30,8 +47,15 @@ class Gradients:
     in: the model's weights have none, and what comes before runs as ever.
     """
 
-    def __init__(self, wanted: Differentiated) -> None:
+    def __init__(self, wanted: Differentiated, *, shares_pass: bool = False) -> None:
+        """Makes them.
+
+        Args:
+            wanted: what they are taken by.
+            shares_pass: whether what the model holds may have the graphs of other traces.
+        """
         self._wanted = wanted
+        self._shares_pass = shares_pass
         self._taken: dict[NodeId, torch.Tensor | None] = {}
         self._of_parameters: dict[NodeId, list[tuple[ParameterValue, torch.Tensor | None]]] = {}
 
@@ -54,7 +78,9 @@ class Gradients:
         def shown(tensor: torch.Tensor) -> torch.Tensor:
             if begins and not tensor.requires_grad and tensor.is_floating_point():
                 tensor = tensor.detach().requires_grad_()
-            return tensor.clone() if tensor.requires_grad and (begins or is_written) else tensor
+            if self._shares_pass or begins or is_written:
+                return tensor.clone() if tensor.requires_grad else tensor
+            return tensor
 
         return whole.holding(pytree.tree_map_only(torch.Tensor, shown, whole.raw))
 
@@ -115,26 +141,36 @@ class Gradients:
             if gradient is not None:
                 parameter.add_gradient(gradient)
 
+    def asked(self, value_of: Callable[[NodeId], object]) -> Asked:
+        """Gives what its one backward pass is to give, for it to be taken with others.
+
+        Args:
+            value_of: as for `take`.
+
+        Raises:
+            Error: SHAPE_MISMATCH, if a gradient was written that does not fit.
+        """
+        return self._asked(next(iter(self._wanted.gradients.values())), value_of)
+
+    def answer(self, asked: Asked, found: Sequence[torch.Tensor | None]) -> None:
+        """Takes what a backward pass gave.
+
+        Args:
+            asked: what it was asked for.
+            found: a gradient for each of its inputs.
+        """
+        self._taken.update(zip(asked.nodes, found, strict=False))
+
     def _is_read(self, node: Node) -> bool:
-        of = _pass_of(self._wanted.backwards[node.id])[:2]
-        return any(_pass_of(each)[:2] == of for each in self._wanted.gradients.values())
+        of = pass_of(self._wanted.backwards[node.id])[:2]
+        return any(pass_of(each)[:2] == of for each in self._wanted.gradients.values())
 
     def _take_all_of(self, of: Gradient | Backward, value_of: Callable[[NodeId], object]) -> None:
-        written = [(value_of(id_of(at)), _valued(new, value_of)) for at, new in of.written]
-        by_place = {id(at): new for at, new in written}
-        sought: list[torch.Tensor] = []
-        places: list[NodeId] = []
-        for node_id in self._like(of):
-            at = value_of(id_of(self._wanted.gradients[node_id].value))
-            if id(at) in by_place:
-                self._taken[node_id] = _as_gradient(by_place[id(at)], at)
-            elif isinstance(at, torch.Tensor) and at.requires_grad:
-                sought.append(at)
-                places.append(node_id)
+        asked = self._asked(of, value_of)
         backwards = [
             node_id
             for node_id, each in self._wanted.backwards.items()
-            if _pass_of(each) == _pass_of(of) and node_id not in self._of_parameters
+            if pass_of(each) == pass_of(of) and node_id not in self._of_parameters
         ]
         parameters = {
             node_id: [parameter_of(value_of(id_of(at))) for at in each.parameters]
@@ -142,47 +178,55 @@ class Gradients:
             for each in [self._wanted.backwards[node_id]]
         }
         leaves = {id(p): p.leaf for each in parameters.values() for p in each}
-        inputs = [*sought, *leaves.values()]
-        own = _valued(of.gradient, value_of)
-        found = self._found(value_of(id_of(of.loss)), inputs, own, written)
-        self._taken.update(zip(places, found[: len(sought)], strict=True))
-        by_leaf = dict(zip(leaves, found[len(sought) :], strict=True))
+        asked.inputs.extend(leaves.values())
+        found = gradients_of([asked])
+        self.answer(asked, found)
+        by_leaf = dict(zip(leaves, found[len(asked.nodes) :], strict=True))
         for node_id, each in parameters.items():
             self._of_parameters[node_id] = [(p, by_leaf[id(p)]) for p in each]
+
+    def _asked(self, of: Gradient | Backward, value_of: Callable[[NodeId], object]) -> Asked:
+        """Gives what the pass is to give that has not been taken; what is written is known."""
+        written = [(value_of(id_of(at)), _valued(new, value_of)) for at, new in of.written]
+        by_place = {id(at): new for at, new in written}
+        asked = Asked(
+            value_of(id_of(of.loss)), _valued(of.gradient, value_of), [], [], written
+        )  # fmt: skip
+        for node_id in self._like(of):
+            at = value_of(id_of(self._wanted.gradients[node_id].value))
+            if id(at) in by_place:
+                self._taken[node_id] = _as_gradient(by_place[id(at)], at)
+            elif isinstance(at, torch.Tensor) and at.requires_grad:
+                asked.inputs.append(at)
+                asked.nodes.append(node_id)
+        return asked
 
     def _like(self, of: Gradient | Backward) -> list[NodeId]:
         """Gives the gradients of a pass that have not been taken."""
         return [
             node_id
             for node_id, each in self._wanted.gradients.items()
-            if _pass_of(each) == _pass_of(of) and node_id not in self._taken
+            if pass_of(each) == pass_of(of) and node_id not in self._taken
         ]
 
-    def _found(
-        self,
-        loss: object,
-        inputs: list[torch.Tensor],
-        own: Any,
-        written: list[tuple[object, object]],
-    ) -> Sequence[torch.Tensor | None]:
-        if not inputs or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
-            return [None] * len(inputs)
-        with ExitStack() as hooks:
-            for at, new in written:
-                if isinstance(at, torch.Tensor) and at.requires_grad:
-                    replace = partial(_replace, _as_gradient(new, at))
-                    hooks.callback(at.register_hook(replace).remove)
-            return torch.autograd.grad(loss, inputs, own, retain_graph=True, allow_unused=True)
 
+def gradients_of(several: Sequence[Asked]) -> Sequence[torch.Tensor | None]:
+    """Runs one backward pass; gives a gradient for each input, one list after the other.
 
-def _pass_of(taken: Gradient | Backward) -> tuple[object, ...]:
-    """Gives what gradients of one backward pass have in common."""
-    written = tuple((at, _identity(new)) for at, new in taken.written)
-    return taken.loss, _identity(taken.gradient), written
-
-
-def _identity(value: object) -> object:
-    return id(value) if isinstance(value, torch.Tensor) else value
+    Args:
+        several: what is asked for: losses that do not depend on inputs of each other.
+    """
+    inputs = [tensor for asked in several for tensor in asked.inputs]
+    losses = [asked.loss for asked in several]
+    if not inputs or not all(isinstance(at, torch.Tensor) and at.requires_grad for at in losses):
+        return [None] * len(inputs)
+    with ExitStack() as hooks:
+        for at, new in (pair for asked in several for pair in asked.written):
+            if isinstance(at, torch.Tensor) and at.requires_grad:
+                replace = partial(_replace, _as_gradient(new, at))
+                hooks.callback(at.register_hook(replace).remove)
+        own = [asked.gradient for asked in several]
+        return torch.autograd.grad(losses, inputs, own, retain_graph=True, allow_unused=True)
 
 
 def _valued(value: object, value_of: Callable[[NodeId], object]) -> object:

@@ -100,6 +100,7 @@ class Interleaver:
         replaced = [self._install_skip(path) for path in skipping]
         if self._checkpoints and any(run.takes_gradients for run in self._runs):
             watched = {boundary.module_path for boundary in self._at} | skipping
+            watched |= {path for path, _ in (self._rows.places if self._rows else ())}
             replaced += checkpoint_modules(self._model, watched)
         try:
             attention = self._rows.attention() if self._rows else nullcontext()

@@ -12,6 +12,7 @@ from insitu_shard.engine.boundary_value import InputValue, OutputValue
 from insitu_shard.engine.inputs import Batch
 from insitu_shard.engine.invokes import narrowed
 from insitu_shard.engine.memory import copied
+from insitu_shard.engine.row_pieces import RowPieces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -117,6 +118,10 @@ class Parts:
         self._head = head
         self._all_inputs = all_inputs
         self._core = core(whole)
+        self._pieces = None
+        if head is None:
+            rows = {"num_rows": view.num_rows, "length": view.length}
+            self._pieces = RowPieces.of(self._core, at, **rows)
         self._given: dict[int, Any] = {}
         self._owners: dict[int, int] = {}
         self._pristine: dict[int, Any] = {}
@@ -169,16 +174,26 @@ class Parts:
             return None
         if not self._replaced:
             return self._whole.raw
-        if len(self._replaced) == 1 and self._is_all(place := self._replaced[0][0]):
+        if len(self._replaced) == 1 and self._is_all(self._replaced[0][0]):
             joined = self._replaced[0][1]
         else:
+            joined = self._with_replaced()
+        return with_core(self._whole, joined).raw
+
+    def _with_replaced(self) -> Any:
+        joined = self._pieces.joined(dict(self._replaced)) if self._pieces else None
+        if joined is None:
             joined = copied(self._core)
             for place, new in self._replaced:
                 _copy_into(self._narrowed(place, joined), new)
-        return with_core(self._whole, joined).raw
+        return joined
 
     def _part(self, place: int) -> Any:
-        return self._core if self._is_all(place) else self._narrowed(place, self._core)
+        if self._is_all(place):
+            return self._core
+        narrow = self._narrowed(place, self._core)
+        cut = self._pieces.cut.get(place) if self._pieces else None
+        return cut if cut is not None and cut.shape == narrow.shape else narrow
 
     def _narrowed(self, place: int, value: Any) -> Any:
         if self._head is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from insitu_shard.compiler import Limits, Pass, plan_passes
 from insitu_shard.engine.decode_run import run_next_step
 from insitu_shard.engine.interleaver import Interleaver
+from insitu_shard.engine.joint_backward import take_together
 from insitu_shard.engine.pass_memory import measured
 from insitu_shard.engine.pending import Pending, RanPass
 from insitu_shard.engine.row_map import RowMap
@@ -88,10 +89,13 @@ def _run_once(plan: Pass, members: Sequence[Pending]) -> bool:
         Interleaver(model, runs, checkpoints=trace.checkpoints).run(trace.forward_inputs())
         return True
     rows = RowMap(model, plan, runs)
-    interleaver = Interleaver(model, runs, rows)
+    checkpoints = any(member.trace.checkpoints for member in members)
+    interleaver = Interleaver(model, runs, rows, checkpoints=checkpoints)
     interleaver.run(model.inputs_of_rows(rows.rows))
     if interleaver.raised is not None:
         _log.warning("a pass over %d traces failed: %r", len(members), interleaver.raised)
+    else:
+        take_together(runs, model.ranks)
     _part(runs, interleaver.shown)
     return interleaver.raised is None
 

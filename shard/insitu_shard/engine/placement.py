@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from insitu_shard.compiler import Fork, TraceFacts, WindowStep
+from insitu_shard.compiler import Fork, TraceFacts
 from insitu_shard.compiler.outline import has_rows
 from insitu_shard.engine.graph import (
-    Assign,
     Call,
-    EndGeneration,
     Keep,
     Load,
     ModuleCall,
@@ -23,14 +21,13 @@ from insitu_shard.engine.graph import (
     Stop,
     Write,
     operands,
-    references,
 )
+from insitu_shard.engine.needs import closure
 from insitu_shard.engine.positions import first_written, needs_whole_rows
-from insitu_shard.engine.training_graph import Trainer
-from insitu_wire.operations import RANDOM, is_in_place, last_word, writes_into_container
+from insitu_wire.operations import RANDOM, last_word
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Mapping
+    from collections.abc import Hashable, Iterable, Mapping
 
     from insitu_shard.compiler import Outline
     from insitu_shard.engine.graph import Boundary, HookPoint, Node, NodeId
@@ -44,118 +41,6 @@ _REDUCING = {
 }  # fmt: skip
 
 
-class Needs:
-    """What a block needs of the session, split by when it is needed."""
-
-    def __init__(self, plan: Plan, inputs: Iterable[NodeId] = ()) -> None:
-        """Looks through a block.
-
-        Args:
-            plan: the block's.
-            inputs: ids of values of earlier steps that its input is made of.
-        """
-        self._plan = plan
-        # A stop that hangs on a condition decides how far the pass goes.
-        tied = [
-            node.id
-            for node in plan.nodes.values()
-            if node.boundary is not None
-            or isinstance(node.operation, EndGeneration)
-            or (isinstance(node.operation, Stop) and node.condition)
-        ]
-        due = [node_id for writers in plan.due_at_boundary.values() for node_id in writers]
-        self._in_pass = closure([*tied, *due], plan.predecessors)
-        self._inputs = frozenset(inputs)
-        self._written = {node.id: _written(node, plan) for node in plan.nodes.values()}
-
-    def step(self, *, is_trace: bool) -> WindowStep:
-        """Gives the block as the compiler's window sees it."""
-        nodes = self._plan.nodes
-        writes = {
-            node_id for written in self._written.values() for node_id in written if node_id
-        } - nodes.keys()
-        return WindowStep(
-            is_trace=is_trace,
-            defines=frozenset(nodes),
-            needs=self._inputs | self._earlier(self._in_pass),
-            writes=frozenset(writes),
-            writes_tensors=any(0 in written for written in self._written.values()),
-            is_in_order=self.writes_in_pass
-            or any(isinstance(nodes[node_id].operation, Load) for node_id in self._in_pass),
-        )
-
-    @property
-    def writes_in_pass(self) -> bool:
-        """Whether its pass writes into values of earlier steps, so that it can run but once."""
-        return any(self._written[node_id] for node_id in self._in_pass)
-
-    def deferred(
-        self, is_there: Callable[[NodeId], bool], *, is_exact: bool = False
-    ) -> frozenset[NodeId]:
-        """Gives the nodes that wait until the pass is over and all earlier steps have ended.
-
-        Args:
-            is_there: whether a value of an earlier step may be used now.
-            is_exact: whether calls of one module are to stay apart; else they wait for each other.
-        """
-        late = [] if is_exact else self._repeated_calls()
-        late += [
-            node.id
-            for node in self._plan.nodes.values()
-            if node.id not in self._in_pass
-            and (
-                self._written[node.id]
-                or isinstance(node.operation, Load | Keep)
-                or not all(map(is_there, self._earlier([node.id])))
-            )
-        ]
-        # A stop does not use what comes before it: the pass need not go on until that has run.
-        return frozenset(
-            node_id
-            for node_id in closure(late, self._plan.successors)
-            if not isinstance(self._plan.nodes[node_id].operation, Stop)
-        )
-
-    def _repeated_calls(self) -> list[NodeId]:
-        """Gives the calls of modules that nodes call several times: one call can do for all."""
-        calls: dict[str, list[NodeId]] = {}
-        for node in self._plan.nodes.values():
-            if isinstance(node.operation, ModuleCall) and node.id not in self._in_pass:
-                calls.setdefault(node.operation.module_path, []).append(node.id)
-        return [node_id for ids in calls.values() if len(ids) > 1 for node_id in ids]
-
-    def _earlier(self, node_ids: Iterable[NodeId]) -> frozenset[NodeId]:
-        used = {node_id for user in node_ids for node_id in self._plan.uses[user]}
-        return frozenset(used - self._plan.nodes.keys())
-
-
-def closure(
-    node_ids: Iterable[NodeId], neighbours: Mapping[NodeId, Iterable[NodeId]]
-) -> set[NodeId]:
-    """Gives nodes and all that can be reached from them."""
-    waiting = list(node_ids)
-    found = set(waiting)
-    while waiting:
-        new = set(neighbours.get(waiting.pop(), ())) - found
-        found |= new
-        waiting.extend(new)
-    return found
-
-
-def _written(node: Node, plan: Plan) -> frozenset[NodeId]:
-    """Gives the values of earlier steps that a node writes into; 0 for what may be any of them."""
-    match node.operation:
-        case Assign(target=target):
-            return frozenset({target} - plan.nodes.keys())
-        case Call(name=name, args=(Ref(node_id=target), *_)) if writes_into_container(name):
-            return frozenset({target} - plan.nodes.keys())
-        case Call(name=name) if is_in_place(name) and 0 in plan.roots[node.id]:
-            return frozenset({0})
-        case operation if isinstance(operation, Trainer):
-            return frozenset(references(operation.parameters)) - plan.nodes.keys()
-    return frozenset()
-
-
 def place(
     plan: Plan,
     outline: Outline,
@@ -165,6 +50,7 @@ def place(
     head: tuple[int, int] | None,
     session: Hashable,
     may_mix: bool,
+    graph_bytes: int = 0,
 ) -> TraceFacts:
     """Gives the facts of a trace.
 
@@ -176,22 +62,26 @@ def place(
         head: the positions of the head's output that it reads, if not all.
         session: what tells values of its session from those of others.
         may_mix: whether its rows are of one length, and not to be padded.
+        graph_bytes: estimate of what the graph of its gradients keeps.
     """
     rows = batch.rows
-    kept = _kept_bytes(plan, outline, batch)
+    kept = _kept_bytes(plan, outline, batch) + graph_bytes
     scope = _Scope(session, outline.head_path, head, batch.invokes)
     if reason := _reason_for_alone(plan, outline):
         return TraceFacts(rows=rows, alone_because=reason, kept_bytes=kept)
     points = [(at.module_path, at.is_input) for at in plan.at_boundary]
     moments = [outline.moment(path, is_input=is_input) or 0 for path, is_input in points]
     needs_whole = needs_whole_rows(plan, outline)
+    # A graph is of rows that no other trace has.
+    has_own_rows = plan.differentiated is not None
+    own = (Fork(0, object()),)
     reads_head = (outline.head_path, False) in points
     after_head = outline.moment("", is_input=False) or 0
     is_whole = any(path == "" and not is_input for path, is_input in points)
     return TraceFacts(
         rows=rows,
         key=key,
-        forks=_forks(plan, outline, scope, batch.length),
+        forks=own if has_own_rows else _forks(plan, outline, scope, batch.length),
         needs_whole_rows=needs_whole,
         fits_other_lengths=may_mix and outline.shares_prefixes and not needs_whole,
         last_moment=max(moments, default=0) if not is_whole else after_head,

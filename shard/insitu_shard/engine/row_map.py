@@ -174,7 +174,7 @@ class RowMap:
             writers={
                 place
                 for place in places
-                if boundary in due and boundary in self._runs[place].plan.due_at_boundary
+                if boundary in due and self._runs[place].plan.holds(boundary)
             },
             head=self._head.parts(places, lanes, self._first_rows) if is_head else None,
             all_inputs={

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING
 from insitu_shard.compiler import TraceFacts, WindowStep
 from insitu_shard.engine.block_run import BlockRun
 from insitu_shard.engine.events import TokensChosen
-from insitu_shard.engine.graph import Gradient, references
-from insitu_shard.engine.graph_size import check_graph
+from insitu_shard.engine.graph import references
+from insitu_shard.engine.graph_size import check_graph, graph_bytes
 from insitu_shard.engine.head import trimmed
+from insitu_shard.engine.joint_backward import reason_for_own_backward
 from insitu_shard.engine.model import LoadedModel
-from insitu_shard.engine.placement import Needs, place, place_generating
+from insitu_shard.engine.needs import Needs
+from insitu_shard.engine.placement import place, place_generating
 from insitu_shard.engine.plan import plan_nodes
 from insitu_shard.engine.randomness import seed_of
-from insitu_shard.engine.training_graph import Backward
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
     import torch
 
@@ -123,7 +124,12 @@ class TraceRun:
         may_pad = self._state.options.may_pad
         if reason := self._reason_for_alone(is_padded=may_pad or len(lengths) > 1):
             return TraceFacts(rows=batch.rows, alone_because=reason)
-        key = ("padded",) if may_pad else (batch.length, len(lengths) > 1)
+        takes_gradients = self.plan.differentiated is not None
+        key: tuple[Hashable, ...] = (batch.length, len(lengths) > 1)
+        if takes_gradients:
+            key = ("gradients", *key, self.checkpoints)
+        elif may_pad:
+            key = ("padded",)
         return place(
             self.plan,
             self.model.outline,
@@ -131,8 +137,15 @@ class TraceRun:
             key=key,
             head=self._head,
             session=id(self._state),
-            may_mix=not may_pad and len(lengths) == 1,
+            may_mix=not may_pad and len(lengths) == 1 and not takes_gradients,
+            graph_bytes=self._graph_bytes(batch),
         )
+
+    def _graph_bytes(self, batch: Batch) -> int:
+        assert self.plan is not None
+        num_tokens = len(batch.rows) * batch.length
+        outline, checkpoints = self.model.outline, self.checkpoints
+        return graph_bytes(self.plan, outline, num_tokens=num_tokens, checkpoints=checkpoints)
 
     def _generating(self, generation: Generation, batch: Batch) -> TraceFacts:
         assert self.plan is not None
@@ -157,7 +170,7 @@ class TraceRun:
             return "it writes into values of earlier steps on its way"
         if is_padded and self.plan.inputs_seen:
             return "it reads all arguments of a module, and rows are padded"
-        return ""
+        return reason_for_own_backward(self.plan, self._needs, self.model.outline)
 
     def early_values(self, is_there: Callable[[NodeId], bool]) -> frozenset[NodeId]:
         """Gives the ids of what later steps may use before the trace has ended.
@@ -187,8 +200,15 @@ class TraceRun:
             batch=self._batch,
             deferred=self._needs.deferred(is_there, is_exact=self._is_exact),
             runs_to_end=self._trace.generation is not None and self._trace.generation.streams,
+            shares_backward=self._shares_backward,
         )
         return self.block
+
+    @property
+    def _shares_backward(self) -> bool:
+        """Whether others may share the pass in which its gradients are taken."""
+        takes_gradients = self.plan is not None and self.plan.differentiated is not None
+        return takes_gradients and self.facts is not None and self.facts.key is not None
 
     @property
     def generates(self) -> bool:
@@ -311,8 +331,4 @@ class TraceRun:
 def _reason_for_alone(trace: Trace, *, is_exact: bool) -> str:
     if is_exact:
         return "the session is exact"
-    if any(isinstance(node.operation, Backward) for node in trace.nodes):
-        return "it trains parameters"
-    if any(isinstance(node.operation, Gradient) for node in trace.nodes):
-        return "it takes gradients"
     return ""

@@ -11,9 +11,9 @@ from insitu_shard.engine.events import Logged, Saved, StepFollows, TraceStarted
 from insitu_shard.engine.graph import Branch, Compute, Exit, Log, Loop, Save, Trace
 from insitu_shard.engine.logs import format_values
 from insitu_shard.engine.memory import compact, copied_together
+from insitu_shard.engine.needs import Needs
 from insitu_shard.engine.pass_run import run_next_pass
 from insitu_shard.engine.pending import Pending
-from insitu_shard.engine.placement import Needs
 from insitu_shard.engine.plan import plan_nodes
 from insitu_shard.engine.trace_run import TraceRun
 from insitu_wire.errors import Error, Reason, error

@@ -17,7 +17,7 @@ from insitu_wire.errors import Reason, error
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from insitu._recorder import BlockRecorder
+    from insitu._block_recorder import BlockRecorder
     from insitu.backends import Backend
     from insitu.backends.local import LocalBackend
     from insitu_proto.v1 import model_pb2

@@ -14,8 +14,9 @@ from insitu_wire.values import walk
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from insitu._block_recorder import BlockRecorder
     from insitu._brought import BroughtTensors
-    from insitu._recorder import BlockRecorder, SessionRecorder
+    from insitu._recorder import SessionRecorder
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from insitu._block_proxy import BlockProxy
 from insitu._origin import Moment, Origin, check_in_time, latest
-from insitu._proxy import BlockProxy, as_meta, proxies_in, wrap
+from insitu._proxy import as_meta, proxies_in, wrap
 from insitu._shapes import Unknown, check_fits, structure
 from insitu._source import user_location
 from insitu._structure import RESIDUAL
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from insitu._base_model import BaseModel
-    from insitu._recorder import BlockRecorder
+    from insitu._block_recorder import BlockRecorder
     from insitu_wire.errors import Location
 
 # Of an attention that shows its heads.

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from insitu._base_model import BaseModel
+    from insitu._block_recorder import BlockRecorder
     from insitu._proxy import Proxy
-    from insitu._recorder import BlockRecorder
     from insitu._session import Session
     from insitu._steps import StepLoop
     from insitu_wire.errors import Error, Location

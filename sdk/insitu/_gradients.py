@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from insitu._block_recorder import BlockRecorder
     from insitu._proxy import Proxy
-    from insitu._recorder import BlockRecorder
     from insitu_wire.errors import Error, Location
 
 

@@ -13,7 +13,7 @@ from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
     from insitu._base_model import BaseModel
-    from insitu._recorder import BlockRecorder
+    from insitu._block_recorder import BlockRecorder
     from insitu.backends import Backend
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType
 
-    from insitu._recorder import BlockRecorder
+    from insitu._block_recorder import BlockRecorder
     from insitu_wire.errors import Location
 
 

@@ -10,22 +10,22 @@ import torch
 from insitu._envoy import Envoy
 from insitu._shapes import structure
 from insitu._source import user_location
-from insitu._training import parameter, values_of
+from insitu._training import Trained, parameter
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
-    from insitu._proxy import ProxyDict
     from insitu._recorder import SessionRecorder
     from insitu._training import Parameter
     from insitu_wire.errors import Error, Location
 
 
-class LoRA:
+class LoRA(Trained):
     """Low-rank changes of linear modules (Hu et al. 2021), as peft makes them.
 
-    Called in a trace, it adds `B(A(input)) * alpha / rank` to the output of each module.
+    Called in a trace, it adds `B(A(input)) * alpha / rank` to the output of each module. Its
+    parameters have the names that peft gives them.
     """
 
     def __init__(
@@ -61,18 +61,6 @@ class LoRA:
             low = torch.nn.functional.linear(module.input.to(self._dtype), down)
             change = torch.nn.functional.linear(low, up) * self._scale
             module.output = (before + change).to(before.dtype)
-
-    def parameters(self) -> Iterator[Parameter]:
-        """Yields what is trained, for an optimizer."""
-        yield from self._parameters.values()
-
-    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """Yields what is trained, by the names that peft gives it."""
-        yield from self._parameters.items()
-
-    def state_dict(self) -> ProxyDict:
-        """Gives what is trained as it is here: save it to have tensors, by peft's names."""
-        return values_of(self._parameters)
 
 
 def _name(module: Envoy, letter: str) -> str:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from insitu._block_recorder import BlockRecorder
     from insitu._generate import Streamer
-    from insitu._recorder import BlockRecorder
     from insitu._tokens import Prompt
     from insitu._trace import Tracer
     from insitu.backends import Backend

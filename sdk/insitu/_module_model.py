@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from insitu._recorder import BlockRecorder
+    from insitu._block_recorder import BlockRecorder
     from insitu._trace import Tracer
     from insitu.backends.module import ModuleBackend
     from insitu_wire.errors import Location

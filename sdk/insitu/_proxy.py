@@ -2,13 +2,12 @@
 
 A proxy is a tensor on the meta device: it has a shape and an element type and no elements. What the
 user does to it runs on that shape at once, so that a misfit is an error at the user's own line, and
-is recorded. When the session has run, a saved proxy becomes its value: the very same object is then
-an ordinary tensor.
+is recorded. When the session has run, a saved proxy becomes its value (`_fill.py`): the very same
+object is then an ordinary tensor.
 """
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
@@ -25,8 +24,9 @@ from insitu._origin import (
     missing,
     not_here,
 )
+from insitu._proxy_structures import ProxyDict, ProxyTuple, save
 from insitu._shapes import KNOWN_WITHOUT_RUNNING, Unknown, infer
-from insitu._source import assigned_name, user_location
+from insitu._source import user_location
 from insitu_wire.errors import Reason, error
 from insitu_wire.operations import is_in_place, last_word, may_alias, writing_option
 
@@ -85,7 +85,7 @@ class Proxy(torch.Tensor):
 
     def save(self) -> Self:
         """Marks the value to come back; after the session has run, this object is the value."""
-        _save(self, self._origin)
+        save(self, self._origin)
         return self
 
     def keep(self) -> Handle:
@@ -149,105 +149,6 @@ class Proxy(torch.Tensor):
 
     def __format__(self, format_spec: str) -> str:
         return _describe(self)
-
-
-class BlockProxy(Proxy):
-    """The output of a decoder layer: its hidden state, [batch, length, hidden].
-
-    It may also be treated as the tuple `(hidden_state,)` that some versions of transformers return.
-    """
-
-    def __getitem__(self, key: Any) -> Any:
-        if not isinstance(key, int) or isinstance(key, bool):
-            return super().__getitem__(key)
-        if key in (0, -1):
-            return Proxy.make(self._origin, self._meta)
-        raise _only_hidden_state(key)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        if isinstance(key, int) and not isinstance(key, bool):
-            self[key][...] = value
-        else:
-            super().__setitem__(key, value)
-
-    def __iter__(self) -> Iterator[Proxy]:
-        return iter([self[0]])
-
-    def __len__(self) -> int:
-        return 1
-
-
-class BlockOutput(torch.Tensor):
-    """A saved output of a decoder layer: its hidden state, where `[0]` is the whole of it too."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def __getitem__(self, key: Any) -> torch.Tensor:
-        hidden = self.as_subclass(torch.Tensor)
-        if not isinstance(key, int) or isinstance(key, bool):
-            return hidden[key]
-        if key in (0, -1):
-            return hidden
-        raise _only_hidden_state(key)
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return iter([self[0]])
-
-    def __len__(self) -> int:
-        return 1
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        return copy.deepcopy(self[0], memo).as_subclass(BlockOutput)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Whoever loads it need not have insitu.
-        return self[0].__reduce_ex__(protocol)
-
-
-class ProxyTuple(tuple[Any, ...]):
-    """A tuple of values that are not there yet; where torch names its items, so does this."""
-
-    _origin: Origin
-    _fields: tuple[str, ...]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self._fields:
-            has = f"only {', '.join(self._fields)}" if self._fields else "no names, only places"
-            raise AttributeError(f"a tuple that has {has} has no {name!r}")
-        return self[self._fields.index(name)]
-
-    def save(self) -> Self:
-        """Marks all values to come back."""
-        _save(self, self._origin)
-        return self
-
-
-class ProxyDict(dict[str, Any]):
-    """A dictionary of values that are not there yet; its items are also attributes."""
-
-    _origin: Origin
-
-    def save(self) -> Self:
-        """Marks all values to come back."""
-        _save(self, self._origin)
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"{self._origin} has {', '.join(self)}, and no {name}") from None
-
-
-# Whoever looks for values inside an argument is to find those inside these.
-pytree.register_pytree_node(
-    ProxyTuple, lambda proxies: (list(proxies), None), lambda items, _: tuple(items)
-)
-pytree.register_pytree_node(
-    ProxyDict,
-    lambda proxies: (list(proxies.values()), list(proxies)),
-    lambda items, keys: dict(zip(keys or (), items, strict=True)),
-)
 
 
 def python_flow() -> Any:
@@ -333,53 +234,6 @@ _PLAIN = {int, float, bool, str, type(None), type(...), torch.dtype, torch.devic
 def _is_leaf(value: Any) -> bool:
     leaves = pytree.tree_leaves(value)
     return len(leaves) == 1 and leaves[0] is value
-
-
-def fill(target: Any, value: Any) -> None:
-    """Makes saved proxies their values, in place."""
-    match target:
-        case Container():
-            target._fill(value)
-        case Proxy() if isinstance(value, tuple | list | dict):
-            raise error(
-                Reason.VALUE_NOT_AVAILABLE,
-                f"{target._origin} is a {type(value).__name__}, which could not be known while "
-                "recording; save its items instead, as in value[0].save()",
-                location=target._origin.location,
-            )
-        case Proxy():
-            _fill_proxy(target, torch.as_tensor(value))
-        case tuple() | list():
-            for part, item in zip(target, value, strict=True):
-                fill(part, item)
-        case dict():
-            for key, part in target.items():
-                if isinstance(part, Proxy) and not isinstance(value[key], torch.Tensor):
-                    target[key] = value[key]
-                else:
-                    fill(part, value[key])
-
-
-def _fill_proxy(target: Proxy, value: torch.Tensor) -> None:
-    # A tensor object of its own: the same value may have been saved under two names.
-    tensor = value.detach()
-    if isinstance(target, BlockProxy):
-        tensor = tensor.as_subclass(BlockOutput)
-    if target._also is not None:
-        _become(target._also, value.detach())
-    _become(target, tensor)
-
-
-def _become(target: Proxy, tensor: torch.Tensor) -> None:
-    try:
-        torch.utils.swap_tensors(target, tensor)
-    except RuntimeError as exception:
-        raise error(
-            Reason.VALUE_NOT_AVAILABLE,
-            f"{target._origin} can not become its tensor ({exception}); keep no weak reference to "
-            "a value before the session has run",
-            location=target._origin.location,
-        ) from exception
 
 
 def record(
@@ -513,27 +367,9 @@ def _on_the_models_device(
     return args, kwargs
 
 
-def _save(value: Any, origin: Origin) -> None:
-    recorder = origin.recorder
-    location = user_location()
-    if recorder.state != "recording":
-        raise not_here(origin)
-    if recorder.is_saved(value):
-        return
-    name = assigned_name(location) or assigned_name(origin.location)
-    recorder.block.save(value, name, location)
-
-
 def _describe(proxy: Proxy) -> str:
     meta = proxy._meta
     shape = (
         f"{str(meta.dtype).removeprefix('torch.')}{list(meta.shape)}" if meta is not None else ""
     )
     return f"<{missing(proxy._origin)}{' ' + shape if shape else ''}>"
-
-
-def _only_hidden_state(key: int) -> IndexError:
-    return IndexError(
-        f"a decoder layer's output is (hidden_state,), so [{key}] is out of range; [0] is the "
-        "hidden state, and [:, -1] a part of it"
-    )

@@ -10,7 +10,7 @@ from insitu_wire.values import walk
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from insitu._recorder import BlockRecorder
+    from insitu._block_recorder import BlockRecorder
     from insitu_proto.v1.intervention_pb2 import Node
 
 

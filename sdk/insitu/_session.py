@@ -10,9 +10,10 @@ import torch
 
 from insitu._control import Branch, Loop
 from insitu._factories import FactoryMode
+from insitu._fill import fill
 from insitu._lint import warn_of_unused
 from insitu._names import name_saves
-from insitu._proxy import fill, reference
+from insitu._proxy import reference
 from insitu._recorder import SessionRecorder
 from insitu._session_file import write_session
 from insitu._source import user_location

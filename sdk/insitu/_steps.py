@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType, TracebackType
 
-    from insitu._recorder import BlockRecorder
+    from insitu._block_recorder import BlockRecorder
     from insitu_wire.errors import Error, Location
 
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import torch
 
     from insitu._base_model import BaseModel
+    from insitu._block_recorder import BlockRecorder
     from insitu._control import Branch
     from insitu._envoy import Envoy
-    from insitu._recorder import BlockRecorder
     from insitu._session import Session
     from insitu._submission import Submission
 

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from insitu._origin import Moment, Origin, latest, not_here
-from insitu._proxy import Proxy, ProxyDict, as_meta, proxies_in, wrap
+from insitu._proxy import Proxy, as_meta, proxies_in, wrap
+from insitu._proxy_structures import ProxyDict
 from insitu._shapes import check_fits
 from insitu._source import user_location
 from insitu_proto.v1 import training_pb2
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from insitu._recorder import SessionRecorder
     from insitu_wire.errors import Error, Location
@@ -82,7 +83,28 @@ class Parameter(Proxy):
         )
 
 
-class Trainable:
+class Trained:
+    """Parameters of a session that have names, and are trained together."""
+
+    _parameters: dict[str, Parameter]
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Yields what is trained, for an optimizer."""
+        yield from self._parameters.values()
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Yields what is trained, by name."""
+        yield from self._parameters.items()
+
+    def state_dict(self) -> ProxyDict:
+        """Gives what is trained as it is here: save it to have tensors, by their names."""
+        values = {name: Proxy.make(at._origin, at._meta) for name, at in self._parameters.items()}
+        found = ProxyDict(values)
+        found._origin = next(self.parameters())._origin
+        return found
+
+
+class Trainable(Trained):
     """A module of the user's whose parameters are trained inside a session.
 
     Called on values of the session, it records its `forward`. The module itself stays as it is:
@@ -107,18 +129,6 @@ class Trainable:
         """Applies the module."""
         return torch.func.functional_call(self._module, {**self._parameters}, args, kwargs)
 
-    def parameters(self) -> Iterator[Parameter]:
-        """Yields what is trained, for an optimizer."""
-        yield from self._parameters.values()
-
-    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """Yields what is trained, by its name in the module."""
-        yield from self._parameters.items()
-
-    def state_dict(self) -> ProxyDict:
-        """Gives what is trained as it is here: save it to have tensors, by their names."""
-        return values_of(self._parameters)
-
 
 def parameter(recorder: SessionRecorder, value: torch.Tensor) -> Parameter:
     """Makes a parameter out of a tensor: the user's own, or one of the session."""
@@ -141,14 +151,6 @@ def parameter(recorder: SessionRecorder, value: torch.Tensor) -> Parameter:
     origin = Origin(recorder, location, "a parameter", node_id, moment=moment, scope=recorder.scope)
     made: Parameter = wrap(meta, origin, Parameter)
     return made
-
-
-def values_of(parameters: Mapping[str, Parameter]) -> ProxyDict:
-    """Gives parameters, by name, as values that can be saved whole."""
-    values = {name: Proxy.make(each._origin, each._meta) for name, each in parameters.items()}
-    found = ProxyDict(values)
-    found._origin = next(iter(parameters.values()))._origin
-    return found
 
 
 def encoded_list(parameters: Sequence[Parameter], location: Location) -> Any:

@@ -22,7 +22,8 @@ from insitu_wire.optimizers import OPTIMIZERS, problem
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from insitu._recorder import BlockRecorder, SessionRecorder
+    from insitu._block_recorder import BlockRecorder
+    from insitu._recorder import SessionRecorder
     from insitu_wire.errors import Error, Location
 
 __all__ = ["SGD", "Adam", "AdamW"]

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+import insitu
 from insitu import LanguageModel
 from insitu_shard import engine
 from support.judge import with_insitu
@@ -66,6 +67,8 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 def _of_model(whole: LanguageModel, split: LanguageModel, sessions: list[Any]) -> list[str]:
     found = _compared("everywhere", everywhere, whole, split)
     found += _compared("recorded gradients", recorded_gradients, whole, split)
+    found += _compared("gradients taken together", gradients_together, whole, split)
+    found += _compared("a trained vector", trained_vector, whole, split)
     found += _compared("the judge's experiment", with_insitu, whole, split)
     found += _compared("generations", generations, whole, split)
     for number, description in enumerate(sessions):
@@ -148,6 +151,36 @@ def recorded_gradients(model: LanguageModel) -> dict[str, Any]:
         model.lm_head.output[0, -1].log_softmax(-1)[3].backward()
         found = {f"layer {n}": at.grad.save() for n, at in enumerate(hidden)}
         found["by the embedding"] = model.embed.output.grad.save()
+    return found
+
+
+def gradients_together(model: LanguageModel) -> dict[str, Any]:
+    """Gradients of traces that share a pass, also where layers run again."""
+    found = {}
+    for options in ({}, {"checkpoint": True}):
+        with model.session(**options):
+            for number, ids in enumerate((IDS, IDS[::-1])):
+                with model.trace(ids):
+                    hidden = [block.output[0] for block in model.blocks[number:]]
+                    hidden[0][:, 2] *= 0.5
+                    model.lm_head.output[0, -1].log_softmax(-1)[3].backward()
+                    for at in hidden:
+                        found[f"{options}, {len(found)}"] = at.grad.save()
+    return found
+
+
+def trained_vector(model: LanguageModel) -> dict[str, Any]:
+    """A steering vector after two steps, with layers that run again."""
+    found = {}
+    with model.session(checkpoint=True) as session:
+        vector = session.parameter(torch.zeros(model.config.hidden_size))
+        optimizer = insitu.optim.SGD([vector], lr=1.0)
+        for _ in range(2):
+            with model.trace(IDS):
+                model.blocks[0].output[0][:] += vector
+                model.lm_head.output[0, -1].log_softmax(-1)[3].backward()
+            optimizer.step()
+        found["vector"] = vector.save()
     return found
 
 

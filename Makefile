@@ -7,7 +7,7 @@ PROTOS := $(sort $(wildcard protos/insitu_proto/v1/*.proto))
 
 .DEFAULT_GOAL := help
 # Programs that some tests run, and skip without: Debian's names.
-SYSTEM_PACKAGES := chromium fonts-dejavu-core prometheus
+SYSTEM_PACKAGES := chromium fonts-dejavu-core postgresql prometheus
 
 .PHONY: help setup system-packages demo test test-gpu test-transformers check k8s bench fmt lint types arch protos protos-check clean
 

@@ -22,7 +22,8 @@ from insitu import CONFIG, LanguageModel
 from insitu.cli._demo_model import prepare_demo_model
 from insitu_scheduler.metrics import SchedulerMetrics
 from insitu_wire.interceptor import Answer
-from support.manifests import Cluster, Manifests
+from support.cluster import Cluster
+from support.manifests import Manifests
 
 NUM_SESSIONS = 200
 NUM_SCRAPES = 100

@@ -51,6 +51,14 @@ def run(
         int,
         typer.Option(envvar="INSITU_METRICS_PORT", help="Port of /metrics; 0 a free one, -1 none."),
     ] = 0,
+    health_port: Annotated[
+        int,
+        typer.Option(
+            envvar="INSITU_HEALTH_PORT",
+            help="Port that answers probes (grpc.health.v1) without TLS, from the start on; -1 "
+            "none.",
+        ),
+    ] = -1,
     api_keys_file: Annotated[
         Path | None,
         typer.Option(
@@ -215,6 +223,7 @@ def run(
             host=host,
             port=port,
             metrics_port=metrics_port if metrics_port != -1 else None,
+            health_port=health_port if health_port != -1 else None,
             api_keys_file=api_keys_file,
             tls=Tls(cert=tls_cert, key=tls_key, ca=tls_client_ca),
             shard_port=shard_port,

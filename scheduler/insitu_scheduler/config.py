@@ -32,6 +32,8 @@ class SchedulerConfig:
     """Port to listen on; 0 takes a free one."""
     metrics_port: int | None = 0
     """Port of /metrics; 0 takes a free one, None serves none."""
+    health_port: int | None = None
+    """Port that answers probes without TLS, also while the scheduler stands by; None for none."""
     api_keys_file: Path | None = None
     """File of API keys, as `insitu keys` writes it or with lines USER:KEY; without one any key is
     accepted, on a loopback host only."""
@@ -79,10 +81,13 @@ class SchedulerConfig:
                 "--tls-client-ca and --shard-port go together: clients show no certificates, so "
                 "shard groups have a port of their own; give both, or none",
             )
-        if self.shard_port is not None:
-            _check_port("--shard-port", self.shard_port)
-        if self.metrics_port is not None:
-            _check_port("--metrics-port", self.metrics_port)
+        for flag, port in (
+            ("--shard-port", self.shard_port),
+            ("--metrics-port", self.metrics_port),
+            ("--health-port", self.health_port),
+        ):
+            if port is not None:
+                _check_port(flag, port)
         size = self.max_session_bytes
         _check(
             "--max-session-bytes", size, f"1 to {MAX_SESSION_BYTES}", 0 < size <= MAX_SESSION_BYTES

@@ -10,8 +10,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
 from insitu_proto.v1 import (
@@ -47,6 +46,7 @@ from insitu_scheduler.uploads import UploadStore
 from insitu_scheduler.web import HttpServer, StatusPage
 from insitu_wire.callers import CallerCheck
 from insitu_wire.errors import Reason, error
+from insitu_wire.health import Health
 from insitu_wire.interceptor import ErrorInterceptor
 from insitu_wire.limits import JOIN_TOKEN_METADATA, SERVER_OPTIONS
 from insitu_wire.tls import SHARD_NAME
@@ -88,6 +88,7 @@ class Server:
         """Whether it has lost its journal, and must be stopped."""
         self._cleanup = AsyncExitStack()
         self._book: EventBook | None = None
+        self._health = Health(*_SERVICE_NAMES)
         self.address = ""
         self.shard_address: str | None = None
         self.metrics_address: str | None = None
@@ -138,6 +139,8 @@ class Server:
         """Starts the parts; each is stopped in the reverse order."""
         config = self._config
         keys = open_keys(config.api_keys_file, config.operator_key_sha256)
+        await self._health.start(config.host, config.health_port)
+        cleanup.push_async_callback(self._health.stop)
         version = importlib.metadata.version("insitu")
         metrics = SchedulerMetrics(version)
         data_dir, journal = await self._open_journal(cleanup, metrics)
@@ -257,13 +260,12 @@ class Server:
         interceptors: Sequence[grpc.aio.ServerInterceptor],
     ) -> None:
         server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
-        health_servicer = health_aio.HealthServicer()
         scheduler_service_pb2_grpc.add_SchedulerServiceServicer_to_server(
             scheduler_servicer, server
         )
         registry_service_pb2_grpc.add_RegistryServiceServicer_to_server(registry_servicer, server)
         host_service_pb2_grpc.add_HostServiceServicer_to_server(host_servicer, server)
-        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        self._health.add_to(server)
         config, host, grace_seconds = self._config, self._config.host, self._config.grace_seconds
         if config.has_reflection:
             names = (*_SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -279,9 +281,8 @@ class Server:
         cleanup.callback(host_servicer.stop)
         cleanup.push_async_callback(dispatcher.stop, grace_seconds)
         registry_servicer.start()
-        for name in ("", *_SERVICE_NAMES):
-            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-        cleanup.push_async_callback(health_servicer.enter_graceful_shutdown)
+        await self._health.set_serving(True)
+        cleanup.push_async_callback(self._health.set_serving, False)
 
 
 def _bind(

@@ -73,6 +73,14 @@ def run(
         int,
         typer.Option(envvar="INSITU_METRICS_PORT", help="Port of /metrics; 0 a free one, -1 none."),
     ] = -1,
+    health_port: Annotated[
+        int,
+        typer.Option(
+            envvar="INSITU_HEALTH_PORT",
+            help="Port that answers probes (grpc.health.v1) without TLS, from the start on; -1 "
+            "none.",
+        ),
+    ] = -1,
     max_sessions: Annotated[
         int,
         typer.Option(
@@ -216,6 +224,7 @@ def run(
             join_token=join_token,
             has_reflection=reflection,
             metrics_port=metrics_port if metrics_port >= 0 else None,
+            health_port=health_port if health_port >= 0 else None,
             num_ranks=tp,
             max_sessions=max_sessions,
             max_pass_tokens=max_pass_tokens,

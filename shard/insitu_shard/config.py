@@ -48,6 +48,8 @@ class ShardConfig:
     """Whether gRPC reflection tells callers what services there are."""
     metrics_port: int | None = None
     """Port of the leader's /metrics; 0 takes a free one, None serves none."""
+    health_port: int | None = None
+    """Port where the leader answers probes without TLS, from the start on; None for none."""
     num_ranks: int = 1
     """Ranks that the model is split over."""
     num_nodes: int = 1

@@ -14,8 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
@@ -33,6 +31,7 @@ from insitu_shard.service import ShardServicer
 from insitu_shard.upload_cache import UploadCache
 from insitu_wire.callers import CallerCheck
 from insitu_wire.errors import Reason, error
+from insitu_wire.health import Health
 from insitu_wire.interceptor import ErrorInterceptor
 from insitu_wire.limits import ACCESS_TOKEN_METADATA, SERVER_OPTIONS
 from insitu_wire.tls import SCHEDULER_NAME, SHARD_NAME
@@ -103,6 +102,8 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     # threads of its own, and those of two get in each other's way: a forward pass took 1.25 times
     # as long on two cores.
     thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+    health = Health(_SERVICE_NAME)
+    await health.start(config.host, config.health_port)
     loop = asyncio.get_running_loop()
     started = time.monotonic()
     model = await loop.run_in_executor(thread, _load, config, ranks)
@@ -136,7 +137,7 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     servicer = ShardServicer(leader, description, engine, config.tls)
     access_token = secrets.token_hex(32)
     epochs = Epochs()
-    server, health, address = await _start(config, servicer, access_token, metrics, epochs)
+    server, address = await _start(config, servicer, access_token, metrics, epochs, health)
     if config.metrics_port is not None:
         httpd, _ = start_http_server(
             config.metrics_port, addr=config.host, registry=metrics.registry
@@ -157,10 +158,11 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     reporting = asyncio.create_task(_report(leader, engine, metrics))
     _log.info("%s is served at %s over %d rank(s)", model.name, address, config.num_ranks)
     await stopping.wait()
-    await health.enter_graceful_shutdown()
+    await health.set_serving(False)
     await _first_of(registration.drain(), gone.wait(), seconds=config.grace_seconds)
     # Those whose sessions are lost are told why.
     await server.stop(_LAST_WORDS_SECONDS)
+    await health.stop()
     registering.cancel()
     tidying.cancel()
     reporting.cancel()
@@ -190,7 +192,8 @@ async def _start(
     access_token: str,
     metrics: ShardMetrics,
     epochs: Epochs,
-) -> tuple[grpc.aio.Server, health_aio.HealthServicer, str]:
+    health: Health,
+) -> tuple[grpc.aio.Server, str]:
     peers_only = CallerCheck(
         _SERVICE_NAME,
         metadata_key=ACCESS_TOKEN_METADATA,
@@ -201,8 +204,7 @@ async def _start(
     interceptors = [ErrorInterceptor(metrics.answered), peers_only]
     server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
     shard_service_pb2_grpc.add_ShardServiceServicer_to_server(servicer, server)
-    health = health_aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    health.add_to(server)
     if config.has_reflection:
         names = (_SERVICE_NAME, reflection.SERVICE_NAME, "grpc.health.v1.Health")
         reflection.enable_server_reflection(names, server)
@@ -216,9 +218,8 @@ async def _start(
             port=config.port,
         ) from exception
     await server.start()
-    for name in ("", _SERVICE_NAME):
-        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return server, health, f"{config.host}:{port}"
+    await health.set_serving(True)
+    return server, f"{config.host}:{port}"
 
 
 def _stop_on_signals(stopping: asyncio.Event) -> None:

@@ -13,7 +13,8 @@ import typer
 import insitu_scheduler.__main__ as scheduler_main
 import insitu_shard.__main__ as shard_main
 from insitu import CONFIG, LanguageModel, NotFoundError
-from support.manifests import HAS_KUBECTL, OVERLAYS, Cluster, Manifests, entry_point
+from support.cluster import Cluster
+from support.manifests import HAS_KUBECTL, OVERLAYS, Manifests, entry_point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -105,13 +106,18 @@ def test_every_container_is_hardened_and_bounded(manifests: Manifests) -> None:
             manifests, container
         )
         component = template["metadata"]["labels"]["app.kubernetes.io/component"]
-        # A scheduler that stands by listens nowhere, and nobody calls those that follow a leader.
-        if manifests.overlay == "ha" and component == "scheduler":
-            assert "readinessProbe" in container
-            assert not {"startupProbe", "livenessProbe"} & container.keys()
-        elif component != "shard-follower":
+        # Nobody calls those that follow a leader.
+        if component != "shard-follower":
             assert {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys()
             assert "preStop" in container["lifecycle"]
+            token = _join_token(container)
+            assert token == {"name": "insitu-join-token", "key": "token", "optional": True}
+
+
+def _join_token(container: dict[str, Any]) -> dict[str, Any]:
+    (entry,) = (entry for entry in container["env"] if entry["name"] == "INSITU_JOIN_TOKEN")
+    found: dict[str, Any] = entry["valueFrom"]["secretKeyRef"]
+    return found
 
 
 def _grace_seconds(manifests: Manifests, container: dict[str, Any]) -> float:
@@ -189,7 +195,7 @@ def test_the_demo_starts_serves_and_drains_as_its_manifests_say(
         # The StatefulSet starts it again, and the scheduler takes it back.
         again = cluster.start(manifests.named("StatefulSet", shard.name))
         again.wait_until_ready()
-        assert torch.equal(_next_token(LanguageModel(_MODEL), remote=True), expected)
+        assert torch.equal(_next_token(_served(_MODEL), remote=True), expected)
         for pod in cluster.pods.values():
             assert pod.delete() == 0
 
@@ -213,7 +219,7 @@ def test_a_group_wider_than_a_node_serves_as_its_manifest_says(
         cluster.start(leader, LWS_WORKER_INDEX="0", **group).wait_until_ready()
         monkeypatch.setenv("INSITU_ENDPOINT", cluster.endpoint)
         monkeypatch.setattr(CONFIG, "_api_key", "ann-key")
-        found = _top_token(LanguageModel("tiny/llama"), remote=True)
+        found = _top_token(_served("tiny/llama"), remote=True)
         expected = _top_token(LanguageModel(str(tiny.folder("llama"))), remote=False)
         assert torch.equal(found, expected)
         # All pods of a group are told to end at the same time; the leader ends the others.
@@ -272,6 +278,21 @@ def _long_session(model: LanguageModel) -> Session:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return session
+
+
+def _served(name: str) -> LanguageModel:
+    """Gives a model once its group, which is ready, has registered with the scheduler, too."""
+    model = LanguageModel(name)
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            assert model.config
+        except NotFoundError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return model
 
 
 def _top_token(model: LanguageModel, *, remote: bool) -> torch.Tensor:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
 import time
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +17,7 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from types import TracebackType
+    from collections.abc import Iterator, Mapping
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 OVERLAYS = sorted(folder.name for folder in (DEPLOY / "k8s/overlays").iterdir())
@@ -60,18 +54,36 @@ class Manifests:
         wide = [part for found in self.of("LeaderWorkerSet") for part in _parts(found)]
         return [*self.of("StatefulSet", "Deployment"), *wide]
 
-    def environment(self, container: dict[str, Any]) -> dict[str, str]:
-        """Gives what a container's process has in its environment, as far as it is ours."""
+    def environment(
+        self, container: dict[str, Any], secrets: Mapping[str, dict[str, str]] | None = None
+    ) -> dict[str, str]:
+        """Gives what a container's process has in its environment, as far as it is ours.
+
+        Args:
+            container: the container.
+            secrets: those that whoever deploys has made, by name; what others hold is empty.
+        """
+        secrets = secrets or {}
         found: dict[str, str] = {}
         for source in container.get("envFrom", []):
-            # Secrets are made by whoever deploys.
             if "configMapRef" in source:
                 found |= self.named("ConfigMap", source["configMapRef"]["name"])["data"]
+            else:
+                found |= secrets.get(source["secretRef"]["name"], {})
         for entry in container.get("env", []):
-            field_path = entry.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
-            value = "127.0.0.1" if field_path == "status.podIP" else entry.get("value", "")
+            value = _value(entry, secrets)
             found[entry["name"]] = re.sub(r"\$\((\w+)\)", lambda at: found[at[1]], value)
         return found
+
+
+def _value(entry: dict[str, Any], secrets: Mapping[str, dict[str, str]]) -> str:
+    match entry:
+        case {"valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}:
+            return "127.0.0.1"
+        case {"valueFrom": {"secretKeyRef": {"name": name, "key": key}}}:
+            return secrets.get(name, {}).get(key, "")
+    value: str = entry["value"]
+    return value
 
 
 def _parts(wide: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -116,23 +128,40 @@ class Pod:
         return self.log_path.read_text()
 
     def is_ready(self) -> bool:
-        """Asks what the kubelet asks."""
-        port = self.ports[self.container["readinessProbe"]["grpc"]["port"]]
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
+        """Asks what the kubelet asks, to know whether the Service has it."""
+        return self._answers("readinessProbe")
+
+    def is_alive(self) -> bool:
+        """Asks what the kubelet asks, to know whether to kill it."""
+        return self._answers("livenessProbe")
+
+    def wait_until_ready(self) -> None:
+        self._wait_for("startupProbe")
+        self._wait_for("readinessProbe")
+        assert self.is_alive()
+
+    def wait_until_started(self) -> None:
+        self._wait_for("startupProbe")
+        assert self.is_alive()
+
+    def _wait_for(self, probe: str) -> None:
+        startup = self.container["startupProbe"]
+        seconds = min(300, startup["periodSeconds"] * startup["failureThreshold"])
+        deadline = time.monotonic() + seconds
+        while not self._answers(probe):
+            assert self.process.poll() is None, f"{self.name} ended: {self.log}"
+            assert time.monotonic() < deadline, f"{self.name} does not pass its {probe}: {self.log}"
+            time.sleep(0.1)
+
+    def _answers(self, probe: str) -> bool:
+        asked = self.container[probe]["grpc"]
+        with grpc.insecure_channel(f"127.0.0.1:{self.ports[asked['port']]}") as channel:
+            request = health_pb2.HealthCheckRequest(service=asked.get("service", ""))
             try:
-                answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+                answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
             except grpc.RpcError:
                 return False
         return answer.status == health_pb2.HealthCheckResponse.SERVING
-
-    def wait_until_ready(self) -> None:
-        probe = self.container["startupProbe"]
-        deadline = time.monotonic() + min(300, probe["periodSeconds"] * probe["failureThreshold"])
-        while not self.is_ready():
-            assert self.process.poll() is None, f"{self.name} ended"
-            assert time.monotonic() < deadline, f"{self.name} did not become ready"
-            time.sleep(0.1)
 
     def terminate(self) -> None:
         """Tells it to end, as Kubernetes does after the preStop hook."""
@@ -142,111 +171,3 @@ class Pod:
         """Ends it as Kubernetes does; gives its exit status."""
         self.terminate()
         return self.process.wait(self.grace_seconds)
-
-
-@dataclass
-class Cluster:
-    """The pods of an overlay on this machine: each its own process, with ports of its own."""
-
-    manifests: Manifests
-    folder: Path
-    ports: dict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(_free_port))
-    pods: dict[str, Pod] = field(default_factory=dict)
-    secrets: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Those that an administrator has made before."""
-
-    def __enter__(self) -> Cluster:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for pod in reversed(self.pods.values()):
-            if pod.process.poll() is None:
-                pod.delete()
-
-    @property
-    def endpoint(self) -> str:
-        """Where clients reach the scheduler's Service."""
-        service = self.manifests.named("Service", "insitu-scheduler")
-        return f"127.0.0.1:{self.ports['insitu-scheduler', service['spec']['ports'][0]['port']]}"
-
-    def start_all(self) -> None:
-        for workload in self.manifests.workloads:
-            for _ in range(workload["spec"]["replicas"]):
-                self.start(workload)
-
-    def start(self, workload: dict[str, Any], **more: str) -> Pod:
-        """Starts a pod of a workload, with more in its environment than the manifest says."""
-        name, spec = workload["metadata"]["name"], workload["spec"]["template"]["spec"]
-        (container,) = spec["containers"]
-        log_path = self.folder / f"{name}.log"
-        log = log_path.open("ab")
-        environment = {
-            key: self._here(name, value)
-            for key, value in self.manifests.environment(container).items()
-        } | more
-        self._mount_secrets(spec, container)
-        command = [*container.get("command", entry_point(container["image"]))]
-        command += container.get("args", [])
-        process = subprocess.Popen(
-            [sys.executable, *command[1:]] if command[0] == "python" else command,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-            stdout=log,
-            stderr=log,
-        )
-        log.close()
-        ports = {
-            at["containerPort"]: self.ports[name, at["containerPort"]]
-            for at in container.get("ports", [])
-        }
-        grace = spec["terminationGracePeriodSeconds"]
-        self.pods[name] = Pod(name, log_path, container, min(grace, 60), process, ports)
-        return self.pods[name]
-
-    def _here(self, name: str, value: str) -> str:
-        """Says on this machine what a value says in a pod: addresses, ports and folders."""
-        value = value.replace("insitu-scheduler:7433", self.endpoint)
-        value = value.replace("0.0.0.0", "127.0.0.1")
-        port = r"^(127\.0\.0\.1:)?(7433|7434|9464)$"
-        value = re.sub(port, lambda at: self._port(name, at), value)
-        return str(self.folder / value[1:]) if value.startswith("/") else value
-
-    def _port(self, name: str, at: re.Match[str]) -> str:
-        return f"{at[1] or ''}{self.ports[name, int(at[2])]}"
-
-    def _mount_secrets(self, spec: dict[str, Any], container: dict[str, Any]) -> None:
-        for volume, mount in _mounts(spec, container):
-            folder = self.folder / mount["mountPath"][1:]
-            if "secret" in volume:
-                folder.mkdir(parents=True, exist_ok=True)
-                for key, value in self._secret(volume["secret"]["secretName"]).items():
-                    (folder / key).write_bytes(value)
-
-    def _secret(self, name: str) -> dict[str, bytes]:
-        if name in self.secrets:
-            return {key: value.encode() for key, value in self.secrets[name].items()}
-        found = [
-            secret for secret in self.manifests.of("Secret") if secret["metadata"]["name"] == name
-        ]
-        data = found[0]["data"] if found else {}
-        return {key: base64.b64decode(value) for key, value in data.items()}
-
-
-def _mounts(
-    spec: dict[str, Any], container: dict[str, Any]
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    volumes = {volume["name"]: volume for volume in spec.get("volumes", [])}
-    for mount in container["volumeMounts"]:
-        if mount["name"] in volumes:
-            yield volumes[mount["name"]], mount
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -85,6 +85,8 @@ def test_a_taken_port_is_told_in_one_line(tmp_path: Path) -> None:
         assert f"can not listen on 127.0.0.1:{port}" in failing(tmp_path, "--port", port)
         flags = ("--port", "0", "--metrics-port", port)
         assert "choose a free port with --metrics-port" in failing(tmp_path, *flags)
+        flags = ("--port", "0", "--health-port", port)
+        assert "choose a free port with --health-port" in failing(tmp_path, *flags)
 
 
 def test_a_data_folder_that_can_not_be_used_is_told_in_one_line(tmp_path: Path) -> None:

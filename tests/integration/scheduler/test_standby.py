@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 import sqlalchemy as sa
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from insitu_proto.v1 import scheduler_service_pb2 as pb
 from insitu_scheduler.config import SchedulerConfig
 from insitu_scheduler.server import Server
 from insitu_shard.epochs import Epochs
 from insitu_wire.errors import Error, Reason
+from insitu_wire.health import LIVENESS
 from support.fake_shard import FakeShard, saving
 
 from .conftest import Client, names
@@ -77,7 +80,10 @@ async def test_a_session_lives_on_with_the_scheduler_that_stood_by(
     shared: SchedulerConfig,
 ) -> None:
     lost = asyncio.Event()
-    first, second = Server(shared, on_lost=lost.set), Server(shared)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        health_port = free.getsockname()[1]
+    first = Server(shared, on_lost=lost.set)
+    second = Server(dataclasses.replace(shared, health_port=health_port))
     await first.start()
     async with grpc.aio.insecure_channel(first.address) as channel:
         client = Client(channel)
@@ -87,6 +93,8 @@ async def test_a_session_lives_on_with_the_scheduler_that_stood_by(
         await asyncio.sleep(1.2)
         assert not standing_by.done()
         assert second.address == ""
+        assert await _health(health_port, LIVENESS) == "SERVING"
+        assert await _health(health_port, "") == "NOT_SERVING"
         _cut_connections(shared)
         async with asyncio.timeout(10):
             await lost.wait()
@@ -95,6 +103,7 @@ async def test_a_session_lives_on_with_the_scheduler_that_stood_by(
     async with asyncio.timeout(20):
         await standing_by
     try:
+        assert await _health(health_port, "") == "SERVING"
         async with FakeShard(second.address) as shard:
             await shard.ready()
             async with grpc.aio.insecure_channel(second.address) as channel:
@@ -158,6 +167,14 @@ async def test_a_journal_that_can_not_be_reached_is_named_without_its_password(
     assert "secret" not in caught.value.message
     with pytest.raises(Error, match="'mysql'; it must be"):
         await Server(dataclasses.replace(config, journal="mysql://x/y")).start()
+
+
+async def _health(port: int, service: str) -> str:
+    """Asks as a probe of Kubernetes does."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
+    return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
 
 
 async def _know_the_model(server: Server, client: Client) -> None:

@@ -116,6 +116,7 @@ class EngineThread:
                 yield event
         finally:
             if not isinstance(event, Finished | Error):
+                self._leader.cancel(key)
                 with suppress(Error):
                     await self.do(partial(self._drop, key))
 

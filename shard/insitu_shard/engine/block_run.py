@@ -21,7 +21,7 @@ from insitu_shard.engine.training_graph import Backward
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
     from insitu_shard.engine.boundary_value import BoundaryValue, InputValue, OutputValue
@@ -47,6 +47,7 @@ class BlockRun:
     Attributes:
         error: what the first failing operation raised, if one did.
         has_failed: whether one did on any rank, as far as the ranks know of each other.
+        is_cancelled: tells whether nobody wants its values any more.
         plan: what it runs.
     """
 
@@ -63,6 +64,7 @@ class BlockRun:
         deferred: AbstractSet[NodeId] = frozenset(),
         runs_to_end: bool = False,
         shares_backward: bool = False,
+        is_cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         """Makes a run.
 
@@ -77,6 +79,7 @@ class BlockRun:
             deferred: nodes that run in `finish` only, as if they had run when it was their turn.
             runs_to_end: whether its generation is to go on though no node needs it.
             shares_backward: whether its gradients wait for `end_pass`.
+            is_cancelled: tells whether nobody wants its values any more.
         """
         self.plan = plan
         self._model = model
@@ -98,6 +101,7 @@ class BlockRun:
         self._batch = batch
         self._deferred = deferred
         self._runs_to_end = runs_to_end
+        self.is_cancelled = is_cancelled
         self._turns: list[NodeId] = []
         self._num_turns = 0
         self._counted: frozenset[NodeId] | None = None

@@ -122,6 +122,10 @@ class Interleaver:
         return None
 
     def _install_hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        if self._model.ranks.size == 1:
+            # A rank that left a pass alone would leave the others in their next collective.
+            for path in self._model.block_paths:
+                yield self._model.modules[path].register_forward_pre_hook(self._leave_cancelled)
         places = {(at.module_path, at.is_input) for at in self._at}
         if self._rows is not None:
             places |= self._rows.places
@@ -131,6 +135,14 @@ class Interleaver:
                 yield module.register_forward_pre_hook(self._input_hook(path), with_kwargs=True)
             else:
                 yield module.register_forward_hook(self._output_hook(path))
+
+    def _leave_cancelled(self, *_: object) -> None:
+        """Ends the pass at a decoder layer, if all whom it runs for have been cancelled."""
+        self._unfinished -= {
+            place for place in self._unfinished if self._runs[place].is_cancelled()
+        }
+        if not self._unfinished and self._active is None:
+            raise _NothingIsLeft
 
     def _install_skip(self, path: str) -> Callable[[], None]:
         """Puts a function before a module's own that gives what the call is to return.

@@ -69,6 +69,14 @@ class SegmentPool:
         if running := self._forget(key):
             running.close()
 
+    def cancel(self, key: str) -> None:
+        """Has a segment do nothing more until it is dropped. From any thread, of a rank alone.
+
+        A pass that runs for it alone ends at the next decoder layer.
+        """
+        if running := self._running.get(key):
+            running.cancel()
+
     def pause(self, key: str, *, goes_on: bool = False) -> None:
         """Holds a segment before its next trace, or lets it go on; its values stay."""
         if key in self._running:
@@ -77,7 +85,7 @@ class SegmentPool:
     @property
     def is_idle(self) -> bool:
         """Whether no segment could go on."""
-        return all(running.is_paused for running in self._running.values())
+        return all(running.is_held for running in self._running.values())
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -97,7 +105,7 @@ class SegmentPool:
         others do not notice.
         """
         yield from self._go_on()
-        waiting = [key for key, at in self._running.items() if at.pending and not at.is_paused]
+        waiting = [key for key, at in self._running.items() if at.pending and not at.is_held]
         if waiting:
             self._run_pass(self._turns.order(waiting))
             yield from self._go_on()
@@ -120,7 +128,7 @@ class SegmentPool:
 
     def _go_on(self) -> Iterator[tuple[str, SegmentEvent | Error]]:
         for key, running in list(self._running.items()):
-            if running.is_paused:
+            if running.is_held:
                 continue
             for event in running.go_on():
                 if self._running.get(key) is not running:
@@ -139,11 +147,18 @@ class _Running:
     """A segment on its way."""
 
     def __init__(self, run: SegmentRun) -> None:
+        self.cancel = run.cancel
+        self._run = run
         self._told = _told(run)
         self._pending: Sequence[Pending] = ()
         self.seconds = 0.0
         """What it has taken of the engine's time."""
         self.is_paused = False
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is not to go on."""
+        return self.is_paused or self._run.is_cancelled
 
     @property
     def pending(self) -> list[Pending]:

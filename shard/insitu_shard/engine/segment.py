@@ -87,6 +87,15 @@ class SegmentRun:
         self._held: dict[NodeId, Saved] = {}
         self.has_exited = False
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether nobody wants what it still does."""
+        return self._state.is_cancelled
+
+    def cancel(self) -> None:
+        """Has a pass that runs for it alone end at its next decoder layer. From any thread."""
+        self._state.is_cancelled = True
+
     def run(self) -> Iterator[SegmentEvent | StepFollows]:
         """Runs the steps and yields what they tell, with `StepFollows` before each that computes.
 

@@ -58,6 +58,8 @@ class SessionState:
     """Whether any step writes into an existing value."""
     max_value_bytes: int | None = None
     """How much memory the values may take that steps give to later ones."""
+    is_cancelled: bool = False
+    """Whether nobody wants what it still does; may be set from any thread."""
     early: dict[NodeId, object] = field(default_factory=dict)
     """Values of traces that have run, but not ended."""
     _num_runs: Counter[NodeId] = field(default_factory=Counter)

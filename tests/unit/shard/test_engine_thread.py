@@ -31,6 +31,7 @@ class Leader:
     commands: list[str] = field(default_factory=list)
     left: dict[str, int] = field(default_factory=dict)
     paused: set[str] = field(default_factory=set)
+    cancelled: list[str] = field(default_factory=list)
     may_run: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -46,6 +47,9 @@ class Leader:
         if not request.segment.seed:
             raise error(Reason.TENSOR_NOT_UPLOADED, "it is not there")
         self.left[key] = request.segment.seed
+
+    def cancel(self, key: str) -> None:
+        self.cancelled.append(key)
 
     def drop(self, key: str) -> None:
         self.commands.append(f"drop {key}")
@@ -141,6 +145,7 @@ async def test_a_segment_that_nobody_listens_to_is_dropped(
         assert await anext(events) == TraceStarted(ENDLESS)
         other = asyncio.create_task(_told(engine, 3))
         await asyncio.sleep(0)
+    assert leader.cancelled == ["1"]
     assert "drop 1" in leader.commands
     assert len(await other) == 4
     assert leader.left == {}

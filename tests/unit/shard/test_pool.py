@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 
@@ -20,6 +23,9 @@ from insitu_shard.engine import (
 from insitu_wire.errors import Error
 from support.fake_shard import log, read, save, trace
 from support.tiny_models import TinyModels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +137,51 @@ def test_one_that_is_dropped_within_a_round_tells_nothing_more(
     pool.drop(dropped)
     assert dropped not in {key for key, _ in told}
     assert len(pool) == 0
+
+
+def _whole_trace() -> Step:
+    """A trace that needs every layer."""
+    return trace(read(2, "lm_head"), save(3, 2), model="tiny")
+
+
+@contextmanager
+def _when_reached(model: LoadedModel, path: str, do: Callable[[], None]) -> Iterator[list[str]]:
+    """Does something in a pass at a module; gives the layers that passes have reached."""
+    reached: list[str] = []
+    with ExitStack() as hooks:
+        for name in sorted(model.block_paths):
+            hook = model.modules[name].register_forward_hook(
+                lambda *_, name=name: reached.append(name)
+            )
+            hooks.callback(hook.remove)
+        hook = model.modules[path].register_forward_hook(lambda *_: do())
+        hooks.callback(hook.remove)
+        yield reached
+
+
+def test_a_pass_ends_at_the_next_layer_once_all_whom_it_runs_for_are_cancelled(
+    model: LoadedModel, pool: SegmentPool
+) -> None:
+    pool.add("gone", _run(model, _whole_trace()))
+    with _when_reached(model, "model.layers.0", lambda: pool.cancel("gone")) as reached:
+        assert [kind for _, kind in _told(pool)] == [TraceStarted]
+    assert reached == ["model.layers.0"]
+    assert pool.is_idle
+    pool.drop("gone")
+    assert len(pool) == 0
+
+
+def test_a_pass_goes_on_for_those_who_are_not_cancelled(
+    model: LoadedModel, pool: SegmentPool
+) -> None:
+    (alone,) = (at for at in _run(model, _whole_trace()).run() if isinstance(at, Saved))
+    for key in ("gone", "stays"):
+        pool.add(key, _run(model, _whole_trace()))
+    with _when_reached(model, "model.layers.0", lambda: pool.cancel("gone")):
+        told = list(pool.round())
+    saved = [(key, at) for key, at in told if isinstance(at, Saved)]
+    assert [key for key, _ in saved] == ["stays"]
+    assert torch.equal(saved[0][1].value, alone.value)
 
 
 def test_a_key_names_one_segment(model: LoadedModel, pool: SegmentPool) -> None:

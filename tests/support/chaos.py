@@ -1,0 +1,254 @@
+"""Sessions of many clients while schedulers, leaders and ranks are killed and networks are cut.
+
+In the suite for a minute (`tests/integration/test_chaos.py`); longer as
+`.venv/bin/python tests/support/chaos.py --sessions 200 --seed 1`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from insitu import CONFIG, LanguageModel, UnavailableError
+from insitu.backends.remote import RemoteBackend
+from insitu_proto.v1.event_pb2 import EventKind
+from support.chaos_cluster import MODEL, Cluster, Fault
+from support.tiny_models import TinyModels
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Iterator
+
+    from insitu_proto.v1.event_pb2 import Event
+
+IDS = [5, 9, 17, 23]
+NUM_KINDS = 25
+_ENDS = {
+    EventKind.EVENT_KIND_COMPLETED,
+    EventKind.EVENT_KIND_ERROR,
+    EventKind.EVENT_KIND_CANCELLED,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How much happens."""
+
+    num_sessions: int
+    """At least; more, if not every fault has come by then."""
+    num_clients: int
+    num_traces: int
+    """Of each session."""
+    seed: int
+    """Of the order of the faults, and of the times between them."""
+    pause_seconds: float
+    """Between two faults, about."""
+
+
+class Shown(logging.Handler):
+    """What clients were shown, by session."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: defaultdict[str, list[str]] = defaultdict(list)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Takes a line."""
+        session_id, is_event, rest = record.getMessage().partition(" - ")
+        if is_event:
+            self.lines[session_id].append(rest)
+
+
+def session(model: LanguageModel, number: int, *, num_traces: int, remote: bool) -> torch.Tensor:
+    """Traces that each need the one before, with a tensor of the user's and a message."""
+    kind = number % NUM_KINDS
+    weights = torch.randn(64, 256, generator=torch.Generator().manual_seed(kind)) / 8
+    with model.session(remote=remote) as session:
+        total = torch.zeros(64)
+        for _ in range(num_traces):
+            with model.trace([kind + 1, *IDS]):
+                layers = model.model.layers
+                layers[0].output[0][:, -1, :] = layers[0].output[0][:, -1, :] + total
+                total = (layers[2].output[0][0, -1, :] @ weights)[:64] * 0.1
+        if remote:
+            session.log("nearly done")
+        result: torch.Tensor = total.save()
+    return result
+
+
+def run(folder: Path, tiny: TinyModels, scale: Scale) -> Counter[Fault]:
+    """Runs it all and gives which faults came; fails where anything is not as undisturbed."""
+    plain = LanguageModel(str(tiny.folder("llama")))
+    expected = [
+        session(plain, kind, num_traces=scale.num_traces, remote=False)
+        for kind in range(min(NUM_KINDS, scale.num_sessions))
+    ]
+    shown = Shown()
+    logging.getLogger("insitu").addHandler(shown)
+    cluster = Cluster(folder, tiny.folder("llama"))
+    os.environ["INSITU_ENDPOINT"] = cluster.endpoint
+    CONFIG.set_default_api_key("chaos")
+    try:
+        _wait_for_groups(2)
+        num_sessions = _run_clients(cluster, scale, expected)
+        _check_nothing_is_left(cluster, folder, num_sessions, shown)
+    finally:
+        logging.getLogger("insitu").removeHandler(shown)
+        cluster.stop()
+    return cluster.struck
+
+
+def _run_clients(cluster: Cluster, scale: Scale, expected: list[torch.Tensor]) -> int:
+    """Runs sessions until there have been enough, and every fault has come; gives how many."""
+    model = LanguageModel(MODEL)
+    numbers = itertools.count()
+    all_struck, has_ended = threading.Event(), threading.Event()
+
+    def submit_one_after_another() -> int:
+        num_completed = 0
+        while (number := next(numbers)) < scale.num_sessions or not all_struck.is_set():
+            found = _insist(model, number, scale.num_traces)
+            wanted = expected[number % len(expected)]
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+            num_completed += 1
+        return num_completed
+
+    breaking = threading.Thread(target=_break, args=(cluster, scale, all_struck, has_ended))
+    with ThreadPoolExecutor(scale.num_clients) as threads:
+        breaking.start()
+        try:
+            clients = [threads.submit(submit_one_after_another) for _ in range(scale.num_clients)]
+            return sum(client.result() for client in clients)
+        finally:
+            all_struck.set()
+            has_ended.set()
+            breaking.join()
+
+
+def _insist(model: LanguageModel, number: int, num_traces: int) -> torch.Tensor:
+    """A client tries again while nobody answers."""
+    deadline = time.monotonic() + 300
+    while True:
+        try:
+            return session(model, number, num_traces=num_traces, remote=True)
+        except UnavailableError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def _break(
+    cluster: Cluster, scale: Scale, all_struck: threading.Event, has_ended: threading.Event
+) -> None:
+    rng = random.Random(scale.seed)
+    for fault in _faults(rng):
+        if has_ended.wait(scale.pause_seconds * rng.uniform(0.5, 1.5)):
+            return
+        cluster.strike(fault, rng)
+        if len(cluster.struck) == len(Fault):
+            all_struck.set()
+
+
+def _faults(rng: random.Random) -> Iterator[Fault]:
+    """Deals all faults in some order, and again in another."""
+    while True:
+        yield from rng.sample(list(Fault), len(Fault))
+
+
+def _wait_for_groups(number: int) -> None:
+    backend = RemoteBackend(CONFIG)
+    deadline = time.monotonic() + 200
+    while True:
+        with suppress(UnavailableError):
+            if len(backend.server_state().groups) == number:
+                break
+        assert time.monotonic() < deadline, "the shard groups have not registered"
+        time.sleep(0.2)
+    backend.close()
+
+
+def _check_nothing_is_left(cluster: Cluster, folder: Path, num_sessions: int, shown: Shown) -> None:
+    """Every session has ended once, its events were shown once, and nothing holds anything."""
+    _wait_for_groups(2)
+    backend = RemoteBackend(CONFIG)
+    deadline = time.monotonic() + 90
+    while True:
+        queues = backend.server_state().queues
+        num_open = sum(queue.num_waiting + queue.num_running for queue in queues)
+        num_open += sum(group.num_sessions for group in backend.server_state().groups)
+        if not num_open and not (num_handles := cluster.num_handles()):
+            break
+        assert time.monotonic() < deadline, f"{num_open} sessions or {num_handles} handles are left"
+        time.sleep(0.5)
+    num_completed = 0
+    for row in backend.sessions(10 * num_sessions):
+        events = list(backend.events(row.session_id, after=0, timeout=30))
+        _check_events(events, shown.lines[row.session_id])
+        num_completed += events[-1].kind == EventKind.EVENT_KIND_COMPLETED
+        # Whoever lost the server before it answered submits another in its place.
+        assert events[-1].kind in {
+            EventKind.EVENT_KIND_COMPLETED,
+            EventKind.EVENT_KIND_CANCELLED,
+        }, events[-1]
+    backend.close()
+    assert num_completed >= num_sessions
+    assert not list((folder / "uploads" / "drafts").iterdir())
+
+
+def _check_events(events: list[Event], lines: list[str]) -> None:
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    assert [event.kind in _ENDS for event in events] == [False] * (len(events) - 1) + [True]
+    told = [
+        f"{EventKind.Name(event.kind).removeprefix('EVENT_KIND_')}: {event.message}"
+        for event in events
+    ]
+    assert lines in (told, [])
+    if lines:
+        assert sum("nearly done" in line for line in lines) == 1
+
+
+def main() -> None:
+    """Runs the script."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sessions", type=int, default=200)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--traces", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pause", type=float, default=10.0, help="seconds between faults")
+    found = parser.parse_args()
+    scale = Scale(
+        num_sessions=found.sessions,
+        num_clients=found.clients,
+        num_traces=found.traces,
+        seed=found.seed,
+        pause_seconds=found.pause,
+    )
+    logging.getLogger("insitu").setLevel(logging.INFO)
+    with tempfile.TemporaryDirectory() as folder:
+        models, data = Path(folder, "models"), Path(folder, "data")
+        models.mkdir()
+        data.mkdir()
+        struck = run(data, TinyModels(models), scale)
+    faults = ", ".join(f"{fault} {count} times" for fault, count in sorted(struck.items()))
+    sys.stdout.write(f"{found.sessions} sessions or more, all as undisturbed: {faults}\n")
+
+
+if __name__ == "__main__":
+    main()

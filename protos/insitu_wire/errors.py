@@ -81,6 +81,7 @@ class Reason(StrEnum):
     LIMIT_EXCEEDED = auto()
     TOO_MANY_ATTEMPTS = auto()
     SCHEDULER_REPLACED = auto()
+    DEADLINE_EXCEEDED = auto()
 
 
 @dataclass(frozen=True, slots=True)

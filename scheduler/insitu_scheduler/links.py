@@ -42,15 +42,29 @@ class GroupLinks:
         return None if group.num_pinned else client
 
     async def release(
-        self, log: EventLog, group: Group, client: ShardClient, seconds: float
+        self,
+        log: EventLog,
+        group: Group,
+        client: ShardClient,
+        *,
+        seconds: float,
+        handle_bytes: int,
     ) -> None:
-        """Has a group free what a session left there that was expected to take some seconds."""
+        """Has a group free what a session left there, and gives back what was kept for it.
+
+        Args:
+            log: the session's.
+            group: the group.
+            client: its connection.
+            seconds: what the session was expected to take there.
+            handle_bytes: what of each rank's memory was kept for its values.
+        """
         is_held = group.lease_id in self._registry and group.lease_id in self._clients
         timeout_seconds = _RELEASE_SECONDS if is_held else _QUICK_RELEASE_SECONDS
         try:
             await client.release(log.session_id, timeout_seconds=timeout_seconds)
         finally:
-            self._registry.unpin(group, seconds)
+            self._registry.unpin(group, seconds, handle_bytes)
             if group.lease_id not in self._registry and not group.num_pinned:
                 await client.close()
 

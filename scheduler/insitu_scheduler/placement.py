@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from insitu_scheduler.registry import GroupState
@@ -18,13 +19,17 @@ class Placement:
 
     A session starts with a place at a group of its first model; of each other model it gets a
     group where its values will be. It takes no place there before it runs there, so that nothing
-    is held while another model's segment runs; then it comes in, whoever is there.
+    is held while another model's segment runs; then it comes in, whoever is there. Memory for its
+    values, where that is bounded, it gets at all of them or at none.
     """
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         # Groups that sessions which run alone wait for to be empty; nobody else comes in there.
         self._kept_clear: dict[SessionId, frozenset[LeaseId]] = {}
+        # Groups of sessions that have found no memory there, in the order in which they came:
+        # what becomes free is theirs before that of others.
+        self._short: dict[SessionId, frozenset[LeaseId]] = {}
 
     def sated(self, model: str) -> frozenset[str]:
         """Gives the users who get no more of any of the groups of a model that have room."""
@@ -57,7 +62,16 @@ class Placement:
             clear = frozenset(group.lease_id for group in found.values())
             self._kept_clear[waiting.session_id] = clear
             return None
-        return found if len(found) == len(names) else None
+        if len(found) < len(names):
+            return None
+        leases = frozenset(group.lease_id for group in found.values())
+        if not waiting.is_alone and not all(
+            self._has_memory(group, waiting, live) for group in found.values()
+        ):
+            self._short[waiting.session_id] = leases
+            return None
+        self._short.pop(waiting.session_id, None)
+        return found
 
     def _best(
         self,
@@ -79,7 +93,29 @@ class Placement:
             return groups[0] if groups else None
         if is_first:
             groups = [group for group in groups if _has_place(group, waiting.user)]
-        return min(groups, key=lambda group: group.predicted_seconds(waiting.uploads), default=None)
+        return min(
+            groups,
+            key=lambda group: (
+                not self._has_memory(group, waiting, live),
+                group.predicted_seconds(waiting.uploads),
+            ),
+            default=None,
+        )
+
+    def _has_memory(
+        self, group: Group, waiting: WaitingSession, live: AbstractSet[SessionId]
+    ) -> bool:
+        """Whether a session's values find room on a group, and nobody has waited for it longer."""
+        if waiting.has_begun or not waiting.handle_bytes:
+            return True
+        self._short = {
+            session_id: leases
+            for session_id, leases in self._short.items()
+            if session_id in live and all(lease_id in self._registry for lease_id in leases)
+        }
+        before = itertools.takewhile(lambda at: at != waiting.session_id, self._short)
+        is_waited_for = any(group.lease_id in self._short[at] for at in before)
+        return group.has_memory(waiting.handle_bytes) and not is_waited_for
 
     def _waits_elsewhere(self, waiting: WaitingSession, model: str) -> bool:
         """Whether a group of another model is kept clear for a session that any can run."""

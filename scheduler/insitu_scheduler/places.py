@@ -33,6 +33,9 @@ class SessionPlaces:
     ) -> None:
         """Takes a place at the first group; a session that runs alone takes one at all of them.
 
+        Memory for its values is kept at all of them, until it is released: whoever has begun waits
+        for no more of it, so that no two sessions wait for each other.
+
         Args:
             registry: has the groups.
             links: the connections to them.
@@ -48,6 +51,7 @@ class SessionPlaces:
         self._user = waiting.user
         self._is_alone = waiting.is_alone
         self._share = waiting.estimated_cost / len(groups)
+        self._handle_bytes = waiting.handle_bytes
         self._groups = dict(groups)
         self._clients = {model: links[group] for model, group in groups.items()}
         self._on_change = on_change
@@ -56,7 +60,7 @@ class SessionPlaces:
         self.here = next(iter(groups))
         """The model whose group it runs on, or ran on last."""
         for group in groups.values():
-            registry.pin(group, self._share)
+            registry.pin(group, self._share, self._handle_bytes)
         self.come_back()
 
     @property
@@ -125,7 +129,13 @@ class SessionPlaces:
     async def _release(self, log: EventLog, model: str) -> None:
         group = self._groups[model]
         try:
-            await self._links.release(log, group, self._clients[model], self._share)
+            await self._links.release(
+                log,
+                group,
+                self._clients[model],
+                seconds=self._share,
+                handle_bytes=self._handle_bytes,
+            )
         finally:
             if group in self._taken:
                 self._taken.remove(group)

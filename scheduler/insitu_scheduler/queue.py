@@ -44,6 +44,8 @@ class WaitingSession:
     """The user's share beside that of other users of the tier; above 0."""
     uploads: Mapping[str, int] = field(default_factory=dict)
     """Bytes of the tensors that it brings, by content hash: it runs best where they are already."""
+    handle_bytes: int = 0
+    """Memory that its values may take on each rank of a group between its steps; 0 if unbounded."""
     has_begun: bool = False
     """Whether it ran before, has values at the groups of its pins, and goes on there."""
 

@@ -39,6 +39,10 @@ class Group:
     expires_at: float
     host_id: str = ""
     """The host that started it; empty if none did."""
+    handle_bytes: int = 0
+    """Memory of each rank for values between steps; 0 for no bound."""
+    reserved_bytes: int = 0
+    """What of that is kept for sessions that may have values on it."""
     num_sessions_of: Counter[str] = field(default_factory=Counter)
     """How many run on it now, of each user."""
     num_pinned: int = 0
@@ -67,6 +71,11 @@ class Group:
     def is_open(self) -> bool:
         """Whether it takes in sessions that it has nothing of yet."""
         return not (self.is_draining or self.is_suspect or self.is_taken)
+
+    def has_memory(self, num_bytes: int) -> bool:
+        """Whether values of a session find room that may take so much; there is for one, always."""
+        left = self.handle_bytes - self.reserved_bytes
+        return not (num_bytes and self.handle_bytes and self.reserved_bytes) or num_bytes <= left
 
     def predicted_seconds(self, uploads: Mapping[str, int]) -> float:
         """Gives how long a session would take to come through here that brings some tensors.
@@ -122,11 +131,20 @@ class Registry:
         max_sessions: int,
         now: float,
         host_id: str = "",
+        handle_bytes: int = 0,
     ) -> Group:
         """Grants a lease to a group."""
         expires_at = now + self.ttl_seconds
         group = Group(
-            lease_id, group_id, model, address, num_ranks, max_sessions, expires_at, host_id
+            lease_id,
+            group_id,
+            model,
+            address,
+            num_ranks,
+            max_sessions,
+            expires_at,
+            host_id,
+            handle_bytes,
         )
         self._groups[lease_id] = group
         return group
@@ -160,19 +178,22 @@ class Registry:
         """Takes note that a group does not answer: it gets nothing until it renews its lease."""
         group.is_suspect = True
 
-    def pin(self, group: Group, seconds: float) -> None:
+    def pin(self, group: Group, seconds: float, handle_bytes: int = 0) -> None:
         """Takes in a session that will have values on a group.
 
         Args:
             group: the group.
             seconds: what it is expected to take there.
+            handle_bytes: how much of each rank's memory is kept for its values.
         """
         group.num_pinned += 1
         group.expected_seconds += seconds
+        group.reserved_bytes += handle_bytes
 
-    def unpin(self, group: Group, seconds: float) -> None:
+    def unpin(self, group: Group, seconds: float, handle_bytes: int = 0) -> None:
         """Takes note that a group has nothing of a session any more."""
         group.num_pinned -= 1
+        group.reserved_bytes -= handle_bytes
         # Nobody is there: nothing is left of rounding, either.
         group.expected_seconds = group.expected_seconds - seconds if group.num_pinned else 0.0
 

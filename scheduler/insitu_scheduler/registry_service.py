@@ -106,6 +106,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
             num_ranks=message.num_ranks,
             # Groups from before sessions ran beside each other do not tell.
             max_sessions=message.max_sessions or 1,
+            handle_bytes=message.handle_bytes,
             now=time.monotonic(),
             host_id=message.host_id,
         )

@@ -235,5 +235,6 @@ def _shard_group(config: ShardConfig, address: str) -> placement_pb2.ShardGroup:
         address=config.advertise_address or address,
         num_ranks=config.num_ranks,
         max_sessions=config.max_sessions,
+        handle_bytes=config.handle_bytes,
         host_id=config.host_id,
     )

@@ -104,6 +104,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Too many wrong API keys came from the caller's address lately. Try again later."""
     ERROR_REASON_SCHEDULER_REPLACED: _ErrorReason.ValueType  # 36
     """The scheduler that asks does not lead any more: another has taken over. Only shard groups answer so."""
+    ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 37
+    """The session had not ended when the deadline was over that it was submitted with. It does not go on."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Says why something was refused or failed. The name without its prefix is the reason of
@@ -188,6 +190,8 @@ ERROR_REASON_TOO_MANY_ATTEMPTS: ErrorReason.ValueType  # 35
 """Too many wrong API keys came from the caller's address lately. Try again later."""
 ERROR_REASON_SCHEDULER_REPLACED: ErrorReason.ValueType  # 36
 """The scheduler that asks does not lead any more: another has taken over. Only shard groups answer so."""
+ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 37
+"""The session had not ended when the deadline was over that it was submitted with. It does not go on."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1finsitu_proto/v1/placement.proto\x12\tinsitu.v1\x1a\x1egoogle/protobuf/duration.proto\"x\n\nShardGroup\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x11\n\tnum_ranks\x18\x04 \x01(\r\x12\x14\n\x0cmax_sessions\x18\x05 \x01(\r\x12\x0f\n\x07host_id\x18\x06 \x01(\t\"f\n\x05Lease\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x14\n\x0cnum_sessions\x18\x04 \x01(\r*\x8d\x01\n\x0fShardGroupState\x12!\n\x1dSHARD_GROUP_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17SHARD_GROUP_STATE_READY\x10\x01\x12\x1a\n\x16SHARD_GROUP_STATE_BUSY\x10\x02\x12\x1e\n\x1aSHARD_GROUP_STATE_DRAINING\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1finsitu_proto/v1/placement.proto\x12\tinsitu.v1\x1a\x1egoogle/protobuf/duration.proto\"\x8e\x01\n\nShardGroup\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x11\n\tnum_ranks\x18\x04 \x01(\r\x12\x14\n\x0cmax_sessions\x18\x05 \x01(\r\x12\x0f\n\x07host_id\x18\x06 \x01(\t\x12\x14\n\x0chandle_bytes\x18\x07 \x01(\x04\"f\n\x05Lease\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x14\n\x0cnum_sessions\x18\x04 \x01(\r*\x8d\x01\n\x0fShardGroupState\x12!\n\x1dSHARD_GROUP_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17SHARD_GROUP_STATE_READY\x10\x01\x12\x1a\n\x16SHARD_GROUP_STATE_BUSY\x10\x02\x12\x1e\n\x1aSHARD_GROUP_STATE_DRAINING\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'insitu_proto.v1.placement_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SHARDGROUPSTATE']._serialized_start=305
-  _globals['_SHARDGROUPSTATE']._serialized_end=446
-  _globals['_SHARDGROUP']._serialized_start=78
-  _globals['_SHARDGROUP']._serialized_end=198
-  _globals['_LEASE']._serialized_start=200
-  _globals['_LEASE']._serialized_end=302
+  _globals['_SHARDGROUPSTATE']._serialized_start=328
+  _globals['_SHARDGROUPSTATE']._serialized_end=469
+  _globals['_SHARDGROUP']._serialized_start=79
+  _globals['_SHARDGROUP']._serialized_end=221
+  _globals['_LEASE']._serialized_start=223
+  _globals['_LEASE']._serialized_end=325
 # @@protoc_insertion_point(module_scope)

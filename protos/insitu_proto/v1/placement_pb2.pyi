@@ -58,6 +58,7 @@ class ShardGroup(_message.Message):
     NUM_RANKS_FIELD_NUMBER: _builtins.int
     MAX_SESSIONS_FIELD_NUMBER: _builtins.int
     HOST_ID_FIELD_NUMBER: _builtins.int
+    HANDLE_BYTES_FIELD_NUMBER: _builtins.int
     group_id: _builtins.str
     """Unique name of the group, new each time that it starts."""
     model: _builtins.str
@@ -70,6 +71,10 @@ class ShardGroup(_message.Message):
     """Number of sessions that it takes at once. 0, from groups that do not tell: one."""
     host_id: _builtins.str
     """Name of the host that started it; empty if none did."""
+    handle_bytes: _builtins.int
+    """Memory of each rank, in bytes, for values that steps of sessions give to later ones, of all sessions
+    together. 0, from groups that do not tell: no bound.
+    """
     def __init__(
         self,
         *,
@@ -79,10 +84,11 @@ class ShardGroup(_message.Message):
         num_ranks: _builtins.int = ...,
         max_sessions: _builtins.int = ...,
         host_id: _builtins.str = ...,
+        handle_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "group_id", b"group_id", "host_id", b"host_id", "max_sessions", b"max_sessions", "model", b"model", "num_ranks", b"num_ranks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "group_id", b"group_id", "handle_bytes", b"handle_bytes", "host_id", b"host_id", "max_sessions", b"max_sessions", "model", b"model", "num_ranks", b"num_ranks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -66,6 +66,7 @@ class SubmitSessionRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     IS_DETACHED_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
+    DEADLINE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client, unique for it; a UUID. Required."""
     is_detached: _builtins.bool
@@ -76,6 +77,12 @@ class SubmitSessionRequest(_message.Message):
     def session(self) -> _session_pb2.Session:
         """What to run."""
 
+    @_builtins.property
+    def deadline(self) -> _duration_pb2.Duration:
+        """How long after its acceptance the session may end at the latest; it ends with DEADLINE_EXCEEDED then,
+        wherever it is. Above 0; unset for as long as it takes.
+        """
+
     def __init__(
         self,
         *,
@@ -83,10 +90,11 @@ class SubmitSessionRequest(_message.Message):
         session: _session_pb2.Session | None = ...,
         is_detached: _builtins.bool = ...,
         tier: Global___Tier.ValueType = ...,
+        deadline: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_detached", b"is_detached", "request_id", b"request_id", "session", b"session", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "is_detached", b"is_detached", "request_id", b"request_id", "session", b"session", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -314,10 +322,16 @@ class FetchResultRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     NODE_IDS_FIELD_NUMBER: _builtins.int
     IS_PARTIAL_FIELD_NUMBER: _builtins.int
+    NUM_VALUES_RECEIVED_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     is_partial: _builtins.bool
     """Whether a session that has not ended gives what its finished traces saved, instead of failing."""
+    num_values_received: _builtins.int
+    """How many of the values the client has already, for a download that broke: these are left out."""
+    num_bytes_received: _builtins.int
+    """How many bytes of the data of the next value it has: these are left out. The value itself is not."""
     @_builtins.property
     def node_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ids of the save nodes to fetch; empty for all."""
@@ -328,10 +342,12 @@ class FetchResultRequest(_message.Message):
         session_id: _builtins.str = ...,
         node_ids: _abc.Iterable[_builtins.int] | None = ...,
         is_partial: _builtins.bool = ...,
+        num_values_received: _builtins.int = ...,
+        num_bytes_received: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_partial", b"is_partial", "node_ids", b"node_ids", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_partial", b"is_partial", "node_ids", b"node_ids", "num_bytes_received", b"num_bytes_received", "num_values_received", b"num_values_received", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -375,7 +391,7 @@ Global___FetchResultResponse: _TypeAlias = FetchResultResponse  # noqa: Y015
 
 @_typing.final
 class ResultSummary(_message.Message):
-    """Tells what a result holds."""
+    """Tells what a result holds, with what was left out for the client has it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

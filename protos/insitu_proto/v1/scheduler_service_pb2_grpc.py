@@ -156,8 +156,8 @@ class SchedulerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def FetchResult(self, request, context):
-        """Streams the saved values of a session that ended, or those that are there so far. Idempotent. Fails
-        with RESULT_NOT_FOUND.
+        """Streams the saved values of a session that ended, or those that are there so far, also from where a
+        stream before it broke. Idempotent. Fails with RESULT_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -56,8 +56,8 @@ class SchedulerServiceStub:
     GetSession: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetSessionRequest, _scheduler_service_pb2.GetSessionResponse]
     """Tells a session's state, without waiting. Idempotent."""
     FetchResult: _grpc.UnaryStreamMultiCallable[_scheduler_service_pb2.FetchResultRequest, _scheduler_service_pb2.FetchResultResponse]
-    """Streams the saved values of a session that ended, or those that are there so far. Idempotent. Fails
-    with RESULT_NOT_FOUND.
+    """Streams the saved values of a session that ended, or those that are there so far, also from where a
+    stream before it broke. Idempotent. Fails with RESULT_NOT_FOUND.
     """
     CancelSession: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.CancelSessionRequest, _scheduler_service_pb2.CancelSessionResponse]
     """Cancels a session of the caller's own, or any for administrators, in any state. Idempotent; a session
@@ -112,8 +112,8 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     GetSession: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetSessionRequest, _scheduler_service_pb2.GetSessionResponse]  # type: ignore[assignment]
     """Tells a session's state, without waiting. Idempotent."""
     FetchResult: _aio.UnaryStreamMultiCallable[_scheduler_service_pb2.FetchResultRequest, _scheduler_service_pb2.FetchResultResponse]  # type: ignore[assignment]
-    """Streams the saved values of a session that ended, or those that are there so far. Idempotent. Fails
-    with RESULT_NOT_FOUND.
+    """Streams the saved values of a session that ended, or those that are there so far, also from where a
+    stream before it broke. Idempotent. Fails with RESULT_NOT_FOUND.
     """
     CancelSession: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.CancelSessionRequest, _scheduler_service_pb2.CancelSessionResponse]  # type: ignore[assignment]
     """Cancels a session of the caller's own, or any for administrators, in any state. Idempotent; a session
@@ -201,8 +201,8 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _scheduler_service_pb2.FetchResultRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_scheduler_service_pb2.FetchResultResponse], _abc.AsyncIterator[_scheduler_service_pb2.FetchResultResponse]]:
-        """Streams the saved values of a session that ended, or those that are there so far. Idempotent. Fails
-        with RESULT_NOT_FOUND.
+        """Streams the saved values of a session that ended, or those that are there so far, also from where a
+        stream before it broke. Idempotent. Fails with RESULT_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod

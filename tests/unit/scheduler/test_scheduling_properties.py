@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -19,6 +19,7 @@ from insitu_scheduler.terms import Tier
 USERS = st.sampled_from(["ann", "bob", "cy"])
 MODELS = st.sampled_from(["a", "b", "ab", "ba", ""])
 PLACES = 2
+MEMORY = 10
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Scheduling(RuleBasedStateMachine):
         self.num_groups += 1
         self.registry.grant(
             LeaseId(str(self.num_groups)), group_id=str(self.num_groups), model=model, address="x",
-            num_ranks=1, max_sessions=PLACES, now=0,
+            num_ranks=1, max_sessions=PLACES, now=0, handle_bytes=MEMORY,
         )  # fmt: skip
 
     @rule(
@@ -56,14 +57,17 @@ class Scheduling(RuleBasedStateMachine):
         cost=st.floats(0.1, 50),
         tier=st.sampled_from(list(Tier)),
         weight=st.sampled_from([0.5, 1, 4]),
+        handle_bytes=st.sampled_from([0, 3, 6, 20]),
     )
-    def submit(self, user: str, models: str, cost: float, tier: Tier, weight: float) -> None:
+    def submit(
+        self, user: str, models: str, cost: float, tier: Tier, weight: float, handle_bytes: int
+    ) -> None:
         session_id = SessionId(str(len(self.live)))
         self.live[session_id] = None
         self.queue.push(
             WaitingSession(
                 session_id, user, models[:1] or None, cost, 0.0, others=frozenset(models[1:]),
-                tier=tier, weight=weight,
+                tier=tier, weight=weight, handle_bytes=handle_bytes,
             )
         )  # fmt: skip
         self._match()
@@ -145,13 +149,19 @@ class Scheduling(RuleBasedStateMachine):
     def reservations_are_those_of_the_sessions_that_have_begun(self) -> None:
         pinned: Counter[str] = Counter()
         placed: Counter[str] = Counter()
+        reserved: defaultdict[str, list[int]] = defaultdict(list)
         for session_id in self._begun():
             running = self.live[session_id]
             assert running is not None
             pinned.update(group.lease_id for group in running.groups.values())
             taken = self._taken(running)
             placed.update(group.lease_id for group in taken)
+            for group in running.groups.values():
+                reserved[group.lease_id].append(running.waiting.handle_bytes)
         for group in self.registry:
+            sizes = [size for size in reserved[group.lease_id] if size]
+            assert group.reserved_bytes == sum(sizes)
+            assert sum(sizes) <= MEMORY or len(sizes) == 1
             assert group.num_pinned == pinned[group.lease_id]
             assert group.num_sessions == placed[group.lease_id]
             assert abs(group.expected_seconds) < 1e-6 or group.num_pinned
@@ -182,6 +192,7 @@ class Scheduling(RuleBasedStateMachine):
         assert len(self.queue) == 0
         assert set(self.ended.values()) <= {1}
         assert all(group.is_empty and not group.expected_seconds for group in self.registry)
+        assert not any(group.reserved_bytes for group in self.registry)
         assert not any(self.queue.backlog(model) for model in ("a", "b", None))
 
     def end_one(self, session_id: SessionId) -> None:
@@ -211,7 +222,7 @@ class Scheduling(RuleBasedStateMachine):
             running = Running(waiting, groups, here=next(iter(groups)))
             self.live[waiting.session_id] = running
             for group in groups.values():
-                self.registry.pin(group, waiting.estimated_cost)
+                self.registry.pin(group, waiting.estimated_cost, waiting.handle_bytes)
         running.waiting, running.has_place = waiting, True
         for group in self._taken(running):
             self.registry.take(group, waiting.user, is_alone=waiting.is_alone)
@@ -228,7 +239,8 @@ class Scheduling(RuleBasedStateMachine):
         for group in self._taken(running):
             self.registry.free(group, running.waiting.user)
         for group in running.groups.values():
-            self.registry.unpin(group, running.waiting.estimated_cost)
+            waiting = running.waiting
+            self.registry.unpin(group, waiting.estimated_cost, waiting.handle_bytes)
 
     def _unended(self) -> set[SessionId]:
         return {session_id for session_id in self.live if not self.ended[session_id]}
@@ -238,6 +250,28 @@ class Scheduling(RuleBasedStateMachine):
 
     def _running(self) -> list[SessionId]:
         return [at for at in self._begun() if (one := self.live[at]) and one.has_place]
+
+
+@given(data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_a_session_over_two_models_is_not_starved_of_memory_by_those_over_one(
+    data: st.DataObject,
+) -> None:
+    scheduling = Scheduling()
+    for model in "aabb" * 2:
+        scheduling.submit("ann", model, 1.0, Tier.DEFAULT, 1.0, 6)
+    scheduling.submit("bob", data.draw(st.sampled_from(["ab", "ba"])), 1.0, Tier.DEFAULT, 1.0, 6)
+    wide = SessionId(str(len(scheduling.live) - 1))
+    for _ in range(20):
+        if scheduling.live[wide] is not None:
+            return
+        ended = data.draw(st.sampled_from(scheduling._running()))
+        user = data.draw(USERS)
+        one = scheduling.live[ended]
+        assert one is not None
+        scheduling.submit(user, one.here, 1.0, Tier.DEFAULT, 1.0, 6)
+        scheduling.end_one(ended)
+    raise AssertionError("it has not started")
 
 
 TestScheduling = Scheduling.TestCase

@@ -185,7 +185,7 @@ class CancelledError(Error):
 
 
 class DeadlineError(Error, TimeoutError):
-    """The time to wait was over before the session was."""
+    """A time was over before the session was: the time to wait, or its deadline."""
 
 
 class UnavailableError(Error):
@@ -246,6 +246,7 @@ _TABLE: dict[Reason, tuple[grpc.StatusCode, type[Error]]] = {
     Reason.QUOTA_EXCEEDED: (_Code.RESOURCE_EXHAUSTED, CapacityError),
     Reason.LIMIT_EXCEEDED: (_Code.RESOURCE_EXHAUSTED, CapacityError),
     Reason.TOO_MANY_ATTEMPTS: (_Code.RESOURCE_EXHAUSTED, CapacityError),
+    Reason.DEADLINE_EXCEEDED: (_Code.DEADLINE_EXCEEDED, DeadlineError),
     Reason.SCHEDULER_REPLACED: (_Code.FAILED_PRECONDITION, SessionStateError),
     Reason.CHECKSUM_MISMATCH: (_Code.DATA_LOSS, InternalError),
     Reason.INTERNAL: (_Code.INTERNAL, InternalError),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import time
 import uuid
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from insitu_scheduler.events import EventLog
 from insitu_scheduler.journal import AcceptedSession
 from insitu_scheduler.live_session import LiveSession
 from insitu_scheduler.queue import SessionId
-from insitu_scheduler.refusals import check_limit
+from insitu_scheduler.refusals import check_limit, malformed
 from insitu_scheduler.segments import cut, models_named, models_of, work_of
 from insitu_scheduler.terms import Terms, clamp
 from insitu_scheduler.validation import check_size, validate
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MAX_REQUEST_ID = 128
+_MAX_DEADLINE_SECONDS = 365 * 24 * 3600
 # Work on larger sessions would hold up the event loop.
 _MAX_INLINE_BYTES = 256 * 1024
 
@@ -74,7 +76,7 @@ class Admission:
         Raises:
             Error: why it is refused; nothing of it is kept then.
         """
-        self._dispatcher.check_accepts()
+        self._dispatcher.intake.check_accepts()
         _check_request_id(request.request_id)
         session = request.session
         check_size(session, self._max_session_bytes)
@@ -98,7 +100,9 @@ class Admission:
     ) -> SessionId:
         session, user = request.session, key.user
         limits = key.limits.within(self._limits)
-        terms = Terms(clamp(request.tier, key.tier), key.weight, limits, traceparent)
+        tier, deadline = clamp(request.tier, key.tier), _deadline(request)
+        terms = Terms(tier, key.weight, limits, traceparent, deadline)
+        self._catalog.check_back(sorted(models_named(session)))
         models = self._catalog.served()
         await _off_loop(session, lambda: _check(session, key, terms.limits, models))
         self._dispatcher.hosting.check_together(models_of(session))
@@ -122,14 +126,14 @@ class Admission:
             self._uploads.hold(accepted.session_id, accepted.user, session.tensors)
             undo.callback(self._uploads.release, accepted.session_id)
             bound = accepted.terms.limits.max_waiting_sessions
-            position = self._dispatcher.reserve(accepted.model, accepted.user, bound)
+            position = self._dispatcher.intake.reserve(accepted.model, accepted.user, bound)
             log = EventLog(accepted.session_id, accepted.user)
             for event in (events.received(), events.approved(), events.queued(position)):
                 log.show(log.stamp(event))
             try:
                 known = await self._journal.accept(accepted, log.events)
             finally:
-                self._dispatcher.unreserve(accepted.user)
+                self._dispatcher.intake.unreserve(accepted.user)
             if known.session_id != accepted.session_id:
                 return _same_session(known, accepted.payload_digest, accepted.request_id)
             undo.pop_all()
@@ -180,6 +184,19 @@ def _check_request_id(request_id: str) -> None:
             f"{_MAX_REQUEST_ID}, and be new for each session: use a UUID",
             length=len(request_id),
         )
+
+
+def _deadline(request: SubmitSessionRequest) -> float | None:
+    if not request.HasField("deadline"):
+        return None
+    seconds = request.deadline.seconds + request.deadline.nanos / 1e9
+    if not 0 < seconds <= _MAX_DEADLINE_SECONDS:
+        raise malformed(
+            f"the deadline is {seconds:g} seconds after the session's acceptance; it must be above "
+            f"0 and at most {_MAX_DEADLINE_SECONDS:,}, or none",
+            deadlineSeconds=str(seconds),
+        )
+    return time.time() + seconds
 
 
 def _same_session(known: KnownRequest, digest: bytes, request_id: str) -> SessionId:

@@ -55,7 +55,7 @@ class HostServicer(host_service_pb2_grpc.HostServiceServicer):
         self, request_iterator: AsyncIterator[RegisterHostRequest], context: Context
     ) -> AsyncIterator[RegisterHostResponse]:
         """Registers a host for as long as the stream lives."""
-        self._dispatcher.check_open()
+        self._dispatcher.intake.check_open()
         host = await self._admit(request_iterator)
         orders: asyncio.Queue[frozenset[str] | None] = asyncio.Queue()
         ending = [

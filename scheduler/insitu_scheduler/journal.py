@@ -259,6 +259,12 @@ class Journal:
 
         return await self._committer.run(delete)
 
+    async def models_since(self, time: datetime.datetime) -> list[str]:
+        """Gives the models that sessions began with that were accepted since a time."""
+        lately = sa.and_(_sessions.c.created_at >= time, _sessions.c.model.is_not(None))
+        query = sa.select(_sessions.c.model).where(lately).distinct()
+        return await self._committer.run(lambda connection: list(connection.scalars(query)))
+
     async def read_unfinished(self) -> list[JournalledSession]:
         """Gives the sessions that have not ended, in the order in which they were accepted."""
         query = (

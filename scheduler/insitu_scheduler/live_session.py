@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from insitu_scheduler import events
+from insitu_scheduler.run_clock import RunClock
 from insitu_scheduler.terms import Terms
 from insitu_wire.errors import Error, Reason, error
 
@@ -53,13 +54,16 @@ class LiveSession:
     """How many it has taken so far; None if that is not known."""
     pausing: asyncio.Task[None] | None = None
     """What has its group hold it, or go on with it."""
-    is_cancelled: bool = False
-    """Whether its user, or the lack of one, has ended it."""
+    clock: RunClock = field(init=False)
+    """Bounds how long it runs."""
+    ended_by: Event | None = None
+    """How it ends whatever becomes of its work: it was cancelled, or its time is over."""
     verdict: Event | None = None
     """How it is to end, once its work has been stopped from outside."""
 
     def __post_init__(self) -> None:
         self.num_bytes = self.session.ByteSize()
+        self.clock = RunClock(self.terms.limits.max_run_seconds)
 
     @property
     def lease_ids(self) -> frozenset[LeaseId]:

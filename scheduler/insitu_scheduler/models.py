@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from insitu_wire.errors import Error, Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from insitu_proto.v1.model_pb2 import ModelDescription
     from insitu_scheduler.hosting import Hosting
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # A group that died is back by then, or its operator is at work.
 _AWAITED_SECONDS = 600.0
+_RETRY_SECONDS = 1.0
 _MAX_NAMES_IN_MESSAGE = 20
 
 
@@ -63,6 +64,11 @@ class ModelCatalog:
         self._hosting = hosting
         self._known: dict[str, KnownModel] = {}
         self._left_at: dict[str, float] = {}
+        self._back_by: dict[str, float] = {}
+
+    def await_again(self, names: Iterable[str]) -> None:
+        """Takes note of models that were served before this scheduler was started."""
+        self._back_by = dict.fromkeys(names, time.monotonic() + _AWAITED_SECONDS)
 
     def left(self, name: str) -> None:
         """Takes note that a group of a model is gone."""
@@ -93,9 +99,27 @@ class ModelCatalog:
             NotFoundError: MODEL_NOT_FOUND.
         """
         served = self.served()
+        self.check_back([name])
         if name not in served:
             raise model_not_found(name, served)
         return served[name]
+
+    def check_back(self, names: Iterable[str]) -> None:
+        """Has those wait outside who ask for models whose groups have yet to come back.
+
+        Raises:
+            NotFoundError: MODEL_NOT_FOUND, with a time to try again after.
+        """
+        served, now = self.served(), time.monotonic()
+        for name in names:
+            if name not in served and now < self._back_by.get(name, 0.0):
+                raise error(
+                    Reason.MODEL_NOT_FOUND,
+                    f"the server was started again, and no shard group of {name!r} is back yet; "
+                    "try again",
+                    retry_after_seconds=_RETRY_SECONDS,
+                    model=name,
+                )
 
 
 def model_not_found(name: str, served: Mapping[str, object]) -> Error:

@@ -58,6 +58,14 @@ def quota_exceeded(limit: int) -> Error:
     )
 
 
+def deadline_exceeded() -> Error:
+    """Makes the error of a session that had not ended in the time that its user gave it."""
+    return error(
+        Reason.DEADLINE_EXCEEDED,
+        "the session had not ended when its deadline was over; submit it with a later one, or none",
+    )
+
+
 def limit_exceeded(what: str, limit: float, name: str) -> Error:
     """Makes the error for a session that took more than it may while it ran."""
     return error(

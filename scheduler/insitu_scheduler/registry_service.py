@@ -92,7 +92,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
         )
         try:
             await self._learn(message.model, client)
-            self._dispatcher.check_open()
+            self._dispatcher.intake.check_open()
         except BaseException:
             await client.close()
             raise

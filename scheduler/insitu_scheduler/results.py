@@ -66,10 +66,16 @@ class ResultStore:
         return await asyncio.to_thread(_scan, partial(self._open, session_id))
 
     async def read(
-        self, session_id: SessionId, values: Sequence[StoredValue]
+        self, session_id: SessionId, values: Sequence[StoredValue], *, num_received: int = 0
     ) -> AsyncIterator[SavedValue | bytes]:
-        """Yields each value's header followed by its data, in chunks of at most 1 MiB."""
-        batches = _batches(partial(self._open, session_id), values)
+        """Yields each value's header followed by its data, in chunks of at most 1 MiB.
+
+        Args:
+            session_id: the session.
+            values: which.
+            num_received: how many bytes of the first one's data to leave out.
+        """
+        batches = _batches(partial(self._open, session_id), values, num_received)
         while (batch := await asyncio.to_thread(next, batches, None)) is not None:
             for part in batch:
                 yield part
@@ -231,12 +237,12 @@ def _scan(open_file: Callable[[], BinaryIO | None]) -> list[StoredValue]:
 
 
 def _batches(
-    open_file: Callable[[], BinaryIO | None], values: Sequence[StoredValue]
+    open_file: Callable[[], BinaryIO | None], values: Sequence[StoredValue], num_received: int
 ) -> Iterator[list[SavedValue | bytes]]:
     """Groups small values, so that each costs no turn of a thread of its own."""
     batch: list[SavedValue | bytes] = []
     batch_bytes = 0
-    for part in _parts(open_file, values):
+    for part in _parts(open_file, values, num_received):
         batch.append(part)
         batch_bytes += len(part) if isinstance(part, bytes) else part.ByteSize()
         if batch_bytes >= CHUNK_BYTES:
@@ -246,7 +252,7 @@ def _batches(
 
 
 def _parts(
-    open_file: Callable[[], BinaryIO | None], values: Sequence[StoredValue]
+    open_file: Callable[[], BinaryIO | None], values: Sequence[StoredValue], num_received: int
 ) -> Iterator[SavedValue | bytes]:
     file = open_file() if values else None
     if file is None:
@@ -254,8 +260,8 @@ def _parts(
     with file:
         for value in values:
             yield value.header
-            file.seek(value.offset)
-            left = value.header.num_bytes
+            file.seek(value.offset + num_received)
+            left, num_received = value.header.num_bytes - num_received, 0
             while left:
                 data = file.read(min(left, CHUNK_BYTES))
                 left -= len(data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from insitu_scheduler.places import SessionPlaces
     from insitu_scheduler.queue import SessionId
     from insitu_scheduler.results import ResultWriter
+    from insitu_scheduler.run_clock import RunClock
     from insitu_scheduler.segments import SegmentRange
     from insitu_scheduler.shards import ShardClient
     from insitu_scheduler.transfers import Transfers
@@ -51,6 +51,8 @@ class SessionRun:
     book: EventBook
     writer: ResultWriter
     uploads: UploadStore
+    clock: RunClock
+    """Bounds how long it runs."""
     terms: Terms = field(default_factory=Terms)
     """What it may take while it runs, and whose span it is a part of."""
     has_started: bool = field(default=False, init=False)
@@ -75,21 +77,14 @@ class SessionRun:
         Raises:
             Error: why the session failed. What it had saved before stays.
         """
-        seconds = self.terms.limits.max_run_seconds
         session_id = self.log.session_id
         accepted_at = self.log.events[0].time.ToNanoseconds()
         parent = self.terms.traceparent
         with _TRACING.span("insitu.queue", parent, start_ns=accepted_at, session_id=session_id):
             pass  # it ends here
-        try:
-            async with asyncio.timeout(seconds) as bound:
-                with _TRACING.span("insitu.run", parent, session_id=session_id) as self.span:
-                    await self._run(places)
-        except TimeoutError:
-            if seconds is None or not bound.expired():
-                raise
-            ran = f"ran for longer than {seconds:g} seconds"
-            raise limit_exceeded(ran, seconds, "max_run_seconds") from None
+        async with self.clock.running():
+            with _TRACING.span("insitu.run", parent, session_id=session_id) as self.span:
+                await self._run(places)
 
     async def _run(self, places: SessionPlaces) -> None:
         self.num_repeated = self.log.num_told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import importlib.metadata
 import logging
 import socket
@@ -60,6 +61,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+# Models that were asked for since then are likely to be served again.
+_LATELY = datetime.timedelta(days=1)
 _SHARD_SIDE_NAMES = (
     registry_service_pb2.DESCRIPTOR.services_by_name["RegistryService"].full_name,
     host_service_pb2.DESCRIPTOR.services_by_name["HostService"].full_name,
@@ -172,6 +175,8 @@ class Server:
             orphan_grace_seconds=config.orphan_grace_seconds,
             quantum_seconds=config.quantum_seconds,
         )
+        since = datetime.datetime.now(datetime.UTC) - _LATELY
+        catalog.await_again(await journal.models_since(since))
         await take_over(journal, book, dispatcher, uploads)
         admission = Admission(
             catalog,

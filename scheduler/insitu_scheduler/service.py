@@ -135,7 +135,11 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
             num_values=len(values), num_bytes=sum(value.header.num_bytes for value in values)
         )
         yield pb.FetchResultResponse(summary=summary)
-        async for part in self._results.read(log.session_id, values):
+        left = values[request.num_values_received :]
+        received = request.num_bytes_received
+        if received > (left[0].header.num_bytes if left else 0):
+            raise _result_not_found(log, f"its next value has no {received:,} bytes")
+        async for part in self._results.read(log.session_id, left, num_received=received):
             if isinstance(part, bytes):
                 self._metrics.downloaded(len(part))
                 yield pb.FetchResultResponse(data=part)
@@ -211,7 +215,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
             max_session_bytes=self._max_session_bytes,
             groups=[_group_state(group) for group in self._registry if group.model in models],
             queues=[self._dispatcher.queue_state(model) for model in models],
-            is_draining=self._dispatcher.is_draining,
+            is_draining=self._dispatcher.intake.is_draining,
             user=key.user,
             hosts=list(self._dispatcher.hosting.states(key.may_use)),
         )
@@ -220,7 +224,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         """Sends groups, or the whole scheduler, nothing new."""
         check_admin("draining")
         if not request.group_ids:
-            self._dispatcher.is_draining = not request.undo
+            self._dispatcher.intake.is_draining = not request.undo
             return pb.DrainResponse()
         if request.undo:
             raise malformed("a shard group drains for good; start another in its place")

@@ -33,6 +33,8 @@ class Terms:
     limits: Limits = field(default_factory=Limits)
     traceparent: str = ""
     """Names the client's span, of which the session's own are parts."""
+    deadline: float | None = None
+    """When it has to have ended, in seconds since 1970; None for no such time."""
 
     def written(self) -> str:
         """Gives them as text."""
@@ -42,6 +44,7 @@ class Terms:
                 "weight": self.weight,
                 "limits": self.limits.written(),
                 "traceparent": self.traceparent,
+                "deadline": self.deadline,
             }
         )
 
@@ -54,6 +57,7 @@ class Terms:
             found.get("weight", 1.0),
             Limits.read(found.get("limits", {})),
             found.get("traceparent", ""),
+            found.get("deadline"),
         )
 
 

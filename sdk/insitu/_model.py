@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from insitu.backends.local import LocalBackend
     from insitu_wire.errors import Location
 
+# A year: what is longer is no deadline.
+_MAX_DEADLINE_SECONDS = 365 * 24 * 3600
+
 
 class LanguageModel(BaseModel):
     """A causal language model, to be traced where it runs.
@@ -69,6 +72,7 @@ class LanguageModel(BaseModel):
         exact: bool = False,
         padding: bool = False,
         checkpoint: bool = False,
+        deadline: float | None = None,
     ) -> Session:
         """Opens a session: one request that holds traces.
 
@@ -86,18 +90,21 @@ class LanguageModel(BaseModel):
                 padded on the left: values differ by rounding (1e-3 in float32).
             checkpoint: whether traces that take gradients keep only what decoder layers are given,
                 and run the layers again in the backward pass: less memory, a third more time.
+            deadline: how many seconds after the server has accepted it the session ends at the
+                latest, with a DeadlineError, whether it waits or runs then. Needs `remote=True`.
         """
+        _check_deadline(deadline, remote=remote)
         together = Together(exact=exact, padding=padding, checkpoint=checkpoint)
         if blocking:
             backend = self._remote if remote else self._local
-            return Session(self, backend, run=run, together=together)
+            return Session(self, backend, run=run, together=together, deadline=deadline)
         if not remote:
             raise error(
                 Reason.INVALID_CONFIGURATION,
                 "blocking=False needs remote=True: a session in this process ends with its block",
                 location=user_location(),
             )
-        hand_in = partial(submit, self._remote)
+        hand_in = partial(submit, self._remote, deadline=deadline)
         return Session(self, self._remote, run=run, submit=hand_in, together=together)
 
     def trace(
@@ -245,3 +252,21 @@ class LanguageModel(BaseModel):
 
     def _applied(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return Unknown() if kwargs else applied(self._tree[path], args)
+
+
+def _check_deadline(deadline: float | None, *, remote: bool) -> None:
+    if deadline is None:
+        return
+    if not remote:
+        raise error(
+            Reason.INVALID_CONFIGURATION,
+            "deadline needs remote=True: a session in this process waits for nobody",
+            location=user_location(),
+        )
+    if not 0 < deadline <= _MAX_DEADLINE_SECONDS:
+        raise error(
+            Reason.INVALID_CONFIGURATION,
+            f"deadline is {deadline!r}; it must be a number of seconds above 0 and at most "
+            f"{_MAX_DEADLINE_SECONDS:,}",
+            location=user_location(),
+        )

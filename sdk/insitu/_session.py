@@ -87,6 +87,7 @@ class Session:
         run: bool = True,
         submit: Submit | None = None,
         together: Together = _BY_LENGTH,
+        deadline: float | None = None,
     ) -> None:
         """Makes a session that can be opened once.
 
@@ -96,6 +97,7 @@ class Session:
             run: whether it runs at all; if not, it is only recorded.
             submit: hands it in at the end of its block, instead of running it there.
             together: how its traces may run together.
+            deadline: see `LanguageModel.session`.
         """
         self.model = model
         self.backend = backend
@@ -103,6 +105,7 @@ class Session:
         self._models = {model.name: model}
         self._runs = run
         self._submit = submit
+        self._deadline = deadline
         self._is_recorded = False
         self._submission: Submission | None = None
         self._recorder = SessionRecorder(reference)
@@ -310,12 +313,24 @@ class Session:
             self._submission = self._submit(recorder.session, tensors, self._receive)
             return
         recorder.state = "running"
-        others = [] if self.is_remote else [model._local for model in self._models.values()]
         show = TokenShow(recorder)
         try:
-            self._receive(self.backend.run(recorder.session, tensors, others, show.tokens))
+            self._receive(self._run(recorder.session, tensors, show))
         finally:
             show.end()
+
+    def _run(
+        self,
+        session: session_pb2.Session,
+        tensors: Mapping[int, torch.Tensor],
+        show: TokenShow,
+    ) -> Iterator[tuple[int, object]]:
+        if isinstance(self.backend, RemoteBackend):
+            return self.backend.run(
+                session, tensors, on_tokens=show.tokens, deadline=self._deadline
+            )
+        others = [model._local for model in self._models.values()]
+        return self.backend.run(session, tensors, others, show.tokens)
 
     def _receive(self, saved: Iterable[tuple[int, object]]) -> None:
         """Makes saved proxies their values, as these come to the session's end."""

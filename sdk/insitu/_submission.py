@@ -148,9 +148,12 @@ def submit(
     session: Session,
     tensors: Mapping[int, torch.Tensor],
     receive: Callable[[Iterable[tuple[int, object]]], None],
+    *,
+    deadline: float | None = None,
 ) -> Submission:
     """Submits a session that goes on when nobody watches it."""
-    return Submission(backend, backend.submit(session, tensors, is_detached=True), receive)
+    session_id = backend.submit(session, tensors, is_detached=True, deadline=deadline)
+    return Submission(backend, session_id, receive)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from support.tiny_models import TinyModels
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_sessions_outlive_whatever_dies_and_breaks(
     tmp_path: Path,
     tiny: TinyModels,

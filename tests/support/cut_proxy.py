@@ -5,6 +5,10 @@ from __future__ import annotations
 import socket
 import threading
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class CutProxy:
@@ -22,6 +26,9 @@ class CutProxy:
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._is_closed = False
+        self._num_left: int | None = None
+        self.num_bytes = 0
+        """How many have gone back to those who connected."""
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
@@ -30,6 +37,10 @@ class CutProxy:
             ends, self._open = self._open, set()
         for end in ends:
             _shut(end)
+
+    def cut_after(self, num_bytes: int) -> None:
+        """Cuts once so many more bytes have gone back."""
+        self._num_left = num_bytes
 
     def close(self) -> None:
         """Takes no further connections, and breaks those that are open."""
@@ -57,18 +68,32 @@ class CutProxy:
     def _pass_both_ways(self, client: socket.socket, server: socket.socket) -> None:
         with self._lock:
             self._open |= {client, server}
-        back = threading.Thread(target=_pass_on, args=(server, client), daemon=True)
+        back = threading.Thread(target=self._pass_back, args=(server, client), daemon=True)
         back.start()
         _pass_on(client, server)
         back.join()
         with self._lock:
             self._open -= {client, server}
 
+    def _pass_back(self, server: socket.socket, client: socket.socket) -> None:
+        def count(data: bytes) -> None:
+            self.num_bytes += len(data)
+            if self._num_left is not None:
+                self._num_left -= len(data)
+                if self._num_left <= 0:
+                    self._num_left = None
+                    self.cut()
 
-def _pass_on(source: socket.socket, sink: socket.socket) -> None:
+        _pass_on(server, client, count)
+
+
+def _pass_on(
+    source: socket.socket, sink: socket.socket, on_passed: Callable[[bytes], object] = len
+) -> None:
     with suppress(OSError):
         while data := source.recv(65536):
             sink.sendall(data)
+            on_passed(data)
     _shut(source)
     _shut(sink)
 

@@ -1,19 +1,24 @@
-"""Receives saved values."""
+"""Receives saved values; a download that breaks goes on where it broke."""
 
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from insitu.backends import _resuming
 from insitu_wire import torch_codec
-from insitu_wire.errors import Reason, error
+from insitu_wire.errors import Error, Reason, UnavailableError, error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-    from insitu_proto.v1 import result_pb2, scheduler_service_pb2
+    from insitu_proto.v1 import result_pb2
+    from insitu_proto.v1.scheduler_service_pb2 import FetchResultResponse, ResultSummary
+
+    Fetch = Callable[[int, int], Iterable[FetchResultResponse]]
 
 
 class Received(NamedTuple):
@@ -27,39 +32,96 @@ class Received(NamedTuple):
     """The value."""
 
 
-def download(
-    responses: Iterable[scheduler_service_pb2.FetchResultResponse],
-) -> Iterator[Received]:
+def download(fetch: Fetch) -> Iterator[Received]:
     """Yields each saved value, under a progress bar where there are any.
+
+    Args:
+        fetch: opens the stream, given how many values there are already, and how many bytes of the
+            data of the next.
 
     Raises:
         InternalError: CHECKSUM_MISMATCH, if what came is not what was sent.
+        UnavailableError: the stream broke, and the server stays away.
     """
-    stream = iter(responses)
-    summary = next(stream).summary
-    with tqdm(
-        total=summary.num_bytes,
-        unit="B",
-        unit_scale=True,
-        desc="Downloading result",
-        disable=not summary.num_values,
-    ) as progress:
-        for response in stream:
-            saved = response.saved_value
-            data = bytearray()
-            while len(data) < saved.num_bytes:
-                chunk = next(stream).data
-                data += chunk
-                progress.update(len(chunk))
-            _check(saved, data)
-            value = torch_codec.decode(saved.value, data=data)
-            yield Received(saved.node_id, saved.name, value)
+    receiver = _Receiver()
+    num_resumes = 0
+    with receiver:
+        while True:
+            before = receiver.place
+            try:
+                yield from receiver.take(fetch(*before))
+            except UnavailableError:
+                num_resumes = num_resumes + 1 if receiver.place == before else 1
+                if num_resumes == _resuming.MAX_RESUMES:
+                    raise
+                _resuming.pause(num_resumes)
+            else:
+                return
 
 
-def _check(saved: result_pb2.SavedValue, data: bytearray) -> None:
-    if zlib.crc32(data) != saved.crc32:
-        raise error(
-            Reason.CHECKSUM_MISMATCH,
-            f"the saved value {saved.name or saved.node_id} arrived damaged; run the session again",
-            nodeId=saved.node_id,
-        )
+class _Receiver:
+    """What has come so far, over all the streams that broke."""
+
+    def __init__(self) -> None:
+        self._num_values = 0
+        self._saved: result_pb2.SavedValue | None = None
+        self._data = bytearray()
+        self._open = ExitStack()
+        self._progress: Any = None
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """How many values are here, and how many bytes of the data of the next."""
+        return self._num_values, len(self._data)
+
+    def __enter__(self) -> None:
+        self._open.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    def take(self, responses: Iterable[FetchResultResponse]) -> Iterator[Received]:
+        """Takes in one stream, and yields the values that are complete then."""
+        for response in responses:
+            match response.WhichOneof("kind"):
+                case "summary":
+                    self._show(response.summary)
+                case "saved_value":
+                    self._begin(response.saved_value)
+                case "data":
+                    self._data += response.data
+                    self._progress.update(len(response.data))
+            if self._saved is not None and len(self._data) >= self._saved.num_bytes:
+                yield self._complete(self._saved)
+
+    def _show(self, summary: ResultSummary) -> None:
+        if self._progress is None:
+            self._progress = self._open.enter_context(
+                tqdm(
+                    total=summary.num_bytes,
+                    unit="B",
+                    unit_scale=True,
+                    desc="Downloading result",
+                    disable=not summary.num_values,
+                )
+            )
+
+    def _begin(self, saved: result_pb2.SavedValue) -> None:
+        if self._saved is not None and self._saved != saved:
+            raise _damaged(self._saved)
+        self._saved = saved
+
+    def _complete(self, saved: result_pb2.SavedValue) -> Received:
+        data, self._data, self._saved = self._data, bytearray(), None
+        self._num_values += 1
+        if zlib.crc32(data) != saved.crc32:
+            raise _damaged(saved)
+        return Received(saved.node_id, saved.name, torch_codec.decode(saved.value, data=data))
+
+
+def _damaged(saved: result_pb2.SavedValue) -> Error:
+    return error(
+        Reason.CHECKSUM_MISMATCH,
+        f"the saved value {saved.name or saved.node_id} arrived damaged; run the session again",
+        nodeId=saved.node_id,
+    )

@@ -1,4 +1,4 @@
-"""Waits outside of a server that has no room for a session, where it says that waiting helps."""
+"""Waits outside of a server where it says that waiting helps: for room, or for a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from insitu._logging import log_wait
-from insitu_wire.errors import CapacityError
+from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,13 +35,13 @@ def with_patience(
         clock: tells the time.
 
     Raises:
-        CapacityError: there was no room in all that time, or waiting does not help.
+        Error: as the attempt, if waiting did not help, or can not.
     """
     deadline, growth = clock() + seconds, 1.0
     while True:
         try:
             return attempt()
-        except CapacityError as err:
+        except Error as err:
             if err.retry_after_seconds is None:
                 raise
             pause = min(err.retry_after_seconds * growth, _MAX_PAUSE_SECONDS)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
 from insitu._logging import log_event
+from insitu.backends import _resuming
 from insitu_proto.v1 import event_pb2
 from insitu_wire.errors import Error, Reason, UnavailableError, error, from_failure
 
@@ -15,9 +17,6 @@ if TYPE_CHECKING:
     from insitu.backends import OnTokens
     from insitu.backends.remote import RemoteBackend
 
-# A scheduler that is started again is back within a minute.
-_MAX_RESUMES = 16
-_MAX_PAUSE_SECONDS = 5.0
 _TERMINAL_KINDS = frozenset(
     {event_pb2.EVENT_KIND_COMPLETED, event_pb2.EVENT_KIND_ERROR, event_pb2.EVENT_KIND_CANCELLED}
 )
@@ -63,7 +62,7 @@ class Watch:
             try:
                 yield from self._new_events(deadline)
             except UnavailableError:
-                if num_resumes == _MAX_RESUMES - 1:
+                if num_resumes == _resuming.MAX_RESUMES - 1:
                     raise
             num_resumes = num_resumes + 1 if self._seen == before else 0
             deadline = self._check_time(deadline, timeout)
@@ -93,7 +92,7 @@ class Watch:
 
     def _pause(self, num_resumes: int, deadline: float | None) -> None:
         """Waits a little before a broken stream is resumed, and gives up in the end."""
-        if num_resumes == _MAX_RESUMES:
+        if num_resumes == _resuming.MAX_RESUMES:
             raise error(
                 Reason.SERVER_UNREACHABLE,
                 f"the server keeps closing the stream of session {self._session_id}; see whether "
@@ -101,8 +100,8 @@ class Watch:
                 sessionId=self._session_id,
             )
         if num_resumes:
-            left = _MAX_PAUSE_SECONDS if deadline is None else max(deadline - time.monotonic(), 0.0)
-            time.sleep(min(0.05 * 2**num_resumes, _MAX_PAUSE_SECONDS, left))
+            left = math.inf if deadline is None else max(deadline - time.monotonic(), 0.0)
+            _resuming.pause(num_resumes, left)
 
     @property
     def _has_ended(self) -> bool:

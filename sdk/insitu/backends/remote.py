@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import uuid
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -44,9 +45,13 @@ class RemoteBackend:
     def describe(self, model: str) -> model_pb2.ModelDescription:
         """Asks the server for a model's structure."""
         request = scheduler_service_pb2.GetModelRequest(name=model)
-        with self._connection.call() as (stub, metadata):
-            response = stub.GetModel(request, metadata=metadata, timeout=_TIMEOUT_SECONDS)
-            return response.description
+
+        def ask() -> model_pb2.ModelDescription:
+            with self._connection.call() as (stub, metadata):
+                response = stub.GetModel(request, metadata=metadata, timeout=_TIMEOUT_SECONDS)
+                return response.description
+
+        return with_patience(ask, seconds=self._config.submit_wait_seconds)
 
     def tokenizer_folder(self, description: model_pb2.ModelDescription) -> Path:
         """Gives the folder of the tokenizer's files, downloading them once."""
@@ -64,19 +69,17 @@ class RemoteBackend:
         tensors: Mapping[int, torch.Tensor],
         others: Sequence[object] = (),
         on_tokens: OnTokens | None = None,
+        *,
+        deadline: float | None = None,
     ) -> Iterator[tuple[int, object]]:
         """Submits a session, shows its events, and yields what it saved."""
         with _TRACING.span("insitu.session") as traceparent:
-            yield from self._run(session, tensors, on_tokens, traceparent)
+            session_id = self.submit(session, tensors, deadline=deadline, traceparent=traceparent)
+            yield from self._to_end(session_id, session, on_tokens)
 
-    def _run(
-        self,
-        session: session_pb2.Session,
-        tensors: Mapping[int, torch.Tensor],
-        on_tokens: OnTokens | None,
-        traceparent: str,
+    def _to_end(
+        self, session_id: str, session: session_pb2.Session, on_tokens: OnTokens | None
     ) -> Iterator[tuple[int, object]]:
-        session_id = self.submit(session, tensors, traceparent=traceparent)
         try:
             failure = self.watch(session_id).to_end(on_tokens=on_tokens)
             if any(saves(session.steps)):
@@ -96,6 +99,7 @@ class RemoteBackend:
         tensors: Mapping[int, torch.Tensor],
         *,
         is_detached: bool = False,
+        deadline: float | None = None,
         traceparent: str = "",
     ) -> str:
         """Hands a session in and gives its id; its tensors follow once the rest was found right.
@@ -104,6 +108,8 @@ class RemoteBackend:
             session: what to run.
             tensors: those of its list whose elements are not inside it, by their place.
             is_detached: whether it goes on when nobody watches it.
+            deadline: how long after its acceptance it may end at the latest, in seconds; None for
+                as long as it takes.
             traceparent: names the span that it is a part of.
         """
         name_contents(session, tensors)
@@ -114,6 +120,8 @@ class RemoteBackend:
             is_detached=is_detached,
             tier=_tier(self._config.tier),
         )
+        if deadline is not None:
+            request.deadline.FromTimedelta(datetime.timedelta(seconds=deadline))
         with _TRACING.span("insitu.submit", traceparent) as span:
             return with_patience(
                 lambda: self._submit(request, tensors, span),
@@ -171,11 +179,20 @@ class RemoteBackend:
             is_partial: whether it may have failed, or not have ended; then what its finished traces
                 saved is given.
         """
-        request = scheduler_service_pb2.FetchResultRequest(
-            session_id=session_id, is_partial=is_partial
-        )
-        with self._connection.call() as (stub, metadata):
-            yield from download(stub.FetchResult(request, metadata=metadata))
+
+        def fetch(
+            num_values: int, num_bytes: int
+        ) -> Iterator[scheduler_service_pb2.FetchResultResponse]:
+            request = scheduler_service_pb2.FetchResultRequest(
+                session_id=session_id,
+                is_partial=is_partial,
+                num_values_received=num_values,
+                num_bytes_received=num_bytes,
+            )
+            with self._connection.call() as (stub, metadata):
+                yield from stub.FetchResult(request, metadata=metadata)
+
+        return download(fetch)
 
     def sessions(
         self, limit: int, *, all_users: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,11 +59,18 @@ class Client:
             call.cancel()
 
     async def submit(
-        self, session: Session, *, request_id: str = "", is_detached: bool = False
+        self,
+        session: Session,
+        *,
+        request_id: str = "",
+        is_detached: bool = False,
+        deadline: float | None = None,
     ) -> str:
         request = pb.SubmitSessionRequest(
             request_id=request_id or str(uuid.uuid4()), session=session, is_detached=is_detached
         )
+        if deadline is not None:
+            request.deadline.FromTimedelta(datetime.timedelta(seconds=deadline))
         response = await self.call("SubmitSession", request)
         session_id: str = response.session_id
         return session_id

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from insitu import DeadlineError, InvalidTraceError, UnavailableError
-from insitu.backends import _watch
+from insitu.backends import _resuming
 from insitu.backends._watch import Watch
 from insitu_proto.v1 import error_reason_pb2, event_pb2
 from insitu_wire.errors import Reason, error
@@ -39,7 +39,7 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_watch, "_MAX_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(_resuming, "MAX_PAUSE_SECONDS", 0.0)
 
 
 def test_a_broken_stream_is_resumed_after_the_last_event_seen() -> None:

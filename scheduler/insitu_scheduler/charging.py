@@ -1,0 +1,60 @@
+"""Charges users for their sessions: what these are expected to cost, and then what they did."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from insitu_scheduler.cost_model import CostModel
+from insitu_scheduler.segments import models_of, work_of
+
+if TYPE_CHECKING:
+    from insitu_scheduler.cost_model import Work
+    from insitu_scheduler.fair_queue import FairQueue
+    from insitu_scheduler.live_session import LiveSession
+    from insitu_scheduler.metrics import SchedulerMetrics
+    from insitu_scheduler.observing import Observer
+    from insitu_scheduler.queue import WaitingSession
+
+
+class Charging:
+    """A session is charged a turn at a time: from when it gets a place until it gives it back."""
+
+    def __init__(self, queue: FairQueue, observer: Observer, metrics: SchedulerMetrics) -> None:
+        self._queue = queue
+        self._observer = observer
+        self._metrics = metrics
+        self._costs = CostModel()
+
+    def expect(self, model: str | None, work: Work) -> float:
+        """Gives the seconds of a group's time that work is expected to take; above 0."""
+        return self._costs.expect(model, work)
+
+    def begin_turn(self, live: LiveSession, waiting: WaitingSession) -> None:
+        """Takes note that the queue has charged what a session is expected to take."""
+        live.turn, live.turn_began_at = waiting, live.seconds or 0.0
+
+    def spent(self, live: LiveSession) -> float:
+        """Gives the seconds that a session has had in this turn."""
+        return max((live.seconds or 0.0) - live.turn_began_at, 0.0)
+
+    def end_turn(self, live: LiveSession) -> None:
+        """Charges what a session has had in this turn; what was expected, if that is not known."""
+        turn, live.turn = live.turn, None
+        if turn is not None:
+            cost = turn.estimated_cost if live.seconds is None else self.spent(live)
+            self._queue.settle(turn, cost)
+            self._observer.served(turn, seconds=cost)
+            self._metrics.charged(turn.model or "", expected=turn.estimated_cost, seconds=cost)
+
+    def end(self, live: LiveSession, seconds: float | None) -> None:
+        """Charges a session whose work has ended, and learns from what it took.
+
+        Args:
+            live: the session.
+            seconds: what it took in all; None if that is not known.
+        """
+        if seconds is not None:
+            live.seconds = seconds
+        self.end_turn(live)
+        if seconds is not None and len(models_of(live.session)) <= 1:
+            self._costs.learn(live.model, work_of(live.session), seconds)

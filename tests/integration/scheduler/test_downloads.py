@@ -1,0 +1,65 @@
+"""Downloads over connections that break go on where they broke."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from insitu import CONFIG
+from insitu.backends.remote import RemoteBackend
+from insitu_proto.v1 import scheduler_service_pb2 as pb
+from insitu_wire.errors import NotFoundError, Reason
+from support.cut_proxy import CutProxy
+from support.fake_shard import FakeShard, finished, saved, saving, trace_started
+
+from .conftest import Client
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest, RunSegmentResponse
+    from insitu_scheduler.server import Server
+
+NUM_BYTES = 8 * 1024 * 1024
+
+
+@pytest.fixture
+def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[CutProxy]:
+    proxy = CutProxy(server.address)
+    monkeypatch.setenv("INSITU_ENDPOINT", proxy.address)
+    monkeypatch.setattr(CONFIG, "_api_key", "ann-key")
+    yield proxy
+    proxy.close()
+
+
+async def save_much(request: RunSegmentRequest) -> AsyncIterator[RunSegmentResponse]:
+    yield trace_started(1)
+    for part in saved(2, bytes(range(256)) * (NUM_BYTES // 256)):
+        yield part
+    yield finished()
+
+
+async def test_what_has_come_does_not_come_again(
+    client: Client, shard: FakeShard, proxy: CutProxy
+) -> None:
+    shard.script = save_much
+    session_id = await client.submit(saving())
+    await client.watch(session_id)
+    backend = RemoteBackend(CONFIG)
+    proxy.cut_after(NUM_BYTES // 2)
+    (received,) = await asyncio.to_thread(lambda: list(backend.fetch(session_id, is_partial=False)))
+    backend.close()
+    assert received.node_id == 2
+    assert NUM_BYTES < proxy.num_bytes < 1.5 * NUM_BYTES
+
+
+async def test_more_than_there_is_can_not_have_come(client: Client, shard: FakeShard) -> None:
+    session_id = await client.submit(saving())
+    await client.watch(session_id)
+    for place in ({"num_bytes_received": 5}, {"num_values_received": 1, "num_bytes_received": 1}):
+        request = pb.FetchResultRequest(session_id=session_id, **place)
+        with pytest.raises(NotFoundError) as caught:
+            _ = [at async for at in client.stream("FetchResult", request)]
+        assert caught.value.reason is Reason.RESULT_NOT_FOUND

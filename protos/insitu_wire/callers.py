@@ -6,19 +6,21 @@ import hmac
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import grpc
-
 from insitu_wire.errors import Reason, error
+from insitu_wire.interception import MethodInterceptor, around
 from insitu_wire.tls import peer_names
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
 
-    Handler = grpc.RpcMethodHandler[Any, Any] | None
+    import grpc
+
+    from insitu_wire.interception import Handler
+
     Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class CallerCheck(grpc.aio.ServerInterceptor):
+class CallerCheck(MethodInterceptor):
     """Asks callers of some services for a token, or for a name in their certificate."""
 
     def __init__(
@@ -44,16 +46,28 @@ class CallerCheck(grpc.aio.ServerInterceptor):
         self._token = token
         self._names = names
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        """Wraps the method that is called."""
-        handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.split("/")[1] not in self._services:
-            return handler
-        return _wrapped(handler, self._check)
+    def concerns(self, service: str) -> bool:
+        """Whether callers of a service are asked."""
+        return service in self._services
+
+    def wrap(self, handler: Any, path: str) -> Handler:
+        """Checks the caller before a method is called."""
+        return around(handler, self._checked_one, self._checked_many)
+
+    def _checked_one(self, method: Any) -> Any:
+        async def checked(request: Any, context: Context) -> Any:
+            self._check(context)
+            return await method(request, context)
+
+        return checked
+
+    def _checked_many(self, method: Any) -> Any:
+        async def checked(request: Any, context: Context) -> AsyncIterator[Any]:
+            self._check(context)
+            async for response in method(request, context):
+                yield response
+
+        return checked
 
     def _check(self, context: Context) -> None:
         shown = dict(context.invocation_metadata() or ()).get(self._metadata_key, "")
@@ -99,28 +113,3 @@ class _Carrying:
 
     def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
         return partial(self._channel.stream_stream(*args, **kwargs), metadata=self._metadata)
-
-
-def _wrapped(handler: Any, check: Callable[[Context], None]) -> Handler:
-    serializers = {
-        "request_deserializer": handler.request_deserializer,
-        "response_serializer": handler.response_serializer,
-    }
-    kind = (
-        f"{'stream' if handler.request_streaming else 'unary'}_"
-        f"{'stream' if handler.response_streaming else 'unary'}"
-    )
-    method = getattr(handler, kind)
-
-    async def one(request: Any, context: Context) -> Any:
-        check(context)
-        return await method(request, context)
-
-    async def many(request: Any, context: Context) -> AsyncIterator[Any]:
-        check(context)
-        async for response in method(request, context):
-            yield response
-
-    make = getattr(grpc, f"{kind}_rpc_method_handler")
-    made: Handler = make(many if handler.response_streaming else one, **serializers)
-    return made

@@ -8,18 +8,20 @@ import time
 import uuid
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from insitu_wire.errors import Error, Reason, error, to_status
+from insitu_wire.interception import MethodInterceptor, around
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    Handler = grpc.RpcMethodHandler[Any, Any] | None
+    from insitu_wire.interception import Handler
+
     Context = grpc.aio.ServicerContext[Any, Any]
 
 _log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ class Answer:
     seconds: float
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
+class ErrorInterceptor(MethodInterceptor):
     """Answers our errors with their status, and anything else as INTERNAL with a log id only."""
 
     def __init__(self, on_answered: Callable[[Answer], None] | None = None) -> None:
@@ -47,37 +49,17 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         """
         self._on_answered = on_answered
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        """Wraps the method that is called."""
-        handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None or not method.startswith("/insitu."):
-            return handler
-        serializers = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
-        if handler.response_streaming:
-            stream = handler.unary_stream or handler.stream_stream
-            make = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-            return make(self._guard_stream(cast("Any", stream), method), **serializers)
-        guarded = self._guard_unary(
-            cast("Any", handler.unary_unary or handler.stream_unary), method
+    def concerns(self, service: str) -> bool:
+        """Whether the service is one of ours."""
+        return service.startswith("insitu.")
+
+    def wrap(self, handler: Any, path: str) -> Handler:
+        """Guards a method."""
+        return around(
+            handler,
+            lambda method: self._guard_unary(method, path),
+            lambda method: self._guard_stream(method, path),
         )
-        make_unary = (
-            grpc.stream_unary_rpc_method_handler
-            if handler.request_streaming
-            else grpc.unary_unary_rpc_method_handler
-        )
-        return make_unary(guarded, **serializers)
 
     def _guard_unary(
         self, method: Callable[..., Awaitable[Any]], path: str

@@ -9,23 +9,24 @@ import grpc
 
 from insitu_scheduler.auth import caller
 from insitu_scheduler.refusals import check_limit
+from insitu_wire.interception import MethodInterceptor
 from insitu_wire.limits import CHUNK_BYTES, MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Callable
 
     from insitu_scheduler.auth import Authenticator
+    from insitu_wire.interception import Handler
 
-    Handler = grpc.RpcMethodHandler[Any, Any] | None
     Context = grpc.aio.ServicerContext[Any, Any]
     Parse = Callable[[bytes], Any]
 
-_SERVICE = "/insitu.v1.SchedulerService/"
+_SERVICE = "insitu.v1.SchedulerService"
 # A chunk of a tensor. Parsing larger messages would hold up the event loop.
 _MAX_INLINE_BYTES = CHUNK_BYTES + 64 * 1024
 
 
-class Gate(grpc.aio.ServerInterceptor):
+class Gate(MethodInterceptor):
     """Authenticates before a message is read, and bounds what is parsed at the same time.
 
     A message takes many times its size once it is parsed, if somebody means it to: two bytes make
@@ -37,15 +38,12 @@ class Gate(grpc.aio.ServerInterceptor):
         self._authenticator = authenticator
         self._parsing_large = asyncio.Lock()
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        """Wraps the method that is called; all are streams from here on, read by hand."""
-        handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(_SERVICE):
-            return handler
+    def concerns(self, service: str) -> bool:
+        """Whether it is the clients' service."""
+        return service == _SERVICE
+
+    def wrap(self, handler: Any, path: str) -> Handler:
+        """Lets calls of a method in."""
         requests = self._stream if handler.request_streaming else self._single
         parse = cast("Parse", handler.request_deserializer)
         if handler.response_streaming:

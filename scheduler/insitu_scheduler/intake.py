@@ -1,4 +1,4 @@
-"""Who is let in to wait: places in the queue are bounded, for all and for each user. Pure."""
+"""Who is let in to wait: places in the queue are bounded, for all and for each user."""
 
 from __future__ import annotations
 

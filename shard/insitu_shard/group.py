@@ -258,6 +258,7 @@ def _read(
     uploads: Mapping[str, torch.Tensor],
 ) -> SegmentRun:
     values = handles.values(request.session_id)
+    values.bound(request.max_handle_bytes if request.HasField("max_handle_bytes") else None)
     tensors = session_tensors(request.segment.tensors, uploads, device=model.device)
     kept = request.kept_node_ids
     mine = handles.kept_for(request.user)
@@ -269,7 +270,6 @@ def _read(
         tensors,
         kept,
         mine,
-        max_value_bytes=request.max_handle_bytes if request.HasField("max_handle_bytes") else None,
     )
 
 

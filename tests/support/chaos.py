@@ -18,7 +18,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import Iterator
 
+    from insitu._session import Session
     from insitu_proto.v1.event_pb2 import Event
 
 IDS = [5, 9, 17, 23]
@@ -77,19 +78,23 @@ class Shown(logging.Handler):
 
 
 def session(model: LanguageModel, number: int, *, num_traces: int, remote: bool) -> torch.Tensor:
-    """Traces that each need the one before, with a tensor of the user's and a message."""
+    """Runs a session, and gives what it saves."""
+    with model.session(remote=remote) as session:
+        return record(model, session, number, num_traces=num_traces)
+
+
+def record(model: LanguageModel, session: Session, number: int, *, num_traces: int) -> torch.Tensor:
+    """Records traces that each need the one before, with a tensor of the user's and a message."""
     kind = number % NUM_KINDS
     weights = torch.randn(64, 256, generator=torch.Generator().manual_seed(kind)) / 8
-    with model.session(remote=remote) as session:
-        total = torch.zeros(64)
-        for _ in range(num_traces):
-            with model.trace([kind + 1, *IDS]):
-                layers = model.model.layers
-                layers[0].output[0][:, -1, :] = layers[0].output[0][:, -1, :] + total
-                total = (layers[2].output[0][0, -1, :] @ weights)[:64] * 0.1
-        if remote:
-            session.log("nearly done")
-        result: torch.Tensor = total.save()
+    total = torch.zeros(64)
+    for _ in range(num_traces):
+        with model.trace([kind + 1, *IDS]):
+            layers = model.model.layers
+            layers[0].output[0][:, -1, :] = layers[0].output[0][:, -1, :] + total
+            total = (layers[2].output[0][0, -1, :] @ weights)[:64] * 0.1
+    session.log("nearly done")
+    result: torch.Tensor = total.save()
     return result
 
 
@@ -115,31 +120,43 @@ def run(folder: Path, tiny: TinyModels, scale: Scale) -> Counter[Fault]:
     return cluster.struck
 
 
+@dataclass
+class Progress:
+    """What clients and the one who breaks things know of each other."""
+
+    completed: list[int] = field(default_factory=list)
+    """Numbers of sessions."""
+    all_struck: threading.Event = field(default_factory=threading.Event)
+    """Set when every fault has come."""
+    is_over: threading.Event = field(default_factory=threading.Event)
+    """Set when no fault is to come any more."""
+
+
 def _run_clients(cluster: Cluster, scale: Scale, expected: list[torch.Tensor]) -> int:
     """Runs sessions until there have been enough, and every fault has come; gives how many."""
     model = LanguageModel(MODEL)
     numbers = itertools.count()
-    all_struck, has_ended = threading.Event(), threading.Event()
+    progress = Progress()
 
-    def submit_one_after_another() -> int:
-        num_completed = 0
-        while (number := next(numbers)) < scale.num_sessions or not all_struck.is_set():
+    def submit_one_after_another() -> None:
+        while (number := next(numbers)) < scale.num_sessions or not progress.all_struck.is_set():
             found = _insist(model, number, scale.num_traces)
             wanted = expected[number % len(expected)]
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-            num_completed += 1
-        return num_completed
+            progress.completed.append(number)
 
-    breaking = threading.Thread(target=_break, args=(cluster, scale, all_struck, has_ended))
+    breaking = threading.Thread(target=_break, args=(cluster, scale, progress))
     with ThreadPoolExecutor(scale.num_clients) as threads:
         breaking.start()
         try:
             clients = [threads.submit(submit_one_after_another) for _ in range(scale.num_clients)]
-            return sum(client.result() for client in clients)
+            for client in clients:
+                client.result()
         finally:
-            all_struck.set()
-            has_ended.set()
+            progress.all_struck.set()
+            progress.is_over.set()
             breaking.join()
+    return len(progress.completed)
 
 
 def _insist(model: LanguageModel, number: int, num_traces: int) -> torch.Tensor:
@@ -154,16 +171,19 @@ def _insist(model: LanguageModel, number: int, num_traces: int) -> torch.Tensor:
             time.sleep(0.5)
 
 
-def _break(
-    cluster: Cluster, scale: Scale, all_struck: threading.Event, has_ended: threading.Event
-) -> None:
+def _break(cluster: Cluster, scale: Scale, progress: Progress) -> None:
     rng = random.Random(scale.seed)
     for fault in _faults(rng):
-        if has_ended.wait(scale.pause_seconds * rng.uniform(0.5, 1.5)):
+        # On a busy machine what died takes long to come back: some session gets through first.
+        num_before = len(progress.completed)
+        is_over = progress.is_over.wait(scale.pause_seconds * rng.uniform(0.5, 1.5))
+        while not is_over and len(progress.completed) == num_before:
+            is_over = progress.is_over.wait(0.1)
+        if is_over:
             return
         cluster.strike(fault, rng)
         if len(cluster.struck) == len(Fault):
-            all_struck.set()
+            progress.all_struck.set()
 
 
 def _faults(rng: random.Random) -> Iterator[Fault]:
@@ -200,7 +220,7 @@ def _check_nothing_is_left(cluster: Cluster, folder: Path, num_sessions: int, sh
     num_completed = 0
     for row in backend.sessions(10 * num_sessions):
         events = list(backend.events(row.session_id, after=0, timeout=30))
-        _check_events(events, shown.lines[row.session_id])
+        check_events(events, shown.lines[row.session_id])
         num_completed += events[-1].kind == EventKind.EVENT_KIND_COMPLETED
         # Whoever lost the server before it answered submits another in its place.
         assert events[-1].kind in {
@@ -212,7 +232,13 @@ def _check_nothing_is_left(cluster: Cluster, folder: Path, num_sessions: int, sh
     assert not list((folder / "uploads" / "drafts").iterdir())
 
 
-def _check_events(events: list[Event], lines: list[str]) -> None:
+def check_events(events: list[Event], lines: list[str]) -> None:
+    """Checks that a session ended once, and a client that stayed was shown each event once.
+
+    Args:
+        events: all of the session's.
+        lines: what the client was shown; nothing, if it did not stay.
+    """
     assert [event.sequence for event in events] == list(range(1, len(events) + 1))
     assert [event.kind in _ENDS for event in events] == [False] * (len(events) - 1) + [True]
     told = [

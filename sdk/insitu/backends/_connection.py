@@ -43,6 +43,8 @@ class Connection:
         self._config = config
         self._channel: grpc.Channel | None = None
         self.endpoint = ""
+        self.has_answered = False
+        """Whether a server has answered at the endpoint."""
 
     @contextmanager
     def call(self) -> Iterator[tuple[SchedulerServiceStub, tuple[tuple[str, str], ...]]]:
@@ -55,6 +57,7 @@ class Connection:
             )
         try:
             yield self._stub(), ((API_KEY_METADATA, self._config.api_key),)
+            self.has_answered = True
         except grpc.RpcError as rpc_error:
             # Every error that a stub raises is also the call that failed.
             call = cast("grpc.Call", rpc_error)
@@ -69,7 +72,7 @@ class Connection:
     def _stub(self) -> SchedulerServiceStub:
         if self._channel is None or self.endpoint != self._config.endpoint:
             self.close()
-            self.endpoint = self._config.endpoint
+            self.endpoint, self.has_answered = self._config.endpoint, False
             options = (*CHANNEL_OPTIONS, ("grpc.service_config", json.dumps(_SERVICE_CONFIG)))
             self._channel = (
                 grpc.secure_channel(self.endpoint, client_credentials(ca), options=options)

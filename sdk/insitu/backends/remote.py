@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from insitu._names import saves
+from insitu.backends import _resuming
 from insitu.backends._connection import Connection
 from insitu.backends._download import download
 from insitu.backends._patience import with_patience
@@ -15,12 +16,12 @@ from insitu.backends._tokenizer import cached_tokenizer
 from insitu.backends._upload import name_contents, upload_missing
 from insitu.backends._watch import Watch
 from insitu_proto.v1 import scheduler_service_pb2
-from insitu_wire.errors import Error, Reason, SessionStateError, error
+from insitu_wire.errors import Error, Reason, SessionStateError, UnavailableError, error
 from insitu_wire.limits import MAX_SESSION_BYTES
 from insitu_wire.tracing import METADATA_KEY, Tracing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -124,9 +125,26 @@ class RemoteBackend:
             request.deadline.FromTimedelta(datetime.timedelta(seconds=deadline))
         with _TRACING.span("insitu.submit", traceparent) as span:
             return with_patience(
-                lambda: self._submit(request, tensors, span),
+                lambda: self._insist(lambda: self._submit(request, tensors, span)),
                 seconds=self._config.submit_wait_seconds,
             )
+
+    def _insist(self, attempt: Callable[[], str]) -> str:
+        """Tries again for a minute where a server was that does not answer now.
+
+        It may have accepted the session before it died: under the same request id that is the same.
+        """
+        num_resumes = 0
+        while True:
+            try:
+                return attempt()
+            except UnavailableError as err:
+                num_resumes += 1
+                may_be_back = err.reason is Reason.SERVER_UNREACHABLE
+                may_be_back = may_be_back and self._connection.has_answered
+                if not may_be_back or num_resumes == _resuming.MAX_RESUMES:
+                    raise
+            _resuming.pause(num_resumes)
 
     def _submit(
         self,

@@ -58,10 +58,19 @@ class HandleStore:
         """Sees to it that the values of a session, and those of all sessions, are within budget.
 
         Raises:
-            CapacityError: OUT_OF_MEMORY.
+            CapacityError: LIMIT_EXCEEDED or OUT_OF_MEMORY.
         """
         changed.size = num_bytes(list(changed.values()))
-        most = self.budgets.session
+        most, allowed = self.budgets.session, changed.max_bytes
+        if allowed is not None and changed.size > allowed and (most is None or allowed <= most):
+            raise error(
+                Reason.LIMIT_EXCEEDED,
+                f"the session's values take {changed.size:,} bytes between its steps, and they may "
+                f"take at most {allowed:,}; keep less for later traces, or ask the server's "
+                "operator for a higher limit",
+                limit="max_handle_bytes",
+                bound=allowed,
+            )
         if most is not None and changed.size > most:
             raise error(
                 Reason.OUT_OF_MEMORY,
@@ -118,12 +127,18 @@ class SessionValues(dict[Any, object]):
         self._store = store
         self.size = 0
         """Their bytes when they were last checked."""
+        self.max_bytes: int | None = None
+        """What the user's API key allows; None for what the store does."""
+
+    def bound(self, max_bytes: int | None) -> None:
+        """Takes note of what the user's API key allows, if it says."""
+        self.max_bytes = max_bytes
 
     def check(self) -> None:
-        """Sees to it that they are within the store's budgets.
+        """Sees to it that they are within what the key allows, and the store's budgets.
 
         Raises:
-            CapacityError: OUT_OF_MEMORY.
+            CapacityError: LIMIT_EXCEEDED or OUT_OF_MEMORY.
         """
         self._store.check(self)
 

@@ -138,10 +138,8 @@ class Interleaver:
 
     def _leave_cancelled(self, *_: object) -> None:
         """Ends the pass at a decoder layer, if all whom it runs for have been cancelled."""
-        self._unfinished -= {
-            place for place in self._unfinished if self._runs[place].is_cancelled()
-        }
-        if not self._unfinished and self._active is None:
+        wanted = (self._runs[place] for place in self._unfinished)
+        if self._active is None and all(run.is_cancelled() for run in wanted):
             raise _NothingIsLeft
 
     def _install_skip(self, path: str) -> Callable[[], None]:

@@ -48,7 +48,6 @@ class SegmentRun:
         kept: Sequence[NodeId] = (),
         handles: KeptValues | None = None,
         limits: Limits | None = None,
-        max_value_bytes: int | None = None,
     ) -> None:
         """Decodes and prepares the steps.
 
@@ -61,7 +60,6 @@ class SegmentRun:
             kept: ids of values that later segments use.
             handles: the user's values that are kept beyond sessions; read, and added to.
             limits: how large a pass may be.
-            max_value_bytes: how much memory the session's values may take between its steps.
         """
         # Computations between traces run where any of its models is.
         any_model = next(iter(models.values()))
@@ -81,7 +79,6 @@ class SegmentRun:
             seed=segment.seed,
             options=_options(segment, limits),
             writes_in_place=bool(kept) or has_in_place_call(self._steps),
-            max_value_bytes=max_value_bytes,
         )
         self._loops: list[NodeId] = []
         self._held: dict[NodeId, Saved] = {}

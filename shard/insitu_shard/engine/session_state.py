@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 from insitu_shard.compiler import Limits
 from insitu_shard.engine.graph import UNSET, references, resolve
-from insitu_shard.engine.handles import SessionValues, num_bytes
+from insitu_shard.engine.handles import SessionValues
 from insitu_shard.engine.memory import compact, copied
 from insitu_shard.engine.training import ParameterValue, seen
-from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -56,8 +55,6 @@ class SessionState:
     options: Options
     writes_in_place: bool
     """Whether any step writes into an existing value."""
-    max_value_bytes: int | None = None
-    """How much memory the values may take that steps give to later ones."""
     is_cancelled: bool = False
     """Whether nobody wants what it still does; may be set from any thread."""
     early: dict[NodeId, object] = field(default_factory=dict)
@@ -99,19 +96,6 @@ class SessionState:
         self.values.update(compact(outliving, beside=beside))
         if outliving and isinstance(self.values, SessionValues):
             self.values.check()
-        if self.max_value_bytes is not None:
-            self._check_size(self.max_value_bytes)
-
-    def _check_size(self, limit: int) -> None:
-        if (size := num_bytes(list(self.values.values()))) > limit:
-            raise error(
-                Reason.LIMIT_EXCEEDED,
-                f"the session's values take {size:,} bytes between its steps, and they may take at "
-                f"most {limit:,}; keep less for later traces, or ask the server's operator for a "
-                "higher limit",
-                limit="max_handle_bytes",
-                bound=limit,
-            )
 
     def free(self, used_later: frozenset[NodeId]) -> None:
         """Frees values that no later step uses."""

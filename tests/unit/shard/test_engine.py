@@ -176,12 +176,25 @@ def test_what_steps_give_to_later_ones_is_bounded(tiny: TinyModels) -> None:
     _read(trace, 1, "model.layers.1")
     segment.steps.add().log.values.add().reference.node_id = 1
     model = load_model("tiny", tiny.folder("llama"))
-    enough = SegmentRun({"tiny": model}, segment, values={}, max_value_bytes=4 * 64 * 4)
+    values = HandleStore().values("s")
+    values.bound(4 * 64 * 4)
+    enough = SegmentRun({"tiny": model}, segment, values)
     assert [type(event) for event in enough.run()][-1] is Logged
-    bounded = SegmentRun({"tiny": model}, segment, values={}, max_value_bytes=4 * 64 * 4 - 1)
+    values.clear()
+    values.bound(4 * 64 * 4 - 1)
     with pytest.raises(CapacityError, match="at most 1,023") as raised:
-        list(bounded.run())
+        list(SegmentRun({"tiny": model}, segment, values).run())
     assert raised.value.reason == "LIMIT_EXCEEDED"
+
+
+@pytest.mark.parametrize(("budget", "reason"), [(3, "OUT_OF_MEMORY"), (5, "LIMIT_EXCEEDED")])
+def test_the_smaller_bound_is_the_one_that_is_told(budget: int, reason: str) -> None:
+    values = HandleStore(Budgets(session=budget)).values("s")
+    values.bound(4)
+    values[1] = torch.zeros(2)
+    with pytest.raises(CapacityError) as raised:
+        values.check()
+    assert raised.value.reason == reason
 
 
 def test_a_key_bounds_what_its_user_keeps_and_never_more_than_the_group_allows() -> None:

@@ -154,6 +154,7 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
     def __post_init__(self) -> None:
         self.running = asyncio.Event()
         self.registered = asyncio.Event()
+        self.has_released = asyncio.Event()
         self.may_keep_alive = asyncio.Event()
         self.may_keep_alive.set()
         self.hold = asyncio.Event()
@@ -256,4 +257,5 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
 
     async def ReleaseSession(self, request: Any, context: Any) -> pb.ReleaseSessionResponse:
         self.released.append(request.session_id)
+        self.has_released.set()
         return pb.ReleaseSessionResponse(num_values=0)

@@ -82,8 +82,7 @@ async def test_a_watched_session_outlives_the_grace_and_a_detached_one_needs_no_
     await client.cancel(watched)
     await watching
     async with asyncio.timeout(5):
-        while not shard.released:
-            await asyncio.sleep(0.01)
+        await shard.has_released.wait()
     assert shard.released[0] == detached
 
 

@@ -14,7 +14,7 @@ from insitu_proto.v1 import error_reason_pb2
 from insitu_proto.v1 import scheduler_service_pb2 as pb
 from insitu_proto.v1.session_pb2 import Session
 from insitu_scheduler.server import Server
-from insitu_wire.errors import Error, Reason
+from insitu_wire.errors import Error, NotFoundError, Reason
 from support.fake_shard import FakeShard, as_described, log, log_line, saved, saving, trace_started
 
 from .conftest import Client, names
@@ -312,3 +312,27 @@ async def _until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not condition():  # noqa: ASYNC110 - no event of the server tells it
             await asyncio.sleep(0.01)
+
+
+async def test_models_of_before_a_restart_are_awaited_and_others_are_not(
+    config: SchedulerConfig,
+) -> None:
+    async with Server(config) as server, FakeShard(server.address) as shard:
+        await shard.ready()
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            await Client(channel).submit(saving(), is_detached=True)
+    async with (
+        Server(config) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        client = Client(channel)
+        with pytest.raises(NotFoundError, match="is back yet") as awaited:
+            await client.submit(saving())
+        assert awaited.value.retry_after_seconds
+        with pytest.raises(NotFoundError) as unknown:
+            await client.call("GetModel", pb.GetModelRequest(name="another"))
+        assert unknown.value.retry_after_seconds is None
+        async with FakeShard(server.address) as shard:
+            await shard.ready()
+            session_id = await client.submit(saving())
+            assert names(await client.watch(session_id))[-1] == "COMPLETED"

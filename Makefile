@@ -61,6 +61,7 @@ bench: setup .venv-nnsight/.installed ## Measures, beside plain transformers and
 	$(BIN)/python benchmarks/fairness.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/scheduler.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/loading.py $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/deployment.py $(BENCH_FLAGS)
 
 .venv-nnsight/.installed:
 	$(PYTHON) -m venv .venv-nnsight

@@ -210,6 +210,7 @@ class Server:
             registry=registry,
             observer=dispatcher.observer,
             version=version,
+            is_open=config.api_keys_file is None,
         )
         if config.metrics_port is not None:
             http_server = HttpServer(metrics, status_page)

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(not HAS_KUBECTL, reason="kubectl, which renders them, is not here")
 
 # Of operators that a cluster may have: their schemas are not Kubernetes' own.
-_FOREIGN = {"LeaderWorkerSet", "PodMonitor", "PrometheusRule", "ScaledObject"}
+_FOREIGN = {
+    "Certificate", "Issuer", "LeaderWorkerSet", "PodMonitor", "PrometheusRule", "ScaledObject",
+}  # fmt: skip
 _MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 

@@ -1,4 +1,7 @@
-"""The status page: models, queues and groups for everybody, one's own sessions with a key."""
+"""The status page: models, queues and groups, and one's own sessions with a key.
+
+Where keys are given out, models are shown to those with a key that is for them.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from insitu_scheduler.auth import Authenticator
     from insitu_scheduler.events import EventBook
     from insitu_scheduler.journal import SessionRow
+    from insitu_scheduler.keys import Key
     from insitu_scheduler.models import ModelCatalog
     from insitu_scheduler.observing import Observer
     from insitu_scheduler.registry import Group, Registry
@@ -79,13 +83,26 @@ class StatusPage:
         registry: Registry,
         observer: Observer,
         version: str,
+        is_open: bool,
     ) -> None:
+        """Makes it.
+
+        Args:
+            authenticator: tells whose a key is.
+            book: the sessions.
+            catalog: the models.
+            registry: the groups.
+            observer: knows the queues.
+            version: of the scheduler.
+            is_open: whether models are shown to those without a key, too.
+        """
         self._authenticator = authenticator
         self._book = book
         self._catalog = catalog
         self._registry = registry
         self._observer = observer
         self._version = version
+        self._is_open = is_open
         templates = Environment(
             loader=PackageLoader("insitu_scheduler.web"),
             autoescape=True,
@@ -97,7 +114,7 @@ class StatusPage:
 
     async def show(self, request: Request) -> Response:
         """Shows what everybody may see."""
-        return self._page(200, sessions=None, problem="")
+        return self._page(200)
 
     async def show_sessions(self, request: Request) -> Response:
         """Shows that and the sessions of the user whose key the form holds."""
@@ -106,22 +123,34 @@ class StatusPage:
                 ((API_KEY_METADATA, await _key_of(request)),), _peer(request)
             )
         except Error as err:
-            return self._page(401, sessions=None, problem=err.message)
+            return self._page(401, problem=err.message)
         except ValueError as exception:
-            return self._page(400, sessions=None, problem=str(exception))
+            return self._page(400, problem=str(exception))
         rows = await self._book.list_sessions(key.user, limit=_NUM_SESSIONS, after=None)
         sessions = [
             _own_session(row, (await self._book.find(row.session_id)).state) for row in rows
         ]
-        return self._page(200, sessions=sessions, problem="")
+        return self._page(200, key=key, sessions=sessions)
 
     def _page(
-        self, status: int, *, sessions: Sequence[OwnSession] | None, problem: str
+        self,
+        status: int,
+        *,
+        key: Key | None = None,
+        sessions: Sequence[OwnSession] | None = None,
+        problem: str = "",
     ) -> Response:
+        models = [
+            name
+            for name in self._catalog.served()
+            if (self._is_open if key is None else key.may_use(name))
+        ]
+        groups = [group for group in self._registry if group.model in models]
         page = self._template.render(
             version=self._version,
-            models=[self._model_row(name) for name in self._catalog.served()],
-            groups=sorted(self._registry, key=lambda group: (group.model, group.group_id)),
+            wants_key=key is None and not self._is_open,
+            models=[self._model_row(name) for name in models],
+            groups=sorted(groups, key=lambda group: (group.model, group.group_id)),
             sessions=sessions,
             num_sessions=_NUM_SESSIONS,
             problem=problem,

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
-import shutil
 import socket
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
@@ -24,51 +19,21 @@ from insitu_shard.epochs import Epochs
 from insitu_wire.errors import Error, Reason
 from insitu_wire.health import LIVENESS
 from support.fake_shard import FakeShard, saving
+from support.postgres import BINARIES, MISSING, running
 
 from .conftest import Client, names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-_NOBODY = 65534
-
-
-def _postgres_binaries() -> Path | None:
-    """Gives the folder of PostgreSQL's server programs, which Debian does not put on the path."""
-    if found := shutil.which("postgres"):
-        return Path(found).resolve().parent
-    return next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
-
-
-BINARIES = _postgres_binaries()
-pytestmark = pytest.mark.skipif(
-    BINARIES is None,
-    reason="PostgreSQL's server is not installed; `make system-packages` does",
-)
+pytestmark = pytest.mark.skipif(BINARIES is None, reason=MISSING)
 
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
-    """A cluster of its own, behind a socket in a folder; it refuses to run as root."""
-    assert BINARIES is not None
-    # A socket's path is short, and a folder of pytest's is closed to other users.
-    with tempfile.TemporaryDirectory(prefix="insitu-") as name:
-        user = None
-        if os.getuid() == 0:
-            user = _NOBODY
-            os.chown(name, user, -1)
-
-        def run(program: str, *arguments: str) -> None:
-            command = [str(BINARIES / program), "-D", f"{name}/data", *arguments]
-            subprocess.run(command, user=user, cwd=name, check=True, timeout=120, stdout=-3)
-
-        run("initdb", "-U", "insitu", "-A", "trust", "-N")
-        options = f"-c listen_addresses= -c unix_socket_directories={name} -c fsync=off"
-        run("pg_ctl", "-o", options, "-w", "-l", f"{name}/log", "start")
-        try:
-            yield f"postgresql://insitu@/postgres?host={name}"
-        finally:
-            run("pg_ctl", "-m", "immediate", "-w", "stop")
+    with running() as url:
+        yield url
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import pytest
 from insitu_scheduler.server import Server
 from support.chromium import CHROMIUM, page_as_shown, take_picture
 from support.fake_shard import FakeShard, finished, saving, trace_started
+from support.up import INSITU, run_python
 
 from .conftest import Client
 
@@ -84,8 +85,11 @@ async def site(config: SchedulerConfig, tmp_path: Path) -> AsyncIterator[Site]:
             is_over.set()
 
 
-async def test_everybody_sees_models_groups_and_queues_but_no_sessions(site: Site) -> None:
+async def test_models_groups_and_queues_are_shown_to_those_with_a_key(site: Site) -> None:
     page = await site.get()
+    assert "tiny/model" not in page
+    assert "to those who have an API key" in page
+    _, page = await site.post(api_key="bob-key")
     row = page.partition('<table id="models">')[2].partition("</table>")[0]
     assert "tiny/model" in row
     # One runs, one waits, and the group has no more room.
@@ -100,6 +104,30 @@ async def test_everybody_sees_models_groups_and_queues_but_no_sessions(site: Sit
     assert "<script" not in page
     with await asyncio.to_thread(urllib.request.urlopen, site.url) as response:
         assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+
+
+async def test_without_a_key_file_everybody_sees_models(config: SchedulerConfig) -> None:
+    config = dataclasses.replace(config, metrics_port=0, api_keys_file=None)
+    async with Server(config) as server, FakeShard(server.address) as shard:
+        await shard.ready()
+        _, page = await asyncio.to_thread(_fetch, f"http://{server.metrics_address}/status", None)
+    assert "tiny/model" in page.partition('<table id="models">')[2]
+
+
+async def test_models_that_a_key_is_not_for_are_not_shown_to_it(
+    config: SchedulerConfig, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.json"
+    made = run_python([*INSITU, "keys", "create", "cleo", "--file", str(file), "--model", "lab/*"])
+    key = made.stdout.split()[-1]
+    config = dataclasses.replace(config, metrics_port=0, api_keys_file=file)
+    async with Server(config) as server, FakeShard(server.address) as shard:
+        await shard.ready()
+        body = urllib.parse.urlencode({"api_key": key}).encode()
+        url = f"http://{server.metrics_address}/status"
+        status, page = await asyncio.to_thread(_fetch, url, body)
+    assert (status, "tiny/model" in page) == (200, False)
+    assert "No model is served yet" in page
 
 
 async def test_a_key_shows_its_own_sessions_with_their_progress(site: Site) -> None:
@@ -156,7 +184,7 @@ async def test_a_browser_shows_the_page_and_sends_a_key_that_was_pasted(
     site: Site, tmp_path: Path
 ) -> None:
     page = await asyncio.to_thread(page_as_shown, site.url, tmp_path / "a")
-    assert "tiny/model" in page
+    assert "to those who have an API key" in page
     assert "<form" in page
     picture = tmp_path / "status.png"
     await asyncio.to_thread(take_picture, site.url, tmp_path / "a", picture)
@@ -169,4 +197,5 @@ async def test_a_browser_shows_the_page_and_sends_a_key_that_was_pasted(
     )
     page = await asyncio.to_thread(page_as_shown, paste.as_uri(), tmp_path / "a")
     assert site.running in page
+    assert "tiny/model" in page
     assert "ann-key" not in page

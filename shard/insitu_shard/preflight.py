@@ -30,6 +30,8 @@ def check_before_start(config: ShardConfig) -> None:
     check_port(config.host, config.port, "--port")
     if config.metrics_port is not None:
         check_port(config.host, config.metrics_port, "--metrics-port")
+    if config.health_port is not None:
+        check_port(config.host, config.health_port, "--health-port")
     folder = resolve_model_folder(config.model_path)
     check_ranks(load_config(folder), config.num_ranks)
     _check_devices(config)

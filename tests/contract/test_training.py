@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import insitu
 from insitu import InterventionError, LanguageModel
@@ -13,6 +14,7 @@ from support import training_cases as cases
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from insitu import Session
     from support.tiny_models import TinyModels
@@ -49,6 +51,44 @@ def test_a_steering_vector_over_a_recorded_loop_is_that_of_plain_torch(
 def test_a_lora_is_that_of_peft(tiny: TinyModels, model: LanguageModel) -> None:
     trained = cases.lora(model)
     _assert_same(trained, cases.plain_lora(tiny.module("llama"), trained))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # peft asks it so
+def test_a_lora_is_loaded_by_peft_and_generates_the_same(
+    tiny: TinyModels, model: LanguageModel, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, PeftModel
+
+    torch.manual_seed(3)
+    with model.session() as session:
+        changes = session.lora([block.attn.q_proj for block in model.blocks], rank=2, alpha=4)
+        optimizer = insitu.optim.Adam(changes.parameters(), lr=0.1)
+        for _ in range(3):
+            with model.trace(IDS):
+                changes()
+                model.unembed.output[0, -1].log_softmax(-1)[7].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with model.trace(IDS):
+            changes()
+            logits = model.unembed.output.save()
+        with model.generate(IDS, max_new_tokens=8, do_sample=False, eos_token_id=None) as tracer:
+            for _ in tracer.iter[:]:
+                changes()
+            ids = tracer.result.save()
+        state = changes.state_dict().save()
+    save_file(dict(state), tmp_path / "adapter_model.safetensors")
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    config.save_pretrained(tmp_path)
+    module: Any = tiny.module("llama")
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    unchanged = module.generate(torch.tensor([IDS]), **options)
+    adapted: Any = PeftModel.from_pretrained(module, tmp_path)
+    with torch.no_grad():
+        expected = adapted(input_ids=torch.tensor([IDS])).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ids, adapted.generate(input_ids=torch.tensor([IDS]), **options))
+    assert not torch.equal(ids, unchanged)
 
 
 def _quadratic(parameter: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:

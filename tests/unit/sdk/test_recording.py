@@ -271,6 +271,19 @@ def test_a_weak_reference_to_a_saved_value_is_named(model: LanguageModel) -> Non
     assert watcher() is seen
 
 
+def test_a_model_runs_on_while_an_error_of_what_it_saved_is_held(model: LanguageModel) -> None:
+    """The error's traceback holds all that was running when it was raised."""
+    with pytest.raises(ValueNotAvailableError) as raised, model.trace(IDS):
+        seen = model.model.layers[0].output.save()
+        watcher = weakref.ref(seen)
+        model.lm_head.output.save()
+    with model.trace(IDS):
+        again = model.model.layers[0].output.save()
+    assert again.shape == (1, 4, 64)
+    assert raised.value.__traceback__ is not None
+    assert watcher() is seen
+
+
 def test_all_inputs_of_a_module_are_saved(model: LanguageModel) -> None:
     with model.trace(IDS):
         args, kwargs = model.model.layers[0].inputs.save()

@@ -70,6 +70,7 @@ class Leader:
         self.handles = HandleStore(budgets)
         self._lifetimes = Lifetimes(kept_seconds)
         self._channel = channel
+        self._limits = limits
         self._pool = SegmentPool(limits)
 
     def watch_passes(self, on_pass: Callable[[PassReport], None]) -> None:
@@ -91,7 +92,7 @@ class Leader:
         payload = b"%s\n%s" % (key.encode(), request.SerializeToString())
         self._channel.send(Command.BEGIN_SEGMENT, payload)
         try:
-            run = _read(self.model, request, self.handles, self.uploads.tensors)
+            run = _read(self.model, request, self.handles, self.uploads.tensors, self._limits)
             self._pool.add(key, run, user=request.user)
         except Error:
             self._lifetimes.end(key)
@@ -221,7 +222,7 @@ def follow(  # noqa: C901 - one case a command
                 request = shard_service_pb2.RunSegmentRequest.FromString(message)
                 # The leader meets the same error, and tells.
                 with suppress(Error):
-                    run = _read(model, request, handles, uploads)
+                    run = _read(model, request, handles, uploads, limits)
                     pool.add(key.decode(), run, user=request.user)
             case Command.DROP_SEGMENT:
                 pool.drop(payload.decode())
@@ -256,6 +257,7 @@ def _read(
     request: shard_service_pb2.RunSegmentRequest,
     handles: HandleStore,
     uploads: Mapping[str, torch.Tensor],
+    limits: Limits,
 ) -> SegmentRun:
     values = handles.values(request.session_id)
     values.bound(request.max_handle_bytes if request.HasField("max_handle_bytes") else None)
@@ -270,6 +272,7 @@ def _read(
         tensors,
         kept,
         mine,
+        limits,
     )
 
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+import insitu
 from insitu import CONFIG, LanguageModel, UnavailableError
 from insitu.backends.remote import RemoteBackend
 
@@ -109,6 +110,23 @@ def test_sessions_outlive_the_scheduler_and_the_shard_group_that_run_them(
         assert torch.equal(one, other)
 
 
+def test_training_begins_again_where_the_group_that_runs_it_is_lost(
+    deployment: Deployment, plain: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing of the first attempt is left: neither parameters nor an optimizer's averages."""
+    _wait_until_ready()
+    expected = _trained(plain, remote=False)
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(_trained, LanguageModel("tiny/llama"), remote=True)
+        _wait_for(caplog, HALFWAY)
+        deployment.kill(deployment.shard)
+        deployment.shard = deployment.start_shard()
+        found = running.result(timeout=120)
+    assert "for attempt 2" in caplog.text
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_server_that_is_told_to_stop_keeps_what_runs_for_the_next(
     deployment: Deployment, plain: LanguageModel, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -140,9 +158,25 @@ def _session(
     return result
 
 
+def _trained(model: LanguageModel, *, remote: bool) -> list[torch.Tensor]:
+    """A steering vector and what its loss was, after many steps."""
+    with model.session(remote=remote) as session:
+        vector = session.parameter(torch.zeros(64))
+        optimizer = insitu.optim.Adam([vector], lr=1e-2)
+        for step in range(NUM_TRACES):
+            with model.trace([1 + step % 7, *IDS]):
+                model.blocks[1].output[:] += vector
+                loss = -model.unembed.output[0, -1].log_softmax(-1)[7]
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        result = [vector.save(), loss.save()]
+    return [tensor.detach() for tensor in result]
+
+
 def _wait_until_ready() -> None:
     backend = RemoteBackend(CONFIG)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while True:
         assert time.monotonic() < deadline, "the shard group did not register"
         with suppress(UnavailableError):
@@ -154,7 +188,7 @@ def _wait_until_ready() -> None:
 
 def _wait_for(caplog: pytest.LogCaptureFixture, pattern: str, *, after: str = "") -> None:
     """Waits until a message fits, of those that come after some text."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not re.search(f"(?s){after}.*{pattern}", caplog.text):
         assert time.monotonic() < deadline, f"nothing said {pattern!r}"
         time.sleep(0.02)

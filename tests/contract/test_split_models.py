@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from transformers import AutoConfig
 
 from support.gathered import gathered
-from support.lone_failures import outcomes
+from support.lone_failures import outcomes, outcomes_in_the_model
 from support.on_ranks import on_ranks
 from support.random_sessions import sessions
 from support.split_cases import IDS, differences, gradients
@@ -74,6 +74,26 @@ def test_what_fails_on_one_rank_alone_ends_its_trace_and_nothing_else(
         assert len(told) == 12
         for case, outcome in told.items():
             assert outcome.endswith("Error, True"), f"{case}: {outcome}"
+
+
+@pytest.mark.parametrize("case", ["pass", "module call", "gradient"])
+def test_memory_that_runs_out_in_the_model_on_all_ranks_ends_the_trace_alone(
+    case: str, tiny: TinyModels, tmp_path: Path
+) -> None:
+    for told in on_ranks(outcomes_in_the_model, 2, tmp_path, tiny.folder("llama"), [0, 1], case):
+        assert told == ["OUT_OF_MEMORY", "True"]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("case", ["pass", "module call", "gradient"])
+def test_a_rank_that_alone_runs_out_of_memory_in_the_model_ends_the_group(
+    case: str, failing: int, tiny: TinyModels, tmp_path: Path
+) -> None:
+    arguments = (tiny.folder("llama"), [failing], case)
+    told = on_ranks(outcomes_in_the_model, 2, tmp_path, *arguments)
+    assert "alone could not go on" in told[failing][0]
+    assert "memory" in told[failing][0]
+    assert "lost another rank" in told[1 - failing][0]
 
 
 def test_gradients_go_through_whole_views_of_split_tensors(

@@ -6,6 +6,7 @@ import logging
 import re
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 import torch
 
@@ -14,8 +15,6 @@ from support.up import Up
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import psutil
 
     from support.tiny_models import TinyModels
 
@@ -45,8 +44,26 @@ def test_a_follower_that_hangs_costs_no_session(
         assert re.search(r"session \S+ is lost: .*RuntimeError", up.log)
 
 
-def _logits(model: LanguageModel) -> torch.Tensor:
-    with model.trace(IDS, remote=True):
+@pytest.mark.timeout(600)
+def test_a_follower_whose_memory_alone_is_full_costs_no_session(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CONFIG, "_api_key", "tests")
+    with Up(tmp_path, [f"tiny/llama={tiny.folder('llama')}"], ["--tp", "2"]) as up:
+        monkeypatch.setenv("INSITU_ENDPOINT", up.endpoint)
+        model = LanguageModel("tiny/llama")
+        rows = [IDS * 8] * 64
+        expected = _logits(model, rows)
+        follower = _follower(up)
+        held = follower.memory_info().vms
+        follower.rlimit(psutil.RLIMIT_AS, (held, held))
+        assert torch.equal(_logits(model, rows), expected)
+        assert "the ranks of tiny/llama were started again, time 1" in up.log
+        assert re.search(r"session \S+ is lost: ", up.log)
+
+
+def _logits(model: LanguageModel, ids: object = IDS) -> torch.Tensor:
+    with model.trace(ids, remote=True):
         logits: torch.Tensor = model.lm_head.output.save()
     return logits
 

@@ -10,6 +10,7 @@ import torch
 
 from insitu import LanguageModel
 from insitu_shard.engine import execute
+from insitu_shard.engine.ranks import RankLostError
 from insitu_wire.errors import Error
 from support.split_cases import IDS, split_model
 
@@ -101,3 +102,51 @@ def _shares_a_pass(model: Any) -> None:
             model.model.layers[1].output[0][:, -1] = model.model.layers[0].output[0][:, 0].cos()
             model.lm_head(model.model.layers[1].output[0]).save()
             model.lm_head.output.save()
+
+
+def outcomes_in_the_model(ranks: Ranks, folder: Path, failing: list[int], case: str) -> list[str]:
+    """Has memory run out within the model on some ranks.
+
+    Returns:
+        What came of the trace, and of the next one where the group goes on.
+    """
+    model = split_model(folder, ranks)
+    clean = _logits(model)
+    run = {"pass": _logits, "module call": _calls_a_block, "gradient": _takes_a_gradient}[case]
+    try:
+        with _failing_module(model, ranks.rank in failing, is_backward=case == "gradient"):
+            run(model)
+    except RankLostError as err:
+        return [str(err)]
+    except Error as err:
+        return [err.reason, str(torch.equal(_logits(model), clean))]
+    return ["no error"]
+
+
+@contextmanager
+def _failing_module(model: LanguageModel, is_failing: bool, *, is_backward: bool) -> Iterator[None]:
+    """Has an MLP ask for more memory than there can be, before what follows joins the ranks."""
+    module = model._local._model.modules["model.layers.1.mlp.act_fn"]
+
+    def ask(*_: object) -> None:
+        torch.empty(2**55)
+
+    if not is_failing:
+        yield
+        return
+    register = module.register_full_backward_hook if is_backward else module.register_forward_hook
+    with register(ask):
+        yield
+
+
+def _calls_a_block(model: Any) -> None:
+    with model.trace(IDS):
+        model.model.layers[1].mlp(model.model.layers[0].output[0]).save()
+        model.model.layers[0].output.save()
+
+
+def _takes_a_gradient(model: Any) -> None:
+    with model.trace(IDS):
+        hidden = model.model.layers[0].output[0]
+        model.lm_head.output[0, -1].log_softmax(-1)[3].backward()
+        hidden.grad.save()

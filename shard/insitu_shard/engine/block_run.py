@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from contextlib import suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from insitu_shard.engine.graph import UNSET, Gradient, ModuleCall, Read, Skip, S
 from insitu_shard.engine.invokes import InvokesValue
 from insitu_shard.engine.memory import storages
 from insitu_shard.engine.needs import closure
+from insitu_shard.engine.ranks import RankLostError
 from insitu_shard.engine.regions import looked_at
 from insitu_shard.engine.training_graph import Backward
 from insitu_wire.errors import Error
@@ -416,9 +416,12 @@ class BlockRun:
                 alike.append(other)
                 waiting.remove(node_id)
         if len(alike) > 1:
-            # What is wrong with one of them is to be that one's error.
-            with suppress(Exception):
+            try:
                 self._executor.call_ahead(alike)
+            except RankLostError:
+                raise
+            except Exception:  # noqa: BLE001 - what is wrong with one is to be that one's error
+                pass
         return alike
 
     def _can_run(self, node: Node, boundary: Boundary | None) -> bool:

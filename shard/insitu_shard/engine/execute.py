@@ -45,6 +45,7 @@ from insitu_shard.engine.memory import (
 )
 from insitu_shard.engine.operations import function
 from insitu_shard.engine.randomness import seeded
+from insitu_shard.engine.ranks import RankLostError
 from insitu_shard.engine.sizes import check_size
 from insitu_shard.engine.training import ParameterValue, applied, seen
 from insitu_shard.engine.training_graph import Backward, OptimizerStep, Training
@@ -184,7 +185,11 @@ class Executor:
         except Error as err:
             err.location = err.location or node.location
             raise
+        except RankLostError:
+            raise
         except Exception as exception:
+            if isinstance(node.operation, Gradient | Backward):
+                self._model.ranks.check_left_together(exception)
             raise raised(exception, node, self._describable_operands(node)) from exception
         if self._gradients is not None:
             value = self._gradients.begun(node, value)
@@ -333,11 +338,14 @@ class Executor:
         self.is_calling_module = True
         try:
             result = self._model.modules[path](*args, **kwargs)
+            whole = layouts.at(path, is_input=False).gather(result)
+        except Exception as exception:
+            self._model.ranks.check_left_together(exception)
+            raise
         finally:
             self.is_calling_module = False
         # Some modules return their argument, or a part of their weights.
         owned = storages((args, kwargs)) | self._model.storages
-        whole = layouts.at(path, is_input=False).gather(result)
         return copied_if_in(owned, self._model.brought(whole))
 
     def _keep(self, values: dict[NodeId, object], node_id: NodeId, value: object) -> None:

@@ -110,7 +110,8 @@ class Interleaver:
         except _NothingIsLeft:
             pass
         except Exception as exception:  # noqa: BLE001 - a write can make the model raise anything
-            # Values are the same on all ranks, so all of them come here together.
+            # Values are the same on all ranks, so all of them come here together, but for memory.
+            self._model.ranks.check_left_together(exception)
             self.raised = exception
             if len(self._runs) == 1:
                 self._runs[0].error = self._runs[0].error or model_raised(exception)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,17 @@ import torch.distributed as dist
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+# How the messages of collectives that fail begin, which have no type of their own.
+_OF_COLLECTIVE = re.compile(r"gloo|NCCL")
+
+# How far ranks may be apart when all of them leave a pass for the same reason.
+_LEAVING_TIMEOUT = timedelta(seconds=20)
+
+
+class RankLostError(RuntimeError):
+    """The ranks are not in step any more: their group has to end, and to be started again."""
 
 
 @dataclass(slots=True)
@@ -47,6 +60,31 @@ class Ranks:
         """Waits for all ranks, however long each has yet to load. Every rank must call it."""
         if self.patient is not None:
             dist.barrier(group=self.patient)
+
+    def check_left_together(self, exception: Exception) -> None:
+        """Sees to it that what raised here, with collectives in it, did on every rank.
+
+        A rank that left alone, for want of memory say, is waited for by the others in a collective
+        that it never comes to. Its end is what frees them.
+
+        Args:
+            exception: what was raised.
+
+        Raises:
+            RankLostError: another rank went on, or a collective itself failed.
+        """
+        if self.size == 1:
+            return
+        if isinstance(exception, RankLostError):
+            raise exception
+        if isinstance(exception, dist.DistError) or _OF_COLLECTIVE.search(str(exception)):
+            raise RankLostError(f"rank {self.rank} lost another rank: {exception}") from exception
+        try:
+            dist.monitored_barrier(self.patient, timeout=_LEAVING_TIMEOUT)
+        except RuntimeError:
+            raise RankLostError(
+                f"rank {self.rank} alone could not go on: {exception}"
+            ) from exception
 
     @property
     def is_leader(self) -> bool:

@@ -52,6 +52,7 @@ k8s: setup ## Renders and checks the Kubernetes manifests, and runs them as proc
 bench: setup .venv-nnsight/.installed ## Measures, beside plain transformers and nnsight; a smoke run with BENCH_FLAGS=--quick.
 	$(BIN)/python benchmarks/first_session.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/recording.py $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/hooks.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/sweep.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/logit_lens.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/attention.py $(BENCH_FLAGS)
@@ -62,6 +63,7 @@ bench: setup .venv-nnsight/.installed ## Measures, beside plain transformers and
 	$(BIN)/python benchmarks/scheduler.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/loading.py $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/deployment.py $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/download.py $(BENCH_FLAGS)
 
 .venv-nnsight/.installed:
 	$(PYTHON) -m venv .venv-nnsight

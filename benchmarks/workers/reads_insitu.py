@@ -1,15 +1,16 @@
-"""One forward that reads 0, 1 or 12 decoder layers: insitu in this process, or only recorded."""
+"""One forward that reads some decoder layers: insitu in this process, or only recorded."""
 
 import logging
 import sys
 from functools import partial
 
 import torch
+from _reads import COUNTS, TOKEN_IDS
 from _serve import serve
 
 from insitu import LanguageModel
 
-IDS = torch.tensor([[5, 9, 17, 23, 42, 7, 11, 101]])
+IDS = torch.tensor([TOKEN_IDS])
 logging.getLogger("insitu").setLevel(logging.WARNING)
 model = LanguageModel(sys.argv[1])
 
@@ -44,10 +45,9 @@ def record_first():
     record(12, LanguageModel(sys.argv[1]))
 
 
-counts = (0, 1, 12)
 serve(
-    **{f"run_{count}": partial(run, count) for count in counts},
-    **{f"record_{count}": partial(record, count) for count in counts},
+    **{f"run_{count}": partial(run, count) for count in COUNTS},
+    **{f"record_{count}": partial(record, count) for count in COUNTS},
     record_slices=record_slices,
     record_first=record_first,
 )

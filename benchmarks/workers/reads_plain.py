@@ -1,13 +1,14 @@
-"""One forward that reads 0, 1 or 12 decoder layers: plain transformers with hand-written hooks."""
+"""One forward that reads some decoder layers: plain transformers with hand-written hooks."""
 
 import sys
 from functools import partial
 
 import torch
+from _reads import COUNTS, TOKEN_IDS
 from _serve import serve
 from transformers import AutoModelForCausalLM
 
-IDS = torch.tensor([[5, 9, 17, 23, 42, 7, 11, 101]])
+IDS = torch.tensor([TOKEN_IDS])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 
 
@@ -27,4 +28,4 @@ def run(num_reads):
     return [round(value.sum().item(), 3) for value in [*kept, logits]]
 
 
-serve(**{f"run_{count}": partial(run, count) for count in (0, 1, 12)})
+serve(**{f"run_{count}": partial(run, count) for count in COUNTS})

@@ -85,15 +85,15 @@ class Heads(torch.nn.Module):
 
     def enter(self, attention: Attention, _: object) -> None:
         """Chooses the path of a call that begins."""
-        heads = self if any_watched(self.children()) else None
+        heads = self if any_watched(self._modules.values()) else None
         _CALL.set(_Call(attention, heads, attention.config, _CALL.get()))
-        attention.config = self._watched_config if heads else self._served_config
+        _configure(attention, self._watched_config if heads else self._served_config)
 
     def leave(self, attention: Attention, _: object, __: object) -> None:
         """Ends the call."""
         call = _CALL.get()
         assert call is not None
-        attention.config = call.config
+        _configure(attention, call.config)
         _CALL.set(call.before)
 
     def rotate(
@@ -196,6 +196,12 @@ def _attend(
     heads = attention.heads
     assert isinstance(heads, Heads)
     return heads.attend(attention, query, key, value, attention_mask, **kwargs)
+
+
+def _configure(attention: Attention, config: PretrainedConfig) -> None:
+    # A module looks through all that it has before it takes an attribute.
+    if attention.config is not config:
+        attention.config = config
 
 
 def _forward(module: Attention) -> Any:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
     from insitu_shard.engine.graph import NodeId
@@ -47,14 +47,12 @@ class MemoryMap:
 
 def copied(value: Any) -> Any:
     """Copies the tensors of a value, and the containers around them."""
-    return pytree.tree_map_only(torch.Tensor, torch.clone, value)
+    return _mapped(torch.clone, value)
 
 
 def copied_if_in(memory: AbstractSet[StorageKey], value: object) -> object:
     """Copies the tensors of a value that lie in the given memory."""
-    return pytree.tree_map_only(
-        torch.Tensor, lambda tensor: tensor.clone() if _key(tensor) in memory else tensor, value
-    )
+    return _mapped(lambda tensor: tensor.clone() if _key(tensor) in memory else tensor, value)
 
 
 def copied_together(values: Mapping[NodeId, object]) -> dict[NodeId, object]:
@@ -125,9 +123,7 @@ def compact(
         is_small = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
         return tensor.clone() if is_small and owners[_key(tensor)] < 2 else tensor
 
-    return {
-        key: pytree.tree_map_only(torch.Tensor, compacted, value) for key, value in values.items()
-    }
+    return {key: _mapped(compacted, value) for key, value in values.items()}
 
 
 def _region(tensor: torch.Tensor) -> tuple[int, int]:
@@ -150,6 +146,13 @@ def _seen_as(
     """Gives another view of a tensor's memory, that begins at a byte of it."""
     view = torch.empty(0, dtype=dtype, device=tensor.device)
     return view.set_(tensor.untyped_storage(), first // dtype.itemsize, shape, strides)
+
+
+def _mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Applies a function to all tensors of a value, which most often is one."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    return pytree.tree_map_only(torch.Tensor, function, value)
 
 
 def _tensors(value: object) -> list[torch.Tensor]:

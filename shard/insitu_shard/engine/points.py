@@ -40,6 +40,6 @@ class Point(torch.nn.Module):
         return self._shape
 
 
-def any_watched(points: Iterable[torch.nn.Module]) -> bool:
+def any_watched(points: Iterable[torch.nn.Module | None]) -> bool:
     """Whether anyone has hooks on one of some points."""
     return any(isinstance(point, Point) and point.is_watched for point in points)

@@ -1,6 +1,6 @@
 """Sessions of many clients while schedulers, leaders and ranks are killed and networks are cut.
 
-A script, for as long as it is given:
+In the suite with a few sessions (`tests/integration/test_chaos.py`); with more as a script:
 `.venv/bin/python tests/support/chaos.py --sessions 200 --seed 1`.
 """
 

@@ -19,11 +19,20 @@ if TYPE_CHECKING:
     from insitu._config import Config
     from insitu_proto.v1.scheduler_service_pb2_grpc import SchedulerServiceStub
 
-# Every unary call is idempotent, so gRPC itself repeats what no server answered.
+_SERVICE = "insitu.v1.SchedulerService"
+
+# Every unary call is idempotent, so gRPC itself repeats what no server answered. Streams are
+# resumed by who reads them: one that gRPC was to repeat was lost when servers came and went.
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
-            "name": [{"service": "insitu.v1.SchedulerService"}],
+            "name": [
+                {"service": _SERVICE, "method": "WatchSession"},
+                {"service": _SERVICE, "method": "FetchResult"},
+            ]
+        },
+        {
+            "name": [{"service": _SERVICE}],
             "retryPolicy": {
                 "maxAttempts": 4,
                 "initialBackoff": "0.2s",
@@ -31,7 +40,7 @@ _SERVICE_CONFIG = {
                 "backoffMultiplier": 2,
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
-        }
+        },
     ]
 }
 

@@ -8,6 +8,9 @@ import time
 MAX_RESUMES = 16
 MAX_PAUSE_SECONDS = 5.0
 
+# A stream that the network has lost without a word is asked for again after this time.
+MAX_STREAM_SECONDS = 60.0
+
 
 def pause(num_resumes: int, seconds_left: float = MAX_PAUSE_SECONDS) -> None:
     """Waits before a stream is asked for again, the longer the more often nothing came of it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from insitu._logging import log_event
@@ -58,18 +59,31 @@ class Watch:
         deadline = None if timeout is None else time.monotonic() + timeout
         num_resumes = 0
         while not self._has_ended:
-            before = self._seen
+            before, began, broken = self._seen, time.monotonic(), None
             try:
                 yield from self._new_events(deadline)
-            except UnavailableError:
-                if num_resumes == _resuming.MAX_RESUMES - 1:
-                    raise
-            num_resumes = num_resumes + 1 if self._seen == before else 0
+            except UnavailableError as err:
+                broken = err
+            goes_on = self._seen != before or self._is_quiet(began)
+            num_resumes = 0 if goes_on else num_resumes + 1
+            if broken is not None and num_resumes == _resuming.MAX_RESUMES:
+                raise broken
             deadline = self._check_time(deadline, timeout)
             self._pause(num_resumes, deadline)
 
+    def _is_quiet(self, began: float) -> bool:
+        """Whether a stream's time was over as nothing happened, with the server still there."""
+        if self._has_ended or time.monotonic() - began < _resuming.MAX_STREAM_SECONDS:
+            return False
+        with suppress(UnavailableError):
+            self._backend.state(self._session_id)
+            return True
+        return False
+
     def _new_events(self, deadline: float | None) -> Iterator[event_pb2.Event]:
-        timeout = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        timeout = _resuming.MAX_STREAM_SECONDS
+        if deadline is not None:
+            timeout = min(timeout, max(deadline - time.monotonic(), 0.0))
         for event in self._backend.events(self._session_id, after=self._seen, timeout=timeout):
             self._seen, self._last = event.sequence, event
             if event.kind != event_pb2.EVENT_KIND_TOKENS:

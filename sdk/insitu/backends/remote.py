@@ -171,9 +171,7 @@ class RemoteBackend:
         """Gives what shows a session's events, and waits for its end."""
         return Watch(self, session_id)
 
-    def events(
-        self, session_id: str, *, after: int, timeout: float | None
-    ) -> Iterator[event_pb2.Event]:
+    def events(self, session_id: str, *, after: int, timeout: float) -> Iterator[event_pb2.Event]:
         """Yields a session's events after a number, as they come; the stream may break."""
         request = scheduler_service_pb2.WatchSessionRequest(
             session_id=session_id, after_sequence=after
@@ -208,7 +206,9 @@ class RemoteBackend:
                 num_bytes_received=num_bytes,
             )
             with self._connection.call() as (stub, metadata):
-                yield from stub.FetchResult(request, metadata=metadata)
+                yield from stub.FetchResult(
+                    request, metadata=metadata, timeout=_resuming.MAX_STREAM_SECONDS
+                )
 
         return download(fetch)
 

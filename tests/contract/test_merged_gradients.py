@@ -170,6 +170,27 @@ def test_an_error_is_of_its_trace_alone(
     torch.testing.assert_close(merged.values["0"], alone.values["0"], rtol=1e-5, atol=1e-5)
 
 
+def test_a_written_gradient_that_does_not_fit_is_the_error_of_its_trace_alone(
+    model: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    def record(_: Any, values: dict[str, Any]) -> None:
+        for number in range(3):
+            with model.trace(PROMPTS[number]):
+                first, last = model.blocks[0].output[0], model.blocks[1].output[0]
+                with _score(model, 9).backward():
+                    if number == 1:
+                        # Its shape is known only when it runs.
+                        last.grad = torch.ones(1, 4, 64).nonzero().float()
+                    values[f"{number}"] = first.grad.save()
+
+    alone = told(model, record, caplog, exact=True)
+    merged = told(model, record, caplog)
+    reason, _, trace_number, _ = merged.error
+    assert merged.error == alone.error
+    assert (reason, trace_number) == ("SHAPE_MISMATCH", 2)
+    torch.testing.assert_close(merged.values["0"], alone.values["0"], rtol=1e-5, atol=1e-5)
+
+
 def test_later_traces_use_gradients_together_too(
     model: LanguageModel, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -88,6 +88,7 @@ class BlockRun:
         self._executor = Executor(
             plan, model, earlier, seed, brought, handles, gradients=self._gradients
         )
+        self._values = self._executor.values
         self._num_missing = {node_id: len(waits) for node_id, waits in plan.predecessors.items()}
         self._gated = dict(plan.gated)
         for node_id in (node_id for those in plan.gated.values() for node_id in those):
@@ -247,30 +248,30 @@ class BlockRun:
 
     def let_go(self, memory: AbstractSet[StorageKey]) -> None:
         """Copies the parts that it has of memory which others are to free."""
-        if not self.plan.readers_before.keys() <= self._executor.done:
+        if not self.plan.readers_before.keys() <= self._values.done:
             return  # what is written to yet has to stay views of one memory
-        self._executor.let_go(memory)
+        self._values.let_go(memory)
 
     def part_from(self, memory: AbstractSet[StorageKey]) -> None:
         """Copies its values that share memory which others may write into."""
-        self._executor.part_from(memory)
+        self._values.part_from(memory)
 
     def has_written(self, boundary: Boundary) -> bool:
         """Whether it has made its writes at a boundary, and has not failed."""
-        return self.error is None and self._executor.done.issuperset(
+        return self.error is None and self._values.done.issuperset(
             self.plan.due_at_boundary.get(boundary, ())
         )
 
     @property
     def memory(self) -> frozenset[StorageKey]:
         """The memory of its values."""
-        return self._executor.memory
+        return self._values.memory
 
     def finish(self) -> None:
         """Runs what was deferred, and sees to it that all has run."""
         if self.error is not None or not self.has_failed:
             self._run_deferred()
-        unfinished = self.plan.nodes.keys() - self._executor.done
+        unfinished = self.plan.nodes.keys() - self._values.done
         is_over = self.error is not None or self.has_failed
         if unfinished and not is_over and self._executor.stopped_at is None:
             self.error = not_reached(min(unfinished), self.plan)
@@ -278,7 +279,7 @@ class BlockRun:
     @property
     def saved(self) -> dict[NodeId, object]:
         """Values of the save nodes that ran."""
-        return {key: self._executor.saved[key] for key in self._counting(self._executor.saved)}
+        return {key: self._values.saved[key] for key in self._counting(self._values.saved)}
 
     @property
     def kept(self) -> dict[str, object]:
@@ -293,7 +294,7 @@ class BlockRun:
     @property
     def outliving(self) -> dict[NodeId, object]:
         """Values that are needed after the block."""
-        values = {**self._executor.values, **self._executor.assigned}
+        values = {**self._values.given, **self._values.assigned}
         wanted = self.plan.outliving | (values.keys() - self.plan.nodes.keys())
         return {
             key: detached(values[key]) if self.takes_gradients else values[key]
@@ -333,11 +334,11 @@ class BlockRun:
         if self.needs_no_more:
             return
         writes = self.plan.due_at_boundary.get(boundary, ())
-        late = [node_id for node_id in writes if node_id not in self._executor.done]
+        late = [node_id for node_id in writes if node_id not in self._values.done]
         if late and self.error is None and not self.has_failed:
-            self.error = cyclic_write(late[0], self.plan, self._executor.done)
+            self.error = cyclic_write(late[0], self.plan, self._values.done)
         if self._model.writes_in_place:
-            self._executor.part_from(storages(value.raw))
+            self._values.part_from(storages(value.raw))
 
     def _run_ready(self, boundary: Boundary | None, value: BoundaryValue | None) -> None:
         """Runs every node that can run now, in the order of definition."""
@@ -412,7 +413,7 @@ class BlockRun:
             is_alike = isinstance(other.operation, ModuleCall) and (
                 other.operation.module_path == path
             )
-            if is_alike and self.plan.predecessors[node_id] <= self._executor.done:
+            if is_alike and self.plan.predecessors[node_id] <= self._values.done:
                 alike.append(other)
                 waiting.remove(node_id)
         if len(alike) > 1:

@@ -1,4 +1,4 @@
-"""Runs single nodes and keeps their values until the last use."""
+"""Runs single nodes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from insitu_shard.engine.block_values import BlockValues
 from insitu_shard.engine.control import holds
 from insitu_shard.engine.failures import raised
 from insitu_shard.engine.gradients import detached
@@ -24,7 +25,6 @@ from insitu_shard.engine.graph import (
     Log,
     ModuleCall,
     Read,
-    Ref,
     Save,
     Skip,
     Stop,
@@ -35,19 +35,15 @@ from insitu_shard.engine.graph import (
 from insitu_shard.engine.joint_calls import call_jointly, is_row_wise
 from insitu_shard.engine.logs import format_values
 from insitu_shard.engine.memory import (
-    MemoryMap,
     copied,
     copied_if_in,
-    copied_together,
-    parted,
-    seen_in_part,
     storages,
 )
 from insitu_shard.engine.operations import function
 from insitu_shard.engine.randomness import seeded
 from insitu_shard.engine.ranks import RankLostError
 from insitu_shard.engine.sizes import check_size
-from insitu_shard.engine.training import ParameterValue, applied, seen
+from insitu_shard.engine.training import applied
 from insitu_shard.engine.training_graph import Backward, OptimizerStep, Training
 from insitu_wire.errors import Error, Reason, error
 from insitu_wire.operations import (
@@ -56,7 +52,6 @@ from insitu_wire.operations import (
     RANDOM,
     SELECT,
     is_in_place,
-    writes_into_container,
 )
 from insitu_wire.torch_codec import check_saved
 
@@ -77,15 +72,12 @@ class Executor:
     """Runs the nodes of one block, in whatever order it is told.
 
     Attributes:
-        values: what nodes gave, until nothing of the block uses it any more.
-        assigned: what variables of this block and of earlier steps were given.
-        saved: values of save nodes.
+        values: what nodes gave, and what they see of each other.
         logs: messages of log nodes.
         kept: handles and values of keep nodes that ran.
         skips: what skipped calls return, by module path, call index and step.
         made: what the generation has made; None before it has ended.
         ends: values that ask for an end of the generation.
-        done: nodes that ran, or whose condition did not hold.
         stopped_at: the stop node that ran, if one did.
         is_calling_module: whether a module runs on a node's behalf, so that hooks stay silent.
     """
@@ -116,21 +108,13 @@ class Executor:
         self._handles = handles
         self._seed = seed
         self._plan = plan
-        self._brought = brought
         self._model = model
-        self._earlier = earlier
-        self._num_uses = dict(plan.num_uses)
-        self._copies: dict[NodeId, dict[NodeId, object]] = {}
-        self._memory = MemoryMap() if plan.writes_in_place else None
-        self.values: dict[NodeId, object] = {}
-        self.assigned: dict[NodeId, object] = {}
-        self.saved: dict[NodeId, object] = {}
+        self.values = BlockValues(plan, earlier, brought, gradients)
         self.logs: dict[NodeId, str] = {}
         self.kept: dict[NodeId, tuple[str, object]] = {}
         self.skips: dict[tuple[str, int, int], object] = {}
         self.made: Made | None = None
         self.ends: list[tuple[Node, object]] = []
-        self.done: set[NodeId] = set()
         self.stopped_at: NodeId | None = None
         self.is_calling_module = False
         self._called: dict[NodeId, object] = {}
@@ -149,7 +133,9 @@ class Executor:
         is_plain = all(len(call.args) == 1 and not call.kwargs for _, call in calls)
         if not is_plain or not is_row_wise(module) or not all(map(self._is_to_run, nodes)):
             return
-        inputs: list[Any] = [self._own(self._resolve(call.args[0], at)) for at, call in calls]
+        inputs: list[Any] = [
+            self.values.own(self.values.resolve(call.args[0], at)) for at, call in calls
+        ]
         results = call_jointly(module, lambda rows: self._call_module(path, (rows,), {}), inputs)
         if results is not None:
             self._called.update(zip((at for at, _ in calls), results, strict=True))
@@ -159,11 +145,11 @@ class Executor:
         assert self._gradients is not None
         assert self._plan.differentiated is not None
         nodes = [self._plan.nodes[node_id] for node_id in self._plan.differentiated.gradients]
-        are_due = (self._plan.predecessors[node.id] <= self.done for node in nodes)
+        are_due = (self._plan.predecessors[node.id] <= self.values.done for node in nodes)
         if not all(are_due) or not all(map(self._is_to_run, nodes)):
             return None
         try:
-            asked = self._gradients.asked(partial(self._value_of, reader=nodes[0].id))
+            asked = self._gradients.asked(partial(self.values.value_of, reader=nodes[0].id))
         except Error:
             return None  # it is raised where the gradient is taken
         is_known = isinstance(asked.loss, torch.Tensor) and asked.loss.requires_grad
@@ -193,10 +179,7 @@ class Executor:
             raise raised(exception, node, self._describable_operands(node)) from exception
         if self._gradients is not None:
             value = self._gradients.begun(node, value)
-        self.done.add(node.id)
-        if self._num_uses.get(node.id) or node.id in self._plan.outliving:
-            self._keep(self.values, node.id, value)
-        self._free_operands(node)
+        self.values.add(node, value)
 
     def is_over(self, node: Node) -> bool:
         """Whether a generation has ended before the step that a node belongs to."""
@@ -211,7 +194,7 @@ class Executor:
         number = node.condition
         while number:
             condition = self._plan.conditions[number - 1]
-            if holds(self._resolve(condition.value, node.id)) == condition.is_negated:
+            if holds(self.values.resolve(condition.value, node.id)) == condition.is_negated:
                 return False
             number = condition.parent
         return True
@@ -220,14 +203,14 @@ class Executor:
         """Whether all values are set that a node uses; a selection uses one of two."""
         match node.operation:
             case Call(name=name, args=(condition, one, other)) if name == SELECT:
-                condition = self._resolve(condition, node.id)
+                condition = self.values.resolve(condition, node.id)
                 if condition is UNSET:
                     return False
-                return self._resolve(one if holds(condition) else other, node.id) is not UNSET
+                return self.values.resolve(one if holds(condition) else other, node.id) is not UNSET
             case Call(name=name, args=args) if name == LAST:
-                return any(self._resolve(one, node.id) is not UNSET for one in args)
+                return any(self.values.resolve(one, node.id) is not UNSET for one in args)
         used = self._plan.uses[node.id]
-        return all(self._value_of(node_id, node.id) is not UNSET for node_id in used)
+        return all(self.values.value_of(node_id, node.id) is not UNSET for node_id in used)
 
     def _apply(self, node: Node, boundary_value: BoundaryValue | None) -> object:  # noqa: C901
         match node.operation:
@@ -236,42 +219,39 @@ class Executor:
                 return boundary_value.read(point)
             case Write(hook_point=point, value=value):
                 assert boundary_value is not None
-                boundary_value.write(point, self._own(self._resolve(value, node.id)))
+                boundary_value.write(point, self.values.own(self.values.resolve(value, node.id)))
             case Call(name=name, args=args, kwargs=kwargs):
                 if is_in_place(name):
-                    self._before_write(node)
-                arguments, keywords = self._resolve((args, dict(kwargs)), node.id)
+                    self.values.before_write(node)
+                arguments, keywords = self.values.resolve((args, dict(kwargs)), node.id)
                 if name == LAST:
                     arguments = tuple(one for one in arguments if one is not UNSET)
                 if is_in_place(name):
-                    arguments = (self._own(arguments[0]), *arguments[1:])
-                return self._own(self._call(node, name, arguments, keywords))
+                    arguments = (self.values.own(arguments[0]), *arguments[1:])
+                return self.values.own(self._call(node, name, arguments, keywords))
             case ModuleCall() if node.id in self._called:
                 return self._called.pop(node.id)
             case ModuleCall(module_path=path, args=args, kwargs=kwargs):
-                arguments, keywords = self._own(self._resolve((args, dict(kwargs)), node.id))
+                arguments, keywords = self.values.own(
+                    self.values.resolve((args, dict(kwargs)), node.id)
+                )
                 return self._call_module(path, arguments, keywords)
             case Save(value=value):
-                saved = self._own(self._resolve(value, node.id))
+                saved = self.values.own(self.values.resolve(value, node.id))
                 saved = saved if self._gradients is None else detached(saved)
                 # Refuses here, at the user's line, what could not be sent.
                 check_saved(saved)
-                self._keep(self.saved, node.id, saved)
+                self.values.save(node, saved)
             case Log(values=logged):
-                self.logs[node.id] = format_values(detached(self._resolve(logged, node.id)))
+                self.logs[node.id] = format_values(detached(self.values.resolve(logged, node.id)))
             case Assign(target=target, value=value):
-                self._copy_for_earlier_readers(node)
-                new = self._own(self._resolve(value, node.id))
-                if isinstance(parameter := self._current(target), ParameterValue):
-                    parameter.update(new)
-                else:
-                    self.assigned[target] = new
+                self.values.assign(node, target, value)
             case Skip(module_path=path, call_index=index, value=value, step=step):
-                self.skips[path, index, step] = self._own(self._resolve(value, node.id))
+                self.skips[path, index, step] = self.values.own(self.values.resolve(value, node.id))
             case Stop():
                 self.stopped_at = node.id
             case Keep(value=value, handle_id=handle_id):
-                kept = detached(self._resolve(value, node.id))
+                kept = detached(self.values.resolve(value, node.id))
                 self.kept[node.id] = (handle_id, copied(kept))
             case Load(handle_id=handle_id):
                 return copied(self._load(handle_id))
@@ -282,7 +262,7 @@ class Executor:
                 is_ids = part is GeneratedPart.TOKEN_IDS
                 return self.made.ids(invoke) if is_ids else torch.tensor(self.made.num_steps)
             case EndGeneration(when=when):
-                self.ends.append((node, self._resolve(when, node.id)))
+                self.ends.append((node, self.values.resolve(when, node.id)))
             case operation if isinstance(operation, Gradient | Training):
                 return self._train(node, operation)
         return None
@@ -290,25 +270,20 @@ class Executor:
     def _train(self, node: Node, operation: Gradient | Training) -> object:
         if isinstance(operation, Gradient | Backward):
             assert self._gradients is not None
-            value_of = partial(self._value_of, reader=node.id)
+            value_of = partial(self.values.value_of, reader=node.id)
             if isinstance(operation, Backward):
                 self._gradients.add_to_parameters(node, value_of)
                 return None
             gradient = self._gradients.take(node, value_of)
             # Autograd gives one tensor for several values, and this one may be written to.
-            return gradient if self._memory is None else gradient.clone()
+            return gradient.clone() if self.values.are_written_to else gradient
         if isinstance(operation, OptimizerStep):
-            self._copy_for_earlier_readers(node)
+            self.values.copy_for_earlier_readers(node)
         return applied(
             operation,
-            lambda value: self._resolve(value, node.id),
-            lambda value: resolve(value, lambda used: self._value_of(used, node.id)),
+            lambda value: self.values.resolve(value, node.id),
+            lambda value: resolve(value, lambda used: self.values.value_of(used, node.id)),
         )
-
-    def _own(self, value: Any) -> Any:
-        """Copies what lies in memory of the user's tensors."""
-        is_brought = self._brought and not self._brought.isdisjoint(storages(value))
-        return copied_if_in(self._brought, value) if is_brought else value
 
     def _call(
         self, node: Node, name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]
@@ -348,112 +323,6 @@ class Executor:
         owned = storages((args, kwargs)) | self._model.storages
         return copied_if_in(owned, self._model.brought(whole))
 
-    def _keep(self, values: dict[NodeId, object], node_id: NodeId, value: object) -> None:
-        values[node_id] = value
-        if self._memory is not None:
-            self._memory.add(node_id, value)
-
-    def _before_write(self, writer: Node) -> None:
-        """Lets a write in place be seen by whom it concerns, and by nobody else."""
-        assert isinstance(writer.operation, Call)
-        self._copy_for_earlier_readers(writer)
-        if not writes_into_container(writer.operation.name):
-            self._part_from_strangers(writer, writer.operation.args[0])
-
-    def _copy_for_earlier_readers(self, writer: Node) -> None:
-        """Before a write: keeps for waiting, earlier-defined readers what they are to see."""
-        is_assignment = isinstance(writer.operation, Assign)
-        for reader_id in self._plan.readers_before.get(writer.id, ()):
-            if reader_id in self.done:
-                continue
-            copies = self._copies.setdefault(reader_id, {})
-            for used in self._plan.uses[reader_id] - _written(self._plan.nodes[reader_id]):
-                if used in copies or (value := self._current(used)) is UNSET:
-                    continue
-                if isinstance(value, ParameterValue):
-                    copies[used] = copied(self._seen(used, value))
-                else:
-                    copies[used] = value if is_assignment else copied(value)
-
-    def part_from(self, memory: AbstractSet[StorageKey]) -> None:
-        """Copies values that share memory which others, such as the model, may write into."""
-        for (place, node_id), value in parted(self._by_place(), memory).items():
-            self._keep(self._places[place], node_id, value)
-
-    def let_go(self, memory: AbstractSet[StorageKey]) -> None:
-        """Copies the parts that values have of memory, so that the rest can be freed."""
-        self.part_from(seen_in_part(self._by_place().values(), memory))
-
-    @property
-    def memory(self) -> frozenset[StorageKey]:
-        """The memory of all values."""
-        return storages(list(self._by_place().values()))
-
-    @property
-    def _places(self) -> tuple[dict[NodeId, object], ...]:
-        return self.values, self.assigned, self.saved
-
-    def _by_place(self) -> dict[tuple[int, NodeId], object]:
-        return {
-            (place, node_id): value
-            for place, values in enumerate(self._places)
-            for node_id, value in values.items()
-        }
-
-    def _part_from_strangers(self, writer: Node, target: object) -> None:
-        """Copies values that happen to share the written memory, but are no views of it.
-
-        What a layer gives is what the next one takes, and yet to the user these are two values.
-        """
-        assert self._memory is not None
-        roots = self._plan.roots[writer.id]
-        sharing = self._memory.sharing(self._resolve(target, writer.id))
-        for values in (self.values, self.saved):
-            strangers = {
-                node_id: values[node_id]
-                for node_id in sharing
-                if node_id in values and not self._plan.roots[node_id] & roots
-            }
-            for node_id, copy in copied_together(strangers).items():
-                self._keep(values, node_id, copy)
-
-    def _free_operands(self, node: Node) -> None:
-        self._copies.pop(node.id, None)
-        for used in self._plan.uses[node.id] & self._num_uses.keys():
-            self._num_uses[used] -= 1
-            if not self._num_uses[used] and used not in self._plan.outliving:
-                self.values.pop(used, None)
-
-    def _resolve(self, value: Any, reader: NodeId) -> Any:
-        """Puts values in the place of references, as a node is to see them."""
-        return resolve(value, lambda used: self._seen(used, self._value_of(used, reader)))
-
-    def _seen(self, node_id: NodeId, value: object) -> object:
-        """Gives what nodes see of a value: of a parameter its elements, which stay as they are."""
-        if not isinstance(value, ParameterValue):
-            return value
-        self._brought = self._brought | storages(value.leaf)
-        is_trained = self._gradients is not None and self._gradients.is_trained(node_id)
-        return value.leaf if is_trained else seen(value)
-
-    def _value_of(self, used: NodeId, reader: NodeId) -> object:
-        copies = self._copies.get(reader, {})
-        return copies[used] if used in copies else self._current(used)
-
-    def _current(self, used: NodeId) -> object:
-        if used in self.assigned:
-            return self.assigned[used]
-        values = self.values if used in self._plan.nodes else self._earlier
-        return values.get(used, UNSET)
-
     def _describable_operands(self, node: Node) -> tuple[object, ...]:
-        resolved: tuple[object, ...] = self._resolve(operands(node.operation), node.id)
+        resolved: tuple[object, ...] = self.values.resolve(operands(node.operation), node.id)
         return resolved
-
-
-def _written(node: Node) -> frozenset[NodeId]:
-    """Gives what a node writes into itself: a copy of that would take the write with it."""
-    match node.operation:
-        case Call(name=name, args=(Ref(node_id=target), *_)) if is_in_place(name):
-            return frozenset({target})
-    return frozenset()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from insitu_shard.compiler import Outline
     from insitu_shard.engine.block_run import BlockRun
+    from insitu_shard.engine.gradients import Asked
     from insitu_shard.engine.needs import Needs
     from insitu_shard.engine.plan import Plan
     from insitu_shard.engine.ranks import Ranks
@@ -65,8 +66,8 @@ def take_together(runs: Sequence[BlockRun], ranks: Ranks) -> None:
     asked = {place: at for place, run in enumerate(waiting) if (at := run.asked_gradients())}
     missing = ranks.highest([int(place not in asked) for place in range(len(waiting))])
     joint = [place for place, is_missing in enumerate(missing) if not is_missing]
-    if len(joint) > 1:
-        found = list(gradients_of([asked[place] for place in joint]))
+    found = _found([asked[place] for place in joint], ranks) if len(joint) > 1 else []
+    if found:
         answers = {place: [found.pop(0) for _ in asked[place].inputs] for place in joint}
         doubtful = ranks.highest([int(not _is_certain(answers[place])) for place in joint])
         for place, is_doubtful in zip(joint, doubtful, strict=True):
@@ -74,6 +75,15 @@ def take_together(runs: Sequence[BlockRun], ranks: Ranks) -> None:
                 waiting[place].answer_gradients(asked[place], answers[place])
     for run in waiting:
         run.end_pass()
+
+
+def _found(several: Sequence[Asked], ranks: Ranks) -> list[torch.Tensor | None]:
+    """Runs the common backward pass; gives nothing if it raises, as one of the traces' own may."""
+    try:
+        return list(gradients_of(several))
+    except Exception as exception:  # noqa: BLE001 - what is wrong with one is to be that one's error
+        ranks.check_left_together(exception)
+        return []
 
 
 def _is_certain(gradients: Sequence[torch.Tensor | None]) -> bool:

@@ -291,6 +291,8 @@ class Executor:
         if name in FACTORIES:
             keywords.setdefault("device", self._model.device)
         check_size(name, arguments, keywords)
+        if self._gradients is not None and is_in_place(name):
+            _renew(arguments[0])
         if name in RANDOM:
             with seeded(f"{self._seed}:{node.id}", self._model.device):
                 return function(name)(*arguments, **keywords)
@@ -326,3 +328,13 @@ class Executor:
     def _describable_operands(self, node: Node) -> tuple[object, ...]:
         resolved: tuple[object, ...] = self.values.resolve(operands(node.operation), node.id)
         return resolved
+
+
+def _renew(target: object) -> None:
+    """Brings a view's place in the graph up to date.
+
+    torch does so when it is asked for, and until then takes a view of what was written to through
+    another view for a leaf, which can not be written to.
+    """
+    if isinstance(target, torch.Tensor):
+        _ = target.grad_fn

@@ -6,13 +6,11 @@ loads, where nothing else listens yet. So they have a port of their own.
 
 from __future__ import annotations
 
-import socket
-
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
-from insitu_wire.errors import Reason, error
+from insitu_wire.listening import listen
 
 LIVENESS = "liveness"
 """The service to ask about for whether the program lives; the empty name asks whether it serves."""
@@ -49,20 +47,13 @@ class Health:
             return
         server = grpc.aio.server()
         self.add_to(server)
-        try:
-            # Tried before by hand: gRPC would log lines of its own and not say why.
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            socket.create_server((host, port), family=family).close()
-            server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-        except (OSError, RuntimeError) as exception:
-            why = exception.strerror if isinstance(exception, OSError) else "taken just now"
-            raise error(
-                Reason.INVALID_CONFIGURATION,
-                f"can not answer probes on port {port} of {host} ({why}); choose a free port with "
-                "--health-port, or -1 for none",
-                host=host,
-                port=port,
-            ) from exception
+        listen(
+            server.add_insecure_port,
+            host,
+            port,
+            what=f"answer probes on port {port} of {host}",
+            cure="--health-port, or -1 for none",
+        )
         await server.start()
         self._own_server = server
 

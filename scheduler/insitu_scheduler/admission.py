@@ -102,8 +102,8 @@ class Admission:
         limits = key.limits.within(self._limits)
         tier, deadline = clamp(request.tier, key.tier), _deadline(request)
         terms = Terms(tier, key.weight, limits, traceparent, deadline)
-        self._catalog.check_back(sorted(models_named(session)))
         models = self._catalog.served()
+        self._catalog.check_back(sorted(models_named(session)), models)
         await _off_loop(session, lambda: _check(session, key, terms.limits, models))
         self._dispatcher.hosting.check_together(models_of(session))
         # Refused now where it can be known; it may be lost later, too.

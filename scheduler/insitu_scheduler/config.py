@@ -130,11 +130,6 @@ class SchedulerConfig:
             )
 
 
-def endpoint(host: str, port: int) -> str:
-    """Writes a host and port as gRPC and URLs take them."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _check_port(flag: str, port: int) -> None:
     _check(flag, port, "0 (a free one) to 65535", 0 <= port <= 65535)
 

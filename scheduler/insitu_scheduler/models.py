@@ -99,18 +99,22 @@ class ModelCatalog:
             NotFoundError: MODEL_NOT_FOUND.
         """
         served = self.served()
-        self.check_back([name])
+        self.check_back([name], served)
         if name not in served:
             raise model_not_found(name, served)
         return served[name]
 
-    def check_back(self, names: Iterable[str]) -> None:
+    def check_back(self, names: Iterable[str], served: Mapping[str, KnownModel]) -> None:
         """Has those wait outside who ask for models whose groups have yet to come back.
+
+        Args:
+            names: the models that are asked for.
+            served: those that are served.
 
         Raises:
             NotFoundError: MODEL_NOT_FOUND, with a time to try again after.
         """
-        served, now = self.served(), time.monotonic()
+        now = time.monotonic()
         for name in names:
             if name not in served and now < self._back_by.get(name, 0.0):
                 raise error(

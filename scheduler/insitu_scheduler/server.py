@@ -6,7 +6,6 @@ import asyncio
 import datetime
 import importlib.metadata
 import logging
-import socket
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,7 @@ from insitu_proto.v1 import (
 from insitu_scheduler.admission import Admission
 from insitu_scheduler.auth import Authenticator, open_keys
 from insitu_scheduler.bad_attempts import BadAttempts
-from insitu_scheduler.config import endpoint, is_loopback
+from insitu_scheduler.config import is_loopback
 from insitu_scheduler.data_dir import DataDir
 from insitu_scheduler.dispatch import Dispatcher
 from insitu_scheduler.events import EventBook
@@ -46,10 +45,10 @@ from insitu_scheduler.service import SchedulerServicer
 from insitu_scheduler.uploads import UploadStore
 from insitu_scheduler.web import HttpServer, StatusPage
 from insitu_wire.callers import CallerCheck
-from insitu_wire.errors import Reason, error
 from insitu_wire.health import Health
 from insitu_wire.interceptor import ErrorInterceptor
 from insitu_wire.limits import JOIN_TOKEN_METADATA, SERVER_OPTIONS
+from insitu_wire.listening import endpoint, listen
 from insitu_wire.tls import SHARD_NAME
 
 if TYPE_CHECKING:
@@ -295,20 +294,10 @@ def _bind(
     server: grpc.aio.Server, host: str, port: int, tls: Tls, *, is_mutual: bool = False
 ) -> int:
     """Has the server listen; gives its port."""
-    try:
-        # Tried before by hand: gRPC would log lines of its own and not say why.
-        socket.create_server((host, port), family=_family(host)).close()
-        return tls.add_port(server, endpoint(host, port), is_mutual=is_mutual)
-    except (OSError, RuntimeError) as exception:
-        why = exception.strerror if isinstance(exception, OSError) else "taken just now"
-        raise error(
-            Reason.INVALID_CONFIGURATION,
-            f"can not listen on {endpoint(host, port)} ({why}); choose a free port with --port, "
-            "or 0",
-            host=host,
-            port=port,
-        ) from exception
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+    return listen(
+        lambda address: tls.add_port(server, address, is_mutual=is_mutual),
+        host,
+        port,
+        what=f"listen on {endpoint(host, port)}",
+        cure="--port, or 0",
+    )

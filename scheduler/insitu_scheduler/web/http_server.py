@@ -13,8 +13,8 @@ from starlette.applications import Starlette
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from insitu_scheduler.config import endpoint
 from insitu_wire.errors import Reason, error
+from insitu_wire.listening import endpoint, family
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,9 +93,8 @@ async def _go_to_status(request: Request) -> Response:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
+        return socket.create_server((host, port), family=family(host))
     except OSError as exception:
         raise error(
             Reason.INVALID_CONFIGURATION,

@@ -11,22 +11,18 @@ if TYPE_CHECKING:
     from insitu_shard.engine.plan import Plan
 
 
-def check_graph(
-    plan: Plan, outline: Outline, *, num_tokens: int, checkpoints: bool, max_bytes: int
-) -> None:
+def check_graph(plan: Plan, size: int, *, checkpoints: bool, max_bytes: int) -> None:
     """Refuses a trace whose graph would take too much memory.
 
     Args:
         plan: the trace's.
-        outline: the model's.
-        num_tokens: tokens of all its rows.
+        size: what its graph keeps, as `graph_bytes` estimates it.
         checkpoints: whether decoder layers keep their inputs alone.
         max_bytes: what the graph may take.
 
     Raises:
         CapacityError: OUT_OF_MEMORY, at the line of the first gradient.
     """
-    size = graph_bytes(plan, outline, num_tokens=num_tokens, checkpoints=checkpoints)
     if size <= max_bytes:
         return
     assert plan.differentiated is not None

@@ -67,7 +67,7 @@ class TraceRun:
         self._seed = state.block_seed(trace.nodes, trace.seed)
         self._used_later = state.liveness.used_after(step)
         self._is_exact = state.options.is_exact
-        self._alone_because = _reason_for_alone(trace, is_exact=self._is_exact)
+        self._alone_because = "the session is exact" if self._is_exact else ""
         self._inputs_used = {
             node_id
             for invoke in trace.invokes
@@ -98,13 +98,14 @@ class TraceRun:
     @cached_property
     def facts(self) -> TraceFacts | None:
         """The trace as the planner of passes sees it; None if it needs no pass."""
+        size = 0
         try:
             batch = self._batch
             if self.plan is not None and batch is not None:
+                size = self._graph_bytes(self.plan, batch)
                 check_graph(
                     self.plan,
-                    self.model.outline,
-                    num_tokens=len(batch.rows) * batch.length,
+                    size,
                     checkpoints=self.checkpoints,
                     max_bytes=self._state.options.limits.max_graph_bytes,
                 )
@@ -138,14 +139,13 @@ class TraceRun:
             head=self._head,
             session=id(self._state),
             may_mix=not may_pad and len(lengths) == 1 and not takes_gradients,
-            graph_bytes=self._graph_bytes(batch),
+            graph_bytes=size,
         )
 
-    def _graph_bytes(self, batch: Batch) -> int:
-        assert self.plan is not None
+    def _graph_bytes(self, plan: Plan, batch: Batch) -> int:
         num_tokens = len(batch.rows) * batch.length
         outline, checkpoints = self.model.outline, self.checkpoints
-        return graph_bytes(self.plan, outline, num_tokens=num_tokens, checkpoints=checkpoints)
+        return graph_bytes(plan, outline, num_tokens=num_tokens, checkpoints=checkpoints)
 
     def _generating(self, generation: Generation, batch: Batch) -> TraceFacts:
         assert self.plan is not None
@@ -327,9 +327,3 @@ class TraceRun:
             token_ids, args, kwargs = values
             invokes.append(replace(invoke, token_ids=token_ids, args=args, kwargs=kwargs))
         return invokes
-
-
-def _reason_for_alone(trace: Trace, *, is_exact: bool) -> str:
-    if is_exact:
-        return "the session is exact"
-    return ""

@@ -9,6 +9,8 @@ import torch
 # Before anything imports transformers: no test reaches a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests start many processes: our modules are compiled for the first of them alone.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Tiny models gain nothing from threads, and on a busy machine these wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The variable is for processes that tests start: here a plugin of pytest had imported torch before.

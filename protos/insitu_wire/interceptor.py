@@ -14,7 +14,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from insitu_wire.errors import Error, Reason, error, to_status
+from insitu_wire.error_codec import to_status
+from insitu_wire.errors import Error, Reason, error
 from insitu_wire.interception import MethodInterceptor, around
 
 if TYPE_CHECKING:

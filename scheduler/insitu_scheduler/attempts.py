@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from insitu_wire.errors import Reason, error, from_failure
+from insitu_wire.error_codec import from_failure
+from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
     from insitu_proto.v1.event_pb2 import Event

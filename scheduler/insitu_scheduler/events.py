@@ -9,7 +9,8 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from insitu_proto.v1.event_pb2 import Event, EventKind
-from insitu_wire.errors import Error, Reason, error, to_failure
+from insitu_wire.error_codec import to_failure
+from insitu_wire.errors import Error, Reason, error
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

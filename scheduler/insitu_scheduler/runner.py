@@ -13,7 +13,8 @@ from insitu_scheduler.refusals import limit_exceeded
 from insitu_scheduler.shards import replica_lost
 from insitu_scheduler.terms import Terms
 from insitu_scheduler.uploads import bring_uploads
-from insitu_wire.errors import Error, Reason, from_failure
+from insitu_wire.error_codec import from_failure
+from insitu_wire.errors import Error, Reason
 from insitu_wire.tracing import Tracing
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from insitu_proto.v1 import shard_service_pb2, shard_service_pb2_grpc
 from insitu_proto.v1.shard_service_pb2 import Import
 from insitu_scheduler.models import TokenizerFile
 from insitu_wire.callers import carrying_all
-from insitu_wire.errors import Error, Reason, error, from_rpc_error
+from insitu_wire.error_codec import from_rpc_error
+from insitu_wire.errors import Error, Reason, error
 from insitu_wire.limits import ACCESS_TOKEN_METADATA, EPOCH_METADATA
 from insitu_wire.tls import SHARD_NAME, Tls
 

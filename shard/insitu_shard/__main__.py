@@ -1,12 +1,7 @@
-"""Starts a shard group: `python -m insitu_shard --model NAME=PATH --scheduler HOST:PORT`.
-
-Called by hand it checks what can be checked before, and then has torchrun's agent start this module
-again, once a rank.
-"""
+"""Starts a shard group: `python -m insitu_shard --model NAME=PATH --scheduler HOST:PORT`."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import Annotated
 
@@ -246,19 +241,9 @@ def run(
             rendezvous=rendezvous,
             host_id=host_id,
         )
-        from insitu_shard.placing import with_placement
+        from insitu_shard.launching import launch_ranks
 
-        config = with_placement(config)
-        if "RANK" in os.environ:
-            from insitu_shard.server import run_rank
-
-            run_rank(config, rank=int(os.environ["RANK"]))
-        else:
-            from insitu_shard.launching import launch_ranks
-            from insitu_shard.preflight import check_before_start
-
-            check_before_start(config)
-            launch_ranks(config)
+        launch_ranks(config, log_format)
     except Error as err:
         typer.echo(f"insitu shard: {err}", err=True)
         raise typer.Exit(1) from err

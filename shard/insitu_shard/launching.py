@@ -3,41 +3,66 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import signal
-import sys
+import tempfile
 import uuid
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import forkserver
 from typing import TYPE_CHECKING
 
+from insitu_shard.rank import run_as_rank
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
     from insitu_shard.config import ShardConfig
+    from insitu_wire.logs import LogFormat
 
+_START_METHOD = "forkserver"
 _RENDEZVOUS_PORT = 29400
 # What the end of a group takes beside what runs.
 _STOP_SECONDS = 10
 
 
-def launch_ranks(config: ShardConfig) -> None:
-    """Starts `python -m insitu_shard` once a rank of this node, and waits for all of them.
+def launch_ranks(config: ShardConfig, log_format: LogFormat) -> None:
+    """Checks the settings, starts the ranks of this node, and waits for all of them.
+
+    Ranks are forked from a process that has imported what they need, which takes longer than to
+    load a small model: it is done once, however many ranks there are and how often they start.
 
     Raises:
-        Error: a rank failed; what it printed says why.
+        Error: the group can not start, or a rank failed; what it printed says why.
     """
+    with tempfile.TemporaryDirectory(prefix="insitu-shard-") as folder:
+        # What ranks put aside goes with the group, however they end.
+        os.environ["TMPDIR"] = folder
+        _start_forking()
+        _run(_checked(config), log_format)
+
+
+def _start_forking() -> None:
+    """Starts the process that ranks are forked from; it goes on importing meanwhile."""
+    # Asked otherwise whether there are GPUs, the process would take one, and its forks could not.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    preload = ["insitu_shard.rank", "insitu_shard.preflight", "insitu_shard.server"]
+    multiprocessing.set_forkserver_preload(preload)
+    forkserver.ensure_running()
+    import torch.distributed.launcher.api  # noqa: F401 - meanwhile, what this process needs
+
+
+def _run(config: ShardConfig, log_format: LogFormat) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    num_local = config.num_ranks // config.num_nodes
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_local)))
     if config.node_rank:
         # The leader ends the ranks of all nodes, after what runs has ended.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        elastic_launch(_launch(config), sys.executable)("-m", "insitu_shard", *sys.argv[1:])
+        elastic_launch(_launch(config), run_as_rank)(config, log_format)
     except SignalException:
         # The agent has passed the signal on, and all ranks have ended.
         return
@@ -50,6 +75,22 @@ def launch_ranks(config: ShardConfig) -> None:
             rank=rank,
             status=failure.exitcode,
         ) from None
+
+
+def _checked(config: ShardConfig) -> ShardConfig:
+    """Gives the settings with the placement decided, by a process that knows the model's code."""
+    context = multiprocessing.get_context(_START_METHOD)
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        return executor.submit(_check, config).result()
+
+
+def _check(config: ShardConfig) -> ShardConfig:
+    from insitu_shard.placing import with_placement
+    from insitu_shard.preflight import check_before_start
+
+    config = with_placement(config)
+    check_before_start(config)
+    return config
 
 
 def _launch(config: ShardConfig) -> LaunchConfig:
@@ -67,6 +108,7 @@ def _launch(config: ShardConfig) -> LaunchConfig:
             rdzv_endpoint="localhost:0",
             max_restarts=config.max_restarts,
             monitor_interval=0.1,
+            start_method=_START_METHOD,
             shutdown_timeout=shutdown_timeout,
         )
     address = config.rendezvous
@@ -82,6 +124,7 @@ def _launch(config: ShardConfig) -> LaunchConfig:
         # Ranks of all nodes are started again together: by who started this.
         max_restarts=0,
         monitor_interval=0.1,
+        start_method=_START_METHOD,
         shutdown_timeout=shutdown_timeout,
         signals_to_handle="SIGHUP,SIGQUIT" if config.node_rank else "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
     )

@@ -64,9 +64,6 @@ def run_rank(config: ShardConfig, rank: int) -> None:
     if ranks.is_leader and num_restarts:
         _log.warning("the ranks of %s were started again, time %d", config.model, num_restarts)
     if not ranks.is_leader:
-        # The leader alone is told when to stop; it tells the others after what runs has ended.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         model = _load(config, ranks)
         follow(model, channel, budgets=_budgets(config), limits=_limits(config))
     else:

@@ -12,7 +12,8 @@ from insitu_shard.codec import to_fetched, to_responses
 from insitu_shard.engine import Saved, num_bytes
 from insitu_shard.imports import fetch_values
 from insitu_shard.upload_cache import receive_upload
-from insitu_wire.errors import Error, to_failure
+from insitu_wire.error_codec import to_failure
+from insitu_wire.errors import Error
 from insitu_wire.limits import CHUNK_BYTES
 from insitu_wire.tracing import Tracing
 

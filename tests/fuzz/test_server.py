@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from insitu_proto.v1 import registry_service_pb2, scheduler_service_pb2
 from insitu_proto.v1.scheduler_service_pb2 import SubmitSessionRequest
-from insitu_wire.errors import Error, Reason, from_rpc_error
+from insitu_wire.error_codec import from_rpc_error
+from insitu_wire.errors import Error, Reason
 from support.fuzzing import arbitrary, garbled, mutated, nested
 
 from .conftest import Running, Target

@@ -26,7 +26,8 @@ from insitu_proto.v1 import (
     session_pb2,
     trace_pb2,
 )
-from insitu_wire.errors import Error, from_rpc_error
+from insitu_wire.error_codec import from_rpc_error
+from insitu_wire.errors import Error
 from insitu_wire.limits import MAX_SESSION_BYTES
 from support.tiny_models import TinyModels
 from support.up import Up

@@ -11,7 +11,7 @@ import torch
 
 from insitu import CONFIG, CapacityError, LanguageModel
 from support.judge import with_hooks, with_insitu
-from support.up import Up, insitu
+from support.up import Up, insitu, ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,10 +39,8 @@ def client(up: Up, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFix
 
 def _served(up: Up) -> set[str]:
     """The models whose shard groups have processes."""
-    commands = [process.cmdline() for process in up.descendants() if "RANK" in process.environ()]
-    return {
-        family for family in FAMILIES for command in commands if f"tiny/{family}=" in str(command)
-    }
+    started = up.descendants()
+    return {family for family in FAMILIES if ranks(started, model=f"tiny/{family}")}
 
 
 def test_each_model_is_loaded_when_it_is_asked_for_in_place_of_the_other(
@@ -82,8 +80,7 @@ def test_a_model_whose_process_dies_is_loaded_again(up: Up) -> None:
         return logits
 
     expected = run()
-    for process in up.descendants():
-        if "RANK" in process.environ():
-            process.kill()
-            psutil.wait_procs([process])
+    for process in ranks(up.descendants()):
+        process.kill()
+        psutil.wait_procs([process])
     assert torch.equal(run(), expected)

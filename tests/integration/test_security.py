@@ -27,7 +27,8 @@ from insitu.backends.remote import RemoteBackend
 from insitu_proto.v1 import shard_service_pb2, shard_service_pb2_grpc
 from insitu_scheduler.keys import digest_of, read_keys
 from insitu_scheduler.keys_command import app
-from insitu_wire.errors import AuthenticationError, Reason, from_rpc_error
+from insitu_wire.error_codec import from_rpc_error
+from insitu_wire.errors import AuthenticationError, Reason
 from insitu_wire.tracing import Tracing
 from support.spans import SpanReceiver
 from support.tiny_models import TinyModels

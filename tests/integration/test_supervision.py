@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from insitu import CONFIG, LanguageModel
-from support.up import Up
+from support.up import Up, ranks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,6 +48,7 @@ def test_a_follower_that_hangs_costs_no_session(
 def test_a_follower_whose_memory_alone_is_full_costs_no_session(
     tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("INSITU_COLLECTIVE_TIMEOUT_SECONDS", "5")
     monkeypatch.setattr(CONFIG, "_api_key", "tests")
     with Up(tmp_path, [f"tiny/llama={tiny.folder('llama')}"], ["--tp", "2"]) as up:
         monkeypatch.setenv("INSITU_ENDPOINT", up.endpoint)
@@ -69,4 +70,5 @@ def _logits(model: LanguageModel, ids: object = IDS) -> torch.Tensor:
 
 
 def _follower(up: Up) -> psutil.Process:
-    return next(p for p in up.descendants() if p.environ().get("RANK") == "1")
+    (follower,) = ranks(up.descendants(), 1)
+    return follower

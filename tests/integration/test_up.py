@@ -27,7 +27,7 @@ from insitu import (
 )
 from insitu.backends.remote import RemoteBackend
 from support.tiny_models import TinyModels
-from support.up import INSITU, Up, insitu, interruptible, run_python
+from support.up import INSITU, Up, insitu, interruptible, ranks, run_python
 
 IDS = [5, 9, 17, 23]
 
@@ -111,9 +111,9 @@ def test_what_dies_is_started_again_where_it_was(
         monkeypatch.setattr(CONFIG, "_api_key", "tests")
         model = LanguageModel("tiny/llama")
         before = _tokens(model)
-        ranks = [process for process in up.descendants() if "RANK" in process.environ()]
-        assert len(ranks) == 2
-        for rank in ranks:
+        both = ranks(up.descendants())
+        assert len(both) == 2
+        for rank in both:
             rank.kill()
         _wait_for(up, "the ranks of tiny/llama were started again")
         # It waits in the queue for a group to come back.
@@ -261,6 +261,15 @@ def test_help_is_documentation() -> None:
         done = run_python([*INSITU, *command], COLUMNS="200")
         assert done.returncode == 0, done.stderr
     assert "INSITU_MODEL" in done.stdout
+
+
+def test_the_command_starts_without_torch() -> None:
+    code = (
+        "import sys, insitu.cli, insitu.cli._up, insitu.cli._status, insitu.cli._sessions\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = run_python([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
 
 
 def test_demo_model_prints_its_folder_last(demo_folder: Path) -> None:

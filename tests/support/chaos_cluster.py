@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from support.cut_proxy import CutProxy
+from support.up import ranks
 
 if TYPE_CHECKING:
     import random
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 MODEL = "tiny/llama"
 _SCHEDULER, _ONE, _TWO = "scheduler", "group of one rank", "group of two ranks"
-_TORCHRUN_RANK = "LOCAL_RANK"
 
 
 class Fault(StrEnum):
@@ -118,9 +118,7 @@ class Cluster:
             proxy.cut()
 
     def _rank(self, rank: int) -> psutil.Process:
-        children = self._process(_TWO).children(recursive=True)
-        ranks = [child for child in children if child.environ().get(_TORCHRUN_RANK) == str(rank)]
-        return ranks[0]
+        return ranks(self._process(_TWO).children(recursive=True), rank)[0]
 
     def _supervise(self) -> None:
         while not self._is_stopping:

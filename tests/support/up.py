@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,6 +87,14 @@ class Up:
         if self.process.stdout is not None:
             self.process.stdout.close()
         return self.process.returncode
+
+
+def ranks(
+    processes: list[psutil.Process], number: int | None = None, model: str = ""
+) -> list[psutil.Process]:
+    """Those of some processes that are ranks of shard groups: of a number or model, if given."""
+    title = re.compile(rf"insitu shard: rank {'[0-9]+' if number is None else number} of {model}")
+    return [process for process in processes if title.match(" ".join(process.cmdline()))]
 
 
 def interruptible(command: list[str]) -> subprocess.Popen[str]:

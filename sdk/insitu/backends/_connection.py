@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, cast
 import grpc
 
 from insitu_proto.v1 import scheduler_service_pb2_grpc
-from insitu_wire.errors import Reason, error, from_rpc_error
+from insitu_wire.error_codec import from_rpc_error
+from insitu_wire.errors import Reason, error
 from insitu_wire.limits import API_KEY_METADATA, CHANNEL_OPTIONS
 from insitu_wire.tls import client_credentials
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tqdm.auto import tqdm
 
 from insitu.backends import _resuming
-from insitu_wire import torch_codec
 from insitu_wire.errors import Error, Reason, UnavailableError, error
 
 if TYPE_CHECKING:
@@ -116,6 +115,9 @@ class _Receiver:
         self._num_values += 1
         if zlib.crc32(data) != saved.crc32:
             raise _damaged(saved)
+        # With torch, which takes seconds to import: commands that fetch no value do without it.
+        from insitu_wire import torch_codec
+
         return Received(saved.node_id, saved.name, torch_codec.decode(saved.value, data=data))
 
 

@@ -11,7 +11,6 @@ from insitu_wire.content_hash import content_hash
 from insitu_wire.dtypes import num_bytes
 from insitu_wire.errors import Reason, error
 from insitu_wire.limits import CHUNK_BYTES, MAX_UPLOAD_BYTES
-from insitu_wire.torch_codec import tensor_data
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -45,7 +44,7 @@ def name_contents(session: Session, tensors: Mapping[int, torch.Tensor]) -> None
                 numBytes=num_bytes(spec),
                 maxBytes=MAX_UPLOAD_BYTES,
             )
-        spec.content_hash = content_hash(spec, tensor_data(tensor))
+        spec.content_hash = content_hash(spec, _elements(tensor))
 
 
 def upload_missing(
@@ -63,8 +62,15 @@ def upload_missing(
     total = sum(num_bytes(session.tensors[index]) for index in missing)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Uploading tensors") as progress:
         for index in missing:
-            requests = _requests(session.tensors[index], tensor_data(tensors[index]), progress)
+            requests = _requests(session.tensors[index], _elements(tensors[index]), progress)
             stub.UploadTensor(requests, metadata=metadata)
+
+
+def _elements(tensor: torch.Tensor) -> memoryview:
+    # With torch, which takes seconds to import: commands that bring no tensor do without it.
+    from insitu_wire.torch_codec import tensor_data
+
+    return tensor_data(tensor)
 
 
 def _requests(

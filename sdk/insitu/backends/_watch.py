@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from insitu._logging import log_event
 from insitu.backends import _resuming
 from insitu_proto.v1 import event_pb2
-from insitu_wire.errors import Error, Reason, UnavailableError, error, from_failure
+from insitu_wire.error_codec import from_failure
+from insitu_wire.errors import Error, Reason, UnavailableError, error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,7 +16,8 @@ from insitu_proto.v1.event_pb2 import Event, EventKind
 from insitu_proto.v1.scheduler_service_pb2_grpc import SchedulerServiceStub
 from insitu_scheduler.config import SchedulerConfig
 from insitu_scheduler.server import Server
-from insitu_wire.errors import Error, from_rpc_error
+from insitu_wire.error_codec import from_rpc_error
+from insitu_wire.errors import Error
 from insitu_wire.limits import CHANNEL_OPTIONS
 from support.fake_shard import FakeShard
 

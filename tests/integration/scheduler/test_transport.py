@@ -19,13 +19,8 @@ from insitu_proto.v1 import shard_service_pb2, shard_service_pb2_grpc
 from insitu_proto.v1.registry_service_pb2 import RegisterGroupRequest
 from insitu_proto.v1.registry_service_pb2_grpc import RegistryServiceStub
 from insitu_scheduler.server import Server
-from insitu_wire.errors import (
-    AuthenticationError,
-    ConfigurationError,
-    Error,
-    UnavailableError,
-    from_rpc_error,
-)
+from insitu_wire.error_codec import from_rpc_error
+from insitu_wire.errors import AuthenticationError, ConfigurationError, Error, UnavailableError
 from insitu_wire.tls import SCHEDULER_NAME, SHARD_NAME, Tls
 from support.fake_shard import FakeShard, saving
 

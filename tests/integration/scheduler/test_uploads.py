@@ -19,7 +19,8 @@ from insitu_proto.v1.tensor_pb2 import Dtype, Tensor
 from insitu_proto.v1.value_pb2 import Value
 from insitu_scheduler.server import Server
 from insitu_wire.content_hash import content_hash
-from insitu_wire.errors import Error, Reason, from_rpc_error
+from insitu_wire.error_codec import from_rpc_error
+from insitu_wire.errors import Error, Reason
 from support.fake_shard import FakeShard, finished, read, reference, save, trace
 
 from .conftest import Client, names

@@ -83,7 +83,7 @@ def test_a_setting_that_can_not_be_is_refused(
 def test_the_time_to_wait_arrives_with_the_error() -> None:
     from google.rpc import error_details_pb2
 
-    from insitu_wire.errors import to_status
+    from insitu_wire.error_codec import to_status
 
     status = to_status(error(Reason.QUOTA_EXCEEDED, "full", retry_after_seconds=1.5))
     info = error_details_pb2.RetryInfo()

@@ -1,24 +1,14 @@
 from __future__ import annotations
 
+import pickle
 import traceback
 
 import grpc
 import pytest
 
 from insitu_proto.v1 import error_reason_pb2
-from insitu_wire.errors import (
-    DOMAIN,
-    Error,
-    Location,
-    Reason,
-    UnavailableError,
-    error,
-    from_failure,
-    from_rpc_error,
-    status_code,
-    to_failure,
-    to_status,
-)
+from insitu_wire.error_codec import DOMAIN, from_failure, from_rpc_error, to_failure, to_status
+from insitu_wire.errors import Error, Location, Reason, UnavailableError, error, status_code
 
 
 def test_every_reason_of_the_contract_has_a_code_and_an_exception() -> None:
@@ -47,6 +37,21 @@ def test_a_failure_survives_the_wire() -> None:
     assert type(received) is type(sent)
     assert str(received) == str(sent)
     assert received.metadata == {"expected": "[1, 2]", "message": "any key may come"}
+
+
+def test_an_error_crosses_to_another_process_as_it_is() -> None:
+    sent = error(
+        Reason.UNKNOWN_MODULE_PATH,
+        "no such module",
+        location=Location("cell.py", 7, "x[0] = y"),
+        trace_number=2,
+        retry_after_seconds=1.5,
+        path="model.layer",
+    )
+    received = pickle.loads(pickle.dumps(sent))
+    assert type(received) is type(sent)
+    assert vars(received) == vars(sent)
+    assert str(received) == str(sent)
 
 
 def test_a_status_carries_reason_domain_and_every_dynamic_part() -> None:

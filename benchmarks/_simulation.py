@@ -49,6 +49,9 @@ class Fifo:
     def settle(self, waiting: WaitingSession, cost: float) -> None:
         pass
 
+    def renew(self, waiting: WaitingSession) -> None:
+        pass
+
     def has_others(self, model: str, user: str) -> bool:
         return False
 
@@ -75,6 +78,9 @@ class _Session:
     turn: WaitingSession | None = None
     num_done: int = 0
     spent: float = 0.0
+    """Seconds since its turn began."""
+    spent_here: float = 0.0
+    """Seconds since it last got a place."""
     run: int = 0
     """Raised when it leaves its group: what was planned before does not happen."""
 
@@ -166,7 +172,8 @@ class Simulation:
             session.group = groups[MODEL]
             self._registry.pin(session.group, waiting.estimated_cost)
         self._registry.take(session.group, session.user, is_alone=waiting.is_alone)
-        session.turn, session.spent, session.run = waiting, 0.0, session.run + 1
+        session.turn, session.run = waiting, session.run + 1
+        session.spent = session.spent_here = 0.0
         self._begin_trace(waiting.session_id, now)
         return True
 
@@ -181,6 +188,7 @@ class Simulation:
             return
         session.num_done += 1
         session.spent += cost
+        session.spent_here += cost
         if session.num_done == len(session.traces):
             self._leave(session_id)
             self._live.remove(session_id)
@@ -189,11 +197,23 @@ class Simulation:
         elif self._is_over(session):
             self._yield(session_id, now)
         else:
+            self._renew(session)
             self._begin_trace(session_id, now)
 
     def _is_over(self, session: _Session) -> bool:
-        has_had = self._quantum is not None and session.spent >= self._quantum
-        return has_had and self._queue.has_others(MODEL, session.user)
+        assert session.turn is not None
+        if self._quantum is None or session.turn.is_alone or session.spent_here < self._quantum:
+            return False
+        return self._queue.has_others(MODEL, session.user)
+
+    def _renew(self, session: _Session) -> None:
+        if self._quantum is None or session.spent < self._quantum:
+            return
+        assert session.turn is not None
+        self._queue.settle(session.turn, session.spent)
+        session.turn = replace(session.turn, estimated_cost=self._quantum)
+        self._queue.renew(session.turn)
+        session.spent = 0.0
 
     def _yield(self, session_id: SessionId, now: float) -> None:
         session = self._sessions[session_id]
@@ -206,8 +226,8 @@ class Simulation:
         session.turn, session.run = None, session.run + 1
         self._outcome.num_yields += 1
         again = replace(
-            turn, pins={MODEL: group.lease_id}, has_begun=True, estimated_cost=self._quantum,
-            enqueued_at=now,
+            turn, pins={MODEL: group.lease_id}, has_begun=True, enqueued_at=now,
+            estimated_cost=max(turn.estimated_cost - session.spent, self._quantum),
         )  # fmt: skip
         self._queue.push(again, is_first=True)
 

@@ -85,7 +85,7 @@ def compare(seeds: range, *, faults: bool) -> None:
             rng = random.Random(seed)
             arrivals = [*light(rng), *shape(rng)]
             longest = max(cost for arrival in arrivals for cost in arrival.traces)
-            for name, queue in (("FIFO", Fifo()), ("fair", FairQueue())):
+            for name, queue in (("FIFO", Fifo()), ("fair", FairQueue(quantum_seconds=QUANTUM))):
                 quantum = QUANTUM if name == "fair" else None
                 dying = Faults(seed, every=60.0) if faults else None
                 done = Simulation(queue, arrivals, seed, quantum=quantum, faults=dying).run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from insitu_scheduler.cost_model import CostModel
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Charging:
-    """A session is charged a turn at a time: from when it gets a place until it gives it back."""
+    """A session is charged a turn at a time: a quantum, or what it takes until it gives way."""
 
     def __init__(self, queue: FairQueue, observer: Observer, metrics: SchedulerMetrics) -> None:
         self._queue = queue
@@ -30,12 +31,32 @@ class Charging:
         return self._costs.expect(model, work)
 
     def begin_turn(self, live: LiveSession, waiting: WaitingSession) -> None:
-        """Takes note that the queue has charged what a session is expected to take."""
+        """Takes note that a session has got a place, and that the queue has charged its turn."""
         live.turn, live.turn_began_at = waiting, live.seconds or 0.0
+        live.came_at = live.turn_began_at
+
+    def renew_turn(self, live: LiveSession, seconds: float) -> None:
+        """Charges a session that has had a turn, and keeps its place, for another.
+
+        So whoever had a group for themselves does not owe all of that to those who come.
+
+        Args:
+            live: the session.
+            seconds: what the turn is expected to take.
+        """
+        assert live.turn is not None
+        again = replace(live.turn, estimated_cost=seconds)
+        self.end_turn(live)
+        self._queue.renew(again)
+        live.turn, live.turn_began_at = again, live.seconds or 0.0
 
     def spent(self, live: LiveSession) -> float:
         """Gives the seconds that a session has had in this turn."""
         return max((live.seconds or 0.0) - live.turn_began_at, 0.0)
+
+    def spent_here(self, live: LiveSession) -> float:
+        """Gives the seconds that a session has had since it last got a place."""
+        return max((live.seconds or 0.0) - live.came_at, 0.0)
 
     def end_turn(self, live: LiveSession) -> None:
         """Charges what a session has had in this turn; what was expected, if that is not known."""
@@ -44,7 +65,7 @@ class Charging:
             cost = turn.estimated_cost if live.seconds is None else self.spent(live)
             self._queue.settle(turn, cost)
             self._observer.served(turn, seconds=cost)
-            self._metrics.charged(turn.model or "", expected=turn.estimated_cost, seconds=cost)
+            self._metrics.charged(turn.model or "", seconds=cost)
 
     def end(self, live: LiveSession, seconds: float | None) -> None:
         """Charges a session whose work has ended, and learns from what it took.
@@ -56,5 +77,8 @@ class Charging:
         if seconds is not None:
             live.seconds = seconds
         self.end_turn(live)
-        if seconds is not None and len(models_of(live.session)) <= 1:
+        if seconds is None:
+            return
+        self._metrics.cost_known(live.model or "", expected=live.expected_cost, seconds=seconds)
+        if len(models_of(live.session)) <= 1:
             self._costs.learn(live.model, work_of(live.session), seconds)

@@ -133,6 +133,10 @@ class FairLine:
         """Charges a session that another line serves for what it is expected to cost here, too."""
         self._begin(waiting, cost, is_due=False)
 
+    def renew(self, waiting: WaitingSession, cost: float) -> None:
+        """Charges a session that goes on, as nobody else waits or may run, for one more turn."""
+        self._begin(waiting, cost, is_due=not self.has_others(waiting.user))
+
     def settle(self, waiting: WaitingSession, correction: float) -> None:
         """Takes note that a session ended, and that it cost more, or less, than was charged."""
         self._turns.end(waiting.tier.name, correction / self._weights[waiting.tier])

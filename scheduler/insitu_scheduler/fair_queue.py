@@ -25,16 +25,20 @@ class FairQueue:
         self,
         *,
         max_wait_seconds: float = 600.0,
+        quantum_seconds: float = 30.0,
         tier_weights: Mapping[Tier, float] = TIER_WEIGHTS,
     ) -> None:
         """Makes an empty queue.
 
         Args:
             max_wait_seconds: a user who has waited longer for a turn has the next one.
+            quantum_seconds: what a turn is charged at most when it begins: whoever has had so much
+                gives way to others, or has another turn.
             tier_weights: the tiers' parts of the time.
         """
         self._tier_weights = tier_weights
         self._max_wait_seconds = max_wait_seconds
+        self._quantum_seconds = quantum_seconds
         self._waiting: dict[SessionId, WaitingSession] = {}
         self._lines: dict[str | None, FairLine] = {}
         self._num_turns = 0
@@ -70,10 +74,16 @@ class FairQueue:
         return None
 
     def settle(self, waiting: WaitingSession, cost: float) -> None:
-        """Corrects what a session's user was charged when it ran, now that its cost is known."""
+        """Corrects what a session's user was charged when its turn began: its cost is known now."""
         lines = self._lines_of(waiting)
         for line in lines:
-            line.settle(waiting, (cost - waiting.estimated_cost) / len(lines))
+            line.settle(waiting, (cost - self._advance(waiting)) / len(lines))
+
+    def renew(self, waiting: WaitingSession) -> None:
+        """Charges a session's user for one more turn, which it has without a break."""
+        lines = self._lines_of(waiting)
+        for line in lines:
+            line.renew(waiting, self._advance(waiting) / len(lines))
 
     def remove(self, session_id: SessionId) -> WaitingSession | None:
         """Takes out a session that is not to run; None if it does not wait."""
@@ -142,12 +152,16 @@ class FairQueue:
         self._num_turns += 1
         serving.last_turn = self._num_turns
         lines = self._lines_of(waiting)
-        cost = waiting.estimated_cost / len(lines)
+        cost = self._advance(waiting) / len(lines)
         serving.serve(waiting, cost, now=now)
         for line in lines:
             if line is not serving:
                 line.charge(waiting, cost)
         del self._waiting[waiting.session_id]
+
+    def _advance(self, waiting: WaitingSession) -> float:
+        """Gives what a turn is charged when it begins."""
+        return min(waiting.estimated_cost, self._quantum_seconds)
 
     def _lines_of(self, waiting: WaitingSession) -> list[FairLine]:
         return [self._line(model) for model in waiting.models]

@@ -50,6 +50,8 @@ class LiveSession:
     """What its user is charged for while it has a place."""
     turn_began_at: float = 0.0
     """How many seconds of shard time it had taken when the turn began."""
+    came_at: float = 0.0
+    """How many it had taken when it last got a place."""
     seconds: float | None = None
     """How many it has taken so far; None if that is not known."""
     pausing: asyncio.Task[None] | None = None

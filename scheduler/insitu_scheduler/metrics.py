@@ -221,9 +221,12 @@ class SchedulerMetrics:
         self._finished.labels(model, outcome).inc()
         self._duration.labels(model, outcome).observe(seconds)
 
-    def charged(self, model: str, *, expected: float, seconds: float) -> None:
-        """Records what a session cost."""
+    def charged(self, model: str, *, seconds: float) -> None:
+        """Records what a session's turn cost."""
         self._shard_seconds.labels(model).inc(seconds)
+
+    def cost_known(self, model: str, *, expected: float, seconds: float) -> None:
+        """Records how far what a session cost was from what was expected."""
         self._cost_ratio.labels(model).observe(seconds / expected)
 
     def committed(self, seconds: float, *, has_failed: bool) -> None:

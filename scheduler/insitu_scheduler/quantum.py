@@ -59,14 +59,16 @@ class Quantum:
         self._on_free = on_free
 
     def used(self, live: LiveSession, seconds: float) -> None:
-        """Takes note of what a session has had so far; it yields if that is a quantum."""
+        """Takes note of what a session has had so far: after a quantum it gives way to others."""
         live.seconds = seconds
         turn, places = live.turn, live.places
-        if turn is None or places is None or turn.is_alone:
+        if turn is None or places is None:
             return
-        is_over = self._charging.spent(live) >= self._seconds
+        is_over = not turn.is_alone and self._charging.spent_here(live) >= self._seconds
         if is_over and self._queue.has_others(places.here, live.log.user):
             self._yield(live, turn, places)
+        elif self._charging.spent(live) >= self._seconds:
+            self._charging.renew_turn(live, self._seconds)
 
     def go_on(self, live: LiveSession) -> None:
         """Has a session go on that had yielded, and has been called again."""
@@ -85,7 +87,7 @@ class Quantum:
             model=places.here,
             others=frozenset(places.leases) - {places.here},
             pins=places.leases,
-            estimated_cost=self._seconds,
+            estimated_cost=max(live.expected_cost - (live.seconds or 0.0), self._seconds),
             enqueued_at=time.monotonic(),
             has_begun=True,
         )

@@ -148,7 +148,9 @@ class Server:
         data_dir, journal = await self._open_journal(cleanup, metrics)
         self._book = book = EventBook(journal)
         registry = Registry(ttl_seconds=config.lease_ttl_seconds)
-        queue = FairQueue(max_wait_seconds=config.max_wait_seconds)
+        queue = FairQueue(
+            max_wait_seconds=config.max_wait_seconds, quantum_seconds=config.quantum_seconds
+        )
         hosting = Hosting(registry, queue, turn_seconds=config.model_turn_seconds)
         catalog = ModelCatalog(registry, hosting)
         store = ObjectStore(config.results) if config.results else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hypothesis import given, settings
@@ -69,6 +71,88 @@ def test_what_a_session_really_cost_is_what_its_user_pays() -> None:
         if sum(had.values()) > 400:
             break
     assert abs(had["ann"] - had["bob"]) <= 8
+
+
+def test_sessions_expected_to_be_long_that_gave_way_are_not_ahead_of_a_newcomer() -> None:
+    queue = FairQueue(quantum_seconds=2.0)
+    for number in range(3):
+        queue.push(_session(str(number), "ann", 1000.0))
+    beside_each_other = [session for session, _ in zip(_served(queue), "12", strict=False)]
+    for session in beside_each_other:
+        queue.settle(session, 2.0)
+        queue.push(session, is_first=True)
+    queue.push(_session("light", "bob", 0.2))
+    assert next(_served(queue)).user == "bob"
+
+
+def test_who_had_a_model_alone_does_not_owe_it_to_those_who_come() -> None:
+    queue = FairQueue(quantum_seconds=30.0)
+    queue.push(_session("long", "ann", 3600.0))
+    session = next(_served(queue))
+    for _ in range(120):
+        queue.settle(session, 30.0)
+        queue.renew(session)
+    queue.settle(session, 30.0)
+    for number in range(10):
+        queue.push(_session(f"ann {number}", "ann", 30.0))
+        queue.push(_session(f"bob {number}", "bob", 30.0))
+    users = [session.user for session, _ in zip(_served(queue), range(10), strict=False)]
+    assert 4 <= users.count("ann") <= 6
+
+
+@dataclass
+class _Running:
+    session: WaitingSession
+    left: float
+    had: float = 0.0
+
+
+_QUANTUM, _TRACE = 2.0, 1.0
+_LENGTHS = st.tuples(st.floats(0.1, 100), st.floats(0.1, 100))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.dictionaries(
+        st.sampled_from(["ann", "bob", "cy"]), st.lists(_LENGTHS, min_size=1), min_size=2
+    ),
+    num_places=st.integers(1, 3),
+    seed=st.integers(0, 2**32),
+)
+def test_whatever_is_expected_and_whatever_it_takes_nobody_gets_ahead_by_more_than_some_quanta(
+    lengths: dict[str, list[tuple[float, float]]], num_places: int, seed: int
+) -> None:
+    rng, queue = random.Random(seed), FairQueue(quantum_seconds=_QUANTUM)
+    running: list[_Running] = []
+    left: dict[str, float] = {}
+    num_waiting: Counter[str] = Counter()
+    had: Counter[str] = Counter()
+    for user, sessions in lengths.items():
+        for number in range(100):
+            expected, left[f"{user} {number}"] = sessions[number % len(sessions)]
+            queue.push(_session(f"{user} {number}", user, expected))
+            num_waiting[user] += 1
+    for _ in range(100):
+        while len(running) < num_places and (found := queue.pop("a", anywhere)):
+            running.append(_Running(found[0], left[found[0].session_id]))
+            num_waiting[found[0].user] -= 1
+        if not all(num_waiting.values()):
+            return
+        one = rng.choice(running)
+        cost = min(_TRACE, one.left)
+        one.left, one.had = one.left - cost, one.had + cost
+        had[one.session.user] += cost
+        if one.left > 0 and one.had < _QUANTUM:
+            continue
+        running.remove(one)
+        queue.settle(one.session, one.had)
+        if one.left > 0:
+            left[one.session.session_id] = one.left
+            queue.push(one.session, is_first=True)
+            num_waiting[one.session.user] += 1
+        ahead = max(had[user] for user in lengths) - min(had[user] for user in lengths)
+        # Jin, Chase and Kaur (SIGMETRICS 2004), of turns of a quantum and the trace that ends it.
+        assert ahead <= 2 * (num_places + 1) * (_QUANTUM + _TRACE)
 
 
 def test_idleness_saves_no_credit() -> None:

@@ -101,11 +101,13 @@ class Scheduling(RuleBasedStateMachine):
         session_id = data.draw(st.sampled_from(self._running()))
         running = self.live[session_id]
         assert running is not None
+        self.queue.settle(running.waiting, 30.0)
         if running.waiting.is_alone or not self.queue.has_others(
             running.here, running.waiting.user
         ):
+            running.waiting = replace(running.waiting, estimated_cost=30.0)
+            self.queue.renew(running.waiting)
             return
-        self.queue.settle(running.waiting, 30.0)
         self.registry.free(running.groups[running.here], running.waiting.user)
         running.has_place = False
         again = replace(

@@ -32,8 +32,10 @@ def on_ranks(function: Callable[..., Any], num_ranks: int, folder: Path, *args: 
     Returns:
         What each rank's call returned.
     """
-    torch.multiprocessing.spawn(
-        _run, (function, num_ranks, str(folder), args), nprocs=num_ranks, join=True
+    # As in a shard group: what takes long to import is imported once.
+    torch.multiprocessing.set_forkserver_preload(["insitu", "insitu_shard.engine"])
+    torch.multiprocessing.start_processes(
+        _run, (function, num_ranks, str(folder), args), num_ranks, start_method="forkserver"
     )
     return [torch.load(folder / f"result {rank}", weights_only=False) for rank in range(num_ranks)]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _OF_COLLECTIVE = re.compile(r"gloo|NCCL")
 
 # How far ranks may be apart when all of them leave a pass for the same reason.
-_LEAVING_TIMEOUT = timedelta(seconds=20)
+_LEAVING_TIMEOUT = timedelta(seconds=10)
 
 
 class RankLostError(RuntimeError):
@@ -80,7 +80,9 @@ class Ranks:
         if isinstance(exception, dist.DistError) or _OF_COLLECTIVE.search(str(exception)):
             raise RankLostError(f"rank {self.rank} lost another rank: {exception}") from exception
         try:
-            dist.monitored_barrier(self.patient, timeout=_LEAVING_TIMEOUT)
+            meeting = dist.barrier(self.patient, async_op=True)
+            assert meeting is not None
+            meeting.wait(_LEAVING_TIMEOUT)
         except RuntimeError:
             raise RankLostError(
                 f"rank {self.rank} alone could not go on: {exception}"

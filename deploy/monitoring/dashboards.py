@@ -216,6 +216,16 @@ def _group(selector: str) -> list[Panel]:
             },
         ),
         Panel(
+            "Values of sessions",
+            "bytes",
+            "Memory of what sessions keep between their steps, and how much all may together.",
+            {
+                "{{instance}}": f"sum by (instance) (insitu_shard_session_bytes{selector})",
+                "{{instance}} at most": "sum by (instance) "
+                f"(insitu_shard_handle_limit_bytes{selector})",
+            },
+        ),
+        Panel(
             "Kept beyond sessions",
             "bytes",
             "By the user who keeps most, and how much one may.",

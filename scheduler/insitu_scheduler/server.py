@@ -145,6 +145,7 @@ class Server:
         cleanup.push_async_callback(self._health.stop)
         version = importlib.metadata.version("insitu")
         metrics = SchedulerMetrics(version)
+        http_server = await self._start_http(cleanup, metrics)
         data_dir, journal = await self._open_journal(cleanup, metrics)
         self._book = book = EventBook(journal)
         registry = Registry(ttl_seconds=config.lease_ttl_seconds)
@@ -204,20 +205,17 @@ class Server:
             registry, catalog, dispatcher, metrics, config.tls, epoch=journal.epoch
         )
         authenticator = Authenticator(keys, BadAttempts(), on_failure=metrics.refused)
-        status_page = StatusPage(
-            authenticator=authenticator,
-            book=book,
-            catalog=catalog,
-            registry=registry,
-            observer=dispatcher.observer,
-            version=version,
-            is_open=config.api_keys_file is None,
-        )
-        if config.metrics_port is not None:
-            http_server = HttpServer(metrics, status_page)
-            await http_server.start(config.host, config.metrics_port)
-            cleanup.push_async_callback(http_server.stop)
-            self.metrics_address = http_server.address
+        if http_server is not None:
+            status_page = StatusPage(
+                authenticator=authenticator,
+                book=book,
+                catalog=catalog,
+                registry=registry,
+                observer=dispatcher.observer,
+                version=version,
+                is_open=config.api_keys_file is None,
+            )
+            cleanup.enter_context(http_server.showing(status_page))
         gate = Gate(authenticator)
         shards_only = CallerCheck(
             *_SHARD_SIDE_NAMES,
@@ -230,6 +228,19 @@ class Server:
         servicers = (scheduler_servicer, registry_servicer, host_servicer)
         await self._serve(cleanup, *servicers, dispatcher, interceptors)
         data_dir.publish(self.address, self.metrics_address)
+
+    async def _start_http(
+        self, cleanup: AsyncExitStack, metrics: SchedulerMetrics
+    ) -> HttpServer | None:
+        """Tells metrics from now on, also while the scheduler stands by."""
+        config = self._config
+        if config.metrics_port is None:
+            return None
+        http_server = HttpServer(metrics)
+        await http_server.start(config.host, config.metrics_port)
+        cleanup.push_async_callback(http_server.stop)
+        self.metrics_address = http_server.address
+        return http_server
 
     async def _open_journal(
         self, cleanup: AsyncExitStack, metrics: SchedulerMetrics

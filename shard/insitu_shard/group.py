@@ -37,6 +37,7 @@ class GroupReport:
     ranks: list[RankReport]
     num_handles: int
     handle_bytes: int
+    session_bytes: int
     kept_bytes: int
     """Of the user who keeps most."""
     upload_bytes: int
@@ -198,6 +199,7 @@ class Leader:
             ranks=report_all(self.model),
             num_handles=self.handles.num_values,
             handle_bytes=self.handles.num_bytes,
+            session_bytes=self.handles.session_bytes,
             kept_bytes=self.handles.largest_kept_bytes,
             upload_bytes=self.uploads.num_bytes,
         )

@@ -121,6 +121,10 @@ class ShardMetrics:
         self._handle_bytes = self._gauge(
             "insitu_shard_handle_bytes", "Memory of the values that sessions and users keep here."
         )
+        self._session_bytes = self._gauge(
+            "insitu_shard_session_bytes",
+            "Memory of the values that sessions keep here, without what users keep.",
+        )
         self._kept_bytes = self._gauge(
             "insitu_shard_kept_bytes",
             "Memory of the values of the user who keeps most beyond sessions.",
@@ -177,6 +181,7 @@ class ShardMetrics:
         for gauge, level in (
             (self._handles, report.num_handles),
             (self._handle_bytes, report.handle_bytes),
+            (self._session_bytes, report.session_bytes),
             (self._kept_bytes, report.kept_bytes),
             (self._upload_bytes, report.upload_bytes),
         ):

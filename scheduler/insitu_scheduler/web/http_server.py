@@ -1,4 +1,4 @@
-"""Serves /metrics and /status, on the event loop of the scheduler."""
+"""Serves /metrics, and /status while the scheduler leads, on the scheduler's event loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from insitu_wire.errors import Reason, error
@@ -30,14 +30,14 @@ _GRACE_SECONDS = 1
 class HttpServer:
     """An HTTP server that serves between start() and stop()."""
 
-    def __init__(self, metrics: SchedulerMetrics, status_page: StatusPage) -> None:
+    def __init__(self, metrics: SchedulerMetrics) -> None:
         self._metrics = metrics
+        self._status_page: StatusPage | None = None
         application = Starlette(
             routes=[
                 Route("/", _go_to_status),
                 Route("/metrics", self._show_metrics),
-                Route("/status", status_page.show),
-                Route("/status", status_page.show_sessions, methods=["POST"]),
+                Route("/status", self._show_status, methods=["GET", "POST"]),
             ]
         )
         # Requests are not logged, and what users send is not repeated in any error.
@@ -72,6 +72,22 @@ class HttpServer:
             await self._serving
         if self._listener is not None:
             self._listener.close()
+
+    @contextmanager
+    def showing(self, status_page: StatusPage) -> Iterator[None]:
+        """Shows a status page inside; before and after, /status says that there is none."""
+        self._status_page = status_page
+        try:
+            yield
+        finally:
+            self._status_page = None
+
+    async def _show_status(self, request: Request) -> Response:
+        if (page := self._status_page) is None:
+            return PlainTextResponse("This scheduler does not lead: it stands by.\n", 503)
+        if request.method == "POST":
+            return await page.show_sessions(request)
+        return await page.show(request)
 
     async def _show_metrics(self, request: Request) -> Response:
         self._metrics.refresh()

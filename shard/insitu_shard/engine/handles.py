@@ -79,7 +79,7 @@ class HandleStore:
                 bytes=changed.size,
                 maxBytes=most,
             )
-        total, most = sum(values.size for values in self._sessions.values()), self.budgets.shard
+        total, most = self.session_bytes, self.budgets.shard
         if most is not None and total > most:
             raise error(
                 Reason.OUT_OF_MEMORY,
@@ -109,6 +109,11 @@ class HandleStore:
     def num_bytes(self) -> int:
         """How many bytes the kept tensors' memory takes, each memory counted once."""
         return num_bytes([value for values in self._all() for value in values.values()])
+
+    @property
+    def session_bytes(self) -> int:
+        """How many bytes the values of all sessions take, as they count against the budget."""
+        return sum(values.size for values in self._sessions.values())
 
     @property
     def largest_kept_bytes(self) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import socket
+import urllib.error
+import urllib.request
 from typing import TYPE_CHECKING
 
 import grpc
@@ -48,7 +50,7 @@ async def test_a_session_lives_on_with_the_scheduler_that_stood_by(
     with socket.create_server(("127.0.0.1", 0)) as free:
         health_port = free.getsockname()[1]
     first = Server(shared, on_lost=lost.set)
-    second = Server(dataclasses.replace(shared, health_port=health_port))
+    second = Server(dataclasses.replace(shared, health_port=health_port, metrics_port=0))
     await first.start()
     async with grpc.aio.insecure_channel(first.address) as channel:
         client = Client(channel)
@@ -60,6 +62,10 @@ async def test_a_session_lives_on_with_the_scheduler_that_stood_by(
         assert second.address == ""
         assert await _health(health_port, LIVENESS) == "SERVING"
         assert await _health(health_port, "") == "NOT_SERVING"
+        status, text = await _get(second, "metrics")
+        assert (status, "insitu_leader_epoch 0.0" in text) == (200, True)
+        status, text = await _get(second, "status")
+        assert (status, "stands by" in text) == (503, True)
         _cut_connections(shared)
         async with asyncio.timeout(10):
             await lost.wait()
@@ -69,6 +75,8 @@ async def test_a_session_lives_on_with_the_scheduler_that_stood_by(
         await standing_by
     try:
         assert await _health(health_port, "") == "SERVING"
+        assert "insitu_leader_epoch 0.0" not in (await _get(second, "metrics"))[1]
+        assert (await _get(second, "status"))[0] == 200
         async with FakeShard(second.address) as shard:
             await shard.ready()
             async with grpc.aio.insecure_channel(second.address) as channel:
@@ -140,6 +148,19 @@ async def _health(port: int, service: str) -> str:
         request = health_pb2.HealthCheckRequest(service=service)
         answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
     return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+
+
+async def _get(server: Server, path: str) -> tuple[int, str]:
+    return await asyncio.to_thread(_fetch, f"http://{server.metrics_address}/{path}")
+
+
+def _fetch(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as failure:
+        with failure:
+            return failure.code, failure.read().decode()
 
 
 async def _know_the_model(server: Server, client: Client) -> None:

@@ -103,6 +103,17 @@ def test_a_session_that_is_released_keeps_nothing() -> None:
     assert store.num_bytes == 8
 
 
+def test_what_users_keep_is_not_counted_among_what_sessions_keep() -> None:
+    store = HandleStore(Budgets(kept=100))
+    values = store.values("a")
+    values[1] = torch.zeros(4)
+    values.check()
+    store.kept_for("ann").keep({"handle": torch.zeros(8)})
+    assert (store.session_bytes, store.num_bytes) == (16, 48)
+    store.release("a")
+    assert store.session_bytes == 0
+
+
 def test_a_small_view_lets_its_base_go() -> None:
     base = torch.zeros(1000)
     view = compact({1: {"kept": base[:2]}})[1]["kept"]

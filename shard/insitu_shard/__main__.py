@@ -107,6 +107,14 @@ def run(
         str,
         typer.Option(envvar="INSITU_DTYPE", help="Element type of weights; default: as stored."),
     ] = "",
+    require_gpus: Annotated[
+        bool,
+        typer.Option(
+            envvar="INSITU_REQUIRE_GPUS",
+            help="Whether to refuse to start where no GPU is found; else ranks run on the CPU "
+            "there.",
+        ),
+    ] = False,
     placement: Annotated[
         Placement,
         typer.Option(
@@ -225,6 +233,7 @@ def run(
             max_pass_tokens=max_pass_tokens,
             max_pass_bytes=max_pass_bytes,
             max_graph_bytes=max_graph_bytes,
+            needs_gpus=require_gpus,
             placement=placement,
             max_memory=max_memory,
             dtype=dtype,

@@ -68,6 +68,8 @@ class ShardConfig:
     """Memory that a forward pass may take beside the weights, by estimate."""
     max_graph_bytes: int = 8 * 1024**3
     """Memory that a trace may keep for its gradients, by estimate."""
+    needs_gpus: bool = False
+    """Whether it must not start where no GPU is found, rather than run on the CPU."""
     placement: Placement = Placement.AUTO
     """How the devices share the model."""
     max_memory: str = ""

@@ -42,8 +42,21 @@ def check_before_start(config: ShardConfig) -> None:
 
 
 def _check_devices(config: ShardConfig) -> None:
-    """Refuses more ranks than this machine has GPUs; where it has none, ranks are processes."""
+    """Refuses fewer GPUs than ranks; where there is none at all, ranks may run on the CPU."""
     num_local, num_gpus = config.num_ranks // config.num_nodes, torch.cuda.device_count()
+    if config.needs_gpus and not num_gpus:
+        is_for_cpus = torch.version.cuda is None and torch.version.hip is None
+        cure = (
+            f"torch {torch.__version__} is built for CPUs alone: install a build for GPUs, or an "
+            "image that has one"
+            if is_for_cpus
+            else "see whether the driver is there, and whether the pod or process is given GPUs"
+        )
+        raise error(
+            Reason.INVALID_CONFIGURATION,
+            f"--require-gpus is set, and this machine shows no GPU; {cure}",
+            numRanks=num_local,
+        )
     if config.spread is None and 0 < num_gpus < num_local:
         raise error(
             Reason.INVALID_CONFIGURATION,

@@ -12,7 +12,7 @@ from moto.server import ThreadedMotoServer
 
 from insitu import CONFIG, LanguageModel
 from support import postgres
-from support.cluster import Cluster
+from support.cluster import ONE_CPU_RANK, Cluster
 from support.manifests import HAS_KUBECTL, Manifests
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def test_when_the_scheduler_that_leads_is_killed_the_other_serves_what_was_accep
             assert not second.is_ready()
             shard = manifests.named("StatefulSet", "insitu-shard-llama-70b")
             model_flag = f"tiny/llama={tiny.folder('llama')}"
-            cluster.start(shard, INSITU_MODEL=model_flag, INSITU_TP="1").wait_until_ready()
+            cluster.start(shard, INSITU_MODEL=model_flag, **ONE_CPU_RANK).wait_until_ready()
             monkeypatch.setenv("INSITU_ENDPOINT", cluster.endpoint)
             monkeypatch.setattr(CONFIG, "_api_key", "ann-key")
             local = LanguageModel(str(tiny.folder("llama")))

@@ -216,6 +216,7 @@ def test_a_group_wider_than_a_node_serves_as_its_manifest_says(
             "LWS_LEADER_ADDRESS": f"127.0.0.1:{cluster.ports['leader', 29400]}",
             "INSITU_MODEL": f"tiny/llama={tiny.folder('llama')}",
             "INSITU_TP": "2",
+            "INSITU_REQUIRE_GPUS": "false",
         }
         follower = cluster.start(worker, LWS_WORKER_INDEX="1", **group)
         cluster.start(leader, LWS_WORKER_INDEX="0", **group).wait_until_ready()
@@ -250,6 +251,21 @@ def test_a_volume_without_the_model_is_an_exit_status_and_a_line_that_names_the_
     last = pod.log.splitlines()[-1]
     assert last.startswith("insitu shard:")
     assert "/models/Meta-Llama-3.1-70B" in last
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_pod_that_shows_no_gpu_is_an_exit_status_and_a_line_that_says_why(
+    tmp_path: Path, tiny: TinyModels
+) -> None:
+    manifests = Manifests("gpu")
+    with Cluster(manifests, tmp_path) as cluster:
+        workload = manifests.named("StatefulSet", "insitu-shard-llama-70b")
+        pod = cluster.start(
+            workload, INSITU_MODEL=f"tiny/llama={tiny.folder('llama')}", INSITU_TP="1"
+        )
+        assert pod.process.wait(120) == 1
+    last = pod.log.splitlines()[-1]
+    assert last.startswith("insitu shard: --require-gpus is set, and this machine shows no GPU")
 
 
 def test_a_group_without_its_scheduler_says_so_keeps_trying_and_ends_when_told(

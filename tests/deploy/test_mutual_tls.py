@@ -10,7 +10,7 @@ import torch
 import trustme
 
 from insitu import CONFIG, LanguageModel, UnavailableError
-from support.cluster import Cluster
+from support.cluster import ONE_CPU_RANK, Cluster
 from support.manifests import HAS_KUBECTL, Manifests
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def test_a_session_runs_with_certificates_and_the_probes_pass_without(
         scheduler.wait_until_ready()
         shard = manifests.named("StatefulSet", "insitu-shard-llama-70b")
         model_flag = f"tiny/llama={tiny.folder('llama')}"
-        cluster.start(shard, INSITU_MODEL=model_flag, INSITU_TP="1").wait_until_ready()
+        cluster.start(shard, INSITU_MODEL=model_flag, **ONE_CPU_RANK).wait_until_ready()
         deadline = time.monotonic() + 60
         while "serves tiny/llama at" not in scheduler.log:
             assert time.monotonic() < deadline, scheduler.log

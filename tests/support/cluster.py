@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from support.manifests import Manifests
 
 
+# What a pod of a GPU overlay is told besides, to run where there is none.
+ONE_CPU_RANK = {"INSITU_TP": "1", "INSITU_REQUIRE_GPUS": "false"}
+
+
 class ServicePort:
     """A port of a Service: each connection goes on to a pod that is ready."""
 

@@ -57,3 +57,17 @@ def test_more_ranks_than_gpus_are_refused_before_any_starts(
         check_before_start(config)
     # Two nodes with one each are enough.
     check_before_start(replace(config, num_nodes=2, rendezvous="node-0"))
+
+
+@pytest.mark.parametrize(("cuda", "said"), [(None, "built for CPUs alone"), ("13.0", "driver")])
+def test_where_gpus_are_required_a_machine_without_any_is_refused(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch, cuda: str | None, said: str
+) -> None:
+    config = _config(tiny, "llama", num_ranks=2, needs_gpus=True)
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ConfigurationError, match=f"shows no GPU; .*{said}"):
+        check_before_start(config)
+    check_before_start(replace(config, needs_gpus=False))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    check_before_start(config)

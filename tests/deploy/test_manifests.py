@@ -208,18 +208,9 @@ def test_a_group_wider_than_a_node_serves_as_its_manifest_says(
     manifests = Manifests("gpu-wide")
     secrets = {"insitu-api-keys": {"api-keys": "ann:ann-key\n"}}
     with Cluster(manifests, tmp_path, secrets=secrets) as cluster:
-        scheduler, leader, worker = manifests.workloads
-        cluster.start(scheduler).wait_until_ready()
-        # As the controller says it to the pods; the model and the number of ranks fit this machine.
-        group = {
-            "LWS_GROUP_SIZE": "2",
-            "LWS_LEADER_ADDRESS": f"127.0.0.1:{cluster.ports['leader', 29400]}",
-            "INSITU_MODEL": f"tiny/llama={tiny.folder('llama')}",
-            "INSITU_TP": "2",
-            "INSITU_REQUIRE_GPUS": "false",
-        }
-        follower = cluster.start(worker, LWS_WORKER_INDEX="1", **group)
-        cluster.start(leader, LWS_WORKER_INDEX="0", **group).wait_until_ready()
+        cluster.start(manifests.named("StatefulSet", "insitu-scheduler")).wait_until_ready()
+        leader, follower = cluster.start_wide_group(f"tiny/llama={tiny.folder('llama')}")
+        leader.wait_until_ready()
         monkeypatch.setenv("INSITU_ENDPOINT", cluster.endpoint)
         monkeypatch.setattr(CONFIG, "_api_key", "ann-key")
         found = _top_token(_served("tiny/llama"), remote=True)
@@ -227,7 +218,7 @@ def test_a_group_wider_than_a_node_serves_as_its_manifest_says(
         assert torch.equal(found, expected)
         # All pods of a group are told to end at the same time; the leader ends the others.
         follower.terminate()
-        assert cluster.pods[leader["metadata"]["name"]].delete() == 0
+        assert leader.delete() == 0
         assert follower.process.wait(60) == 0
 
 

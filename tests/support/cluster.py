@@ -148,6 +148,26 @@ class Cluster:
         self.pods[name] = Pod(name, log_path, container, grace, process, ports)
         return self.pods[name]
 
+    def start_wide_group(self, model: str) -> tuple[Pod, Pod]:
+        """Starts a group of two CPU ranks in two pods, as the LeaderWorkerSet's controller does.
+
+        Args:
+            model: what it serves, as NAME=PATH.
+
+        Returns:
+            The leader and the worker, which may not be ready yet.
+        """
+        leader, worker = self.manifests.workloads[-2:]
+        group = {
+            "LWS_GROUP_SIZE": "2",
+            "LWS_LEADER_ADDRESS": f"127.0.0.1:{self.ports['leader', 29400]}",
+            "INSITU_MODEL": model,
+            **ONE_CPU_RANK,
+            "INSITU_TP": "2",
+        }
+        follower = self.start(worker, LWS_WORKER_INDEX="1", **group)
+        return self.start(leader, LWS_WORKER_INDEX="0", **group), follower
+
     def _ready_scheduler(self, target: str) -> int | None:
         """Gives the named port of the scheduler's pod that is ready."""
         for pod in list(self.pods.values()):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the images' targets where no container registry can be reached, and tries the scheduler's: the base image is made by
-# debootstrap, everything else is the Dockerfile as it is. Needs root, and debootstrap, buildah, podman and runc (Debian's packages).
+# Builds the images' targets where no container registry can be reached, and tries the scheduler's if it is one of them: the base image is
+# made by debootstrap, everything else is the Dockerfile as it is. Needs root, and debootstrap, buildah, podman and runc (Debian's packages).
 #
 #   deploy/docker/build_without_registry.sh [scheduler] [shard] [demo-shard]
 #
@@ -26,6 +26,7 @@ for target in "${@:-scheduler}"; do
     --file deploy/docker/Dockerfile .
 done
 
+[[ " ${*:-scheduler} " == *" scheduler "* ]] || exit 0
 # As a pod runs it: no root, nothing to write to but volumes, no capabilities, no network.
 podman run --runtime runc --rm --network none --read-only --tmpfs /data:rw,mode=1777 --tmpfs /tmp --cap-drop ALL \
   --security-opt no-new-privileges "${limits[@]}" --env INSITU_DATA_DIR=/data --entrypoint sh localhost/insitu/scheduler:0.1.0 -ec '

@@ -46,6 +46,18 @@ def test_every_image_is_of_a_pinned_base_and_runs_as_a_user() -> None:
         assert "RUN" not in _stage(target)
 
 
+@pytest.mark.parametrize("program", ["scheduler", "shard"])
+def test_all_that_an_image_asks_for_is_pinned_to_a_version_that_will_do(program: str) -> None:
+    lines = (DEPLOY / "docker/constraints.txt").read_text().splitlines()[1:]
+    pins = dict(line.split("==") for line in lines)
+    assert "--constraint deploy/docker/constraints.txt" in _stage(f"build-{program}")
+    for requirement in _asked_for(program):
+        if requirement.name == "torch":
+            pins["torch"] = re.search(r"^ARG TORCH_VERSION=(\S+)$", _DOCKERFILE, re.M)[1]  # type: ignore[index]
+        pin = pins[_plain(requirement.name)]
+        assert requirement.specifier.contains(pin), f"{requirement}: run constraints.py"
+
+
 @pytest.mark.parametrize(
     ("program", "more"), [("scheduler", "import insitu_scheduler.server"), ("shard", "")]
 )
@@ -67,13 +79,8 @@ def test_the_image_of_the_scheduler_has_nothing_that_runs_models() -> None:
 
 def _installed(program: str) -> set[str]:
     """Gives what is installed into an image: what is asked for, and all that this needs."""
-    script = DEPLOY / "docker/requirements.py"
-    command = [sys.executable, str(script), program]
-    printed = subprocess.run(
-        command, capture_output=True, text=True, check=True, cwd=DEPLOY.parent
-    ).stdout
     found: set[str] = set()
-    waiting = [Requirement(line) for line in printed.splitlines()]
+    waiting = _asked_for(program)
     while waiting:
         requirement = waiting.pop()
         name = _plain(requirement.name)
@@ -85,6 +92,15 @@ def _installed(program: str) -> set[str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _asked_for(program: str) -> list[Requirement]:
+    script = DEPLOY / "docker/requirements.py"
+    command = [sys.executable, str(script), program]
+    printed = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=DEPLOY.parent
+    ).stdout
+    return [Requirement(line) for line in printed.splitlines()]
 
 
 def _plain(name: str) -> str:

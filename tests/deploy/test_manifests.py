@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ import insitu_scheduler.__main__ as scheduler_main
 import insitu_shard.__main__ as shard_main
 from insitu import CONFIG, LanguageModel, NotFoundError
 from support.cluster import Cluster
-from support.manifests import HAS_KUBECTL, OVERLAYS, Manifests, entry_point
+from support.manifests import DEPLOY, HAS_KUBECTL, OVERLAYS, Manifests, entry_point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -127,6 +129,45 @@ def _grace_seconds(manifests: Manifests, container: dict[str, Any]) -> float:
     return float(found.get("INSITU_SHARD_GRACE_SECONDS") or found["INSITU_GRACE_SECONDS"])
 
 
+def test_the_node_of_the_scheduler_that_leads_can_be_drained(manifests: Manifests) -> None:
+    replicas = manifests.named("StatefulSet", "insitu-scheduler")["spec"]["replicas"]
+    budget = manifests.named("PodDisruptionBudget", "insitu-scheduler")["spec"]
+    # It alone is ready: those that stand by are not, and count as disrupted.
+    assert replicas - budget["maxUnavailable"] < 1
+
+
+def test_what_sessions_may_take_fits_the_memory_of_the_demo() -> None:
+    manifests = Manifests("cpu-demo")
+    shard = manifests.named("StatefulSet", "insitu-shard-smollm2")
+    (container,) = shard["spec"]["template"]["spec"]["containers"]
+    found = manifests.environment(container)
+    budgets = ("MAX_PASS", "MAX_GRAPH", "UPLOAD_CACHE", "KEPT", "HANDLE")
+    taken = sum(int(found[f"INSITU_{name}_BYTES"]) for name in budgets)
+    limit = container["resources"]["limits"]["memory"]
+    # The rest is for the model and its program.
+    assert taken <= (int(limit.removesuffix("Gi")) - 2) * 1024**3
+
+
+def test_with_private_metrics_prometheus_alone_reaches_them(tmp_path: Path) -> None:
+    deploy = os.path.relpath(DEPLOY / "k8s", tmp_path)
+    overlay = {
+        "namespace": "insitu",
+        "resources": [f"{deploy}/base"],
+        "components": [f"{deploy}/components/private-metrics"],
+    }
+    (tmp_path / "kustomization.yaml").write_text(json.dumps(overlay))
+    policies = Manifests(str(tmp_path)).of("NetworkPolicy")
+    callers = {
+        port["port"]: rule.get("from")
+        for policy in policies
+        for rule in policy["spec"].get("ingress", [])
+        if policy["metadata"]["name"] == "insitu-scheduler"
+        for port in rule["ports"]
+    }
+    monitoring = {"namespaceSelector": {"matchLabels": {"insitu.dev/monitoring": "true"}}}
+    assert callers == {"grpc": None, "metrics": [monitoring]}
+
+
 def test_every_scaled_object_asks_for_a_model_that_a_group_serves(manifests: Manifests) -> None:
     names = {
         manifests.environment(container).get("INSITU_MODEL", "").partition("=")[0]
@@ -184,10 +225,10 @@ def test_the_demo_starts_serves_and_drains_as_its_manifests_say(
             pod.wait_until_ready()
         monkeypatch.setenv("INSITU_ENDPOINT", cluster.endpoint)
         monkeypatch.setattr(CONFIG, "_api_key", "insitu-demo-key")
-        expected = _next_token(LanguageModel(str(demo_folder)), remote=False)
-        assert torch.equal(_next_token(LanguageModel(_MODEL), remote=True), expected)
+        expected = _first_session(LanguageModel(str(demo_folder)), remote=False)
+        assert _first_session(LanguageModel(_MODEL), remote=True) == expected
         with pytest.raises(NotFoundError, match=_MODEL):
-            _next_token(LanguageModel("no/overlay-defines-it"), remote=True)
+            _first_session(LanguageModel("no/overlay-defines-it"), remote=True)
         (shard,) = (pod for name, pod in cluster.pods.items() if "shard" in name)
         session = _long_session(LanguageModel(_MODEL))
         shard.terminate()
@@ -197,7 +238,7 @@ def test_the_demo_starts_serves_and_drains_as_its_manifests_say(
         # The StatefulSet starts it again, and the scheduler takes it back.
         again = cluster.start(manifests.named("StatefulSet", shard.name))
         again.wait_until_ready()
-        assert torch.equal(_next_token(_served(_MODEL), remote=True), expected)
+        assert _first_session(_served(_MODEL), remote=True) == expected
         for pod in cluster.pods.values():
             assert pod.delete() == 0
 
@@ -310,8 +351,13 @@ def _top_token(model: LanguageModel, *, remote: bool) -> torch.Tensor:
     return token
 
 
-def _next_token(model: LanguageModel, *, remote: bool) -> torch.Tensor:
+def _first_session(model: LanguageModel, *, remote: bool) -> list[list[list[int]]]:
+    """The session of the README: the tokens that both traces predict."""
     with model.session(remote=remote):
         with model.trace("The Eiffel Tower is in the city of"):
-            token: torch.Tensor = model.lm_head.output[0, -1].argmax(dim=-1).save()
-    return token
+            hidden = model.model.layers[29].output[0][:, -1, :]
+            first = model.lm_head.output.argmax(dim=-1).save()
+        with model.trace("Buckingham Palace is in the city of"):
+            model.model.layers[1].output[0][:, -1, :] = hidden[:]
+            second = model.lm_head.output.argmax(dim=-1).save()
+    return [first.tolist(), second.tolist()]

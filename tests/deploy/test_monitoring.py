@@ -114,6 +114,30 @@ def test_promtool_takes_the_rules_and_the_alerts_fire_when_they_should(tmp_path:
 
 
 @needs_prometheus
+def test_promtool_takes_the_scrape_configuration_which_finds_what_the_pod_monitor_does(
+    tmp_path: Path,
+) -> None:
+    settings = yaml.safe_load((DEPLOY / "monitoring/prometheus.yml").read_text())
+    (job,) = settings["scrape_configs"]
+    # Debian's Prometheus is built without the clusters' discovery.
+    (discovery,) = job.pop("kubernetes_sd_configs")
+    assert discovery == {"role": "pod", "namespaces": {"names": ["insitu"]}}
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "prometheus_rules.yml").write_text(rules_file.text())
+    found = subprocess.run(
+        ["promtool", "check", "config", "prometheus.yml"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout + found.stderr
+    keep, name = job["relabel_configs"]
+    monitor = yaml.safe_load((DEPLOY / "k8s/components/monitoring/monitors.yaml").read_text())
+    part_of = monitor["spec"]["selector"]["matchLabels"]["app.kubernetes.io/part-of"]
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert keep["regex"] == f"{part_of};{endpoint['port']}"
+    assert name["replacement"] == endpoint["relabelings"][0]["replacement"]
+
+
+@needs_prometheus
 def test_insitu_up_starts_prometheus_and_every_panel_has_data_while_sessions_run(
     tmp_path: Path, tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:

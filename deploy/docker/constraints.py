@@ -10,23 +10,24 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from requirements import requirements
 
 FILE = Path(__file__).with_name("constraints.txt")
 _HEAD = "# Written by deploy/docker/constraints.py.\n"
-_EXTRAS = ("local", "postgres", "s3")
+_PROGRAMS = ("scheduler", "shard", "local")
 # The Dockerfile says which torch, and torch says which parts of CUDA.
-_APART = {"insitu", "torch", "triton"}
+_APART = {"torch", "triton"}
 _PARTS_OF_CUDA = ("cuda-", "nvidia-")
 
 
 def text() -> str:
     """Gives the file, from what is installed."""
     found: dict[str, str] = {}
-    waiting = [Requirement(f"insitu[{','.join(_EXTRAS)}]")]
+    waiting = [Requirement(line) for program in _PROGRAMS for line in requirements(program)]
     seen = set()
     while waiting:
         requirement = waiting.pop()
-        if str(requirement) in seen:
+        if requirement.name == "insitu" or str(requirement) in seen:
             continue
         seen.add(str(requirement))
         name = canonicalize_name(requirement.name)

@@ -21,6 +21,9 @@ from _subjects import MODEL, machine
 from insitu import CONFIG, LanguageModel
 from insitu.cli._demo_model import prepare_demo_model
 from insitu_scheduler.metrics import SchedulerMetrics
+from insitu_shard.compiler import Outline, Pass, TraceFacts
+from insitu_shard.engine.pool import PassReport
+from insitu_shard.metrics import ShardMetrics
 from insitu_wire.interceptor import Answer
 from support.cluster import Cluster
 from support.manifests import HAS_KUBECTL, Manifests
@@ -79,8 +82,9 @@ def _scrape(name: str, port: int, number: int) -> None:
 
 
 def _overhead(session_seconds: float) -> None:
-    """Times all that a session has the scheduler's metrics do, and what a pass has a group's do."""
-    metrics = SchedulerMetrics("bench")
+    """Times all that a session of one trace has the metrics do of the scheduler and its group."""
+    metrics, of_group = SchedulerMetrics("bench"), ShardMetrics("m")
+    plan = Pass((0,), (TraceFacts(rows=((1,) * 8,)),), Outline())
     number = 2000
     started = time.perf_counter()
     for _ in range(number):
@@ -92,7 +96,8 @@ def _overhead(session_seconds: float) -> None:
         metrics.groups_changed("m", {"READY": 1}, 1)
         metrics.committed(0.001, has_failed=False)
         metrics.committed(0.001, has_failed=False)
-        metrics.charged("m", expected=0.1, seconds=0.1)
+        metrics.charged("m", seconds=0.1)
+        metrics.cost_known("m", expected=0.1, seconds=0.1)
         metrics.executed("m", "completed", 0.1)
         metrics.groups_changed("m", {"READY": 1}, 0)
         metrics.decided(0.0001)
@@ -100,6 +105,14 @@ def _overhead(session_seconds: float) -> None:
         metrics.downloaded(8)
         for method in ("SubmitSession", "WatchSession", "FetchResult"):
             metrics.answered(Answer(method, "OK", 0.01))
+        of_group.segments_running(1)
+        of_group.trace_started()
+        of_group.pass_ran(PassReport(0.01, 1, plan))
+        of_group.was_busy(0.01)
+        of_group.segment_ended("completed", 0.01)
+        of_group.segments_running(0)
+        for method in ("RunSegment", "ReleaseSession"):
+            of_group.answered(Answer(method, "OK", 0.01))
     each = (time.perf_counter() - started) / number
     part = each / session_seconds
     print(

@@ -47,6 +47,7 @@ test-gpu: setup ## Runs the tests that need a GPU.
 	$(BIN)/python -m pytest tests/gpu
 
 k8s: setup ## Renders and checks the Kubernetes manifests, and runs them as processes.
+	@command -v kubectl >/dev/null || { echo 'kubectl, which renders the manifests, is not here: kubernetes.io/docs/tasks/tools'; exit 1; }
 	$(BIN)/python -m pytest tests/deploy
 
 bench: setup .venv-nnsight/.installed ## Measures, beside plain transformers and nnsight; a smoke run with BENCH_FLAGS=--quick.

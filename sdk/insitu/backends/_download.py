@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from insitu.backends import _resuming
+from insitu.backends._resuming import Resuming
 from insitu_wire.errors import Error, Reason, UnavailableError, error
 
 if TYPE_CHECKING:
@@ -42,18 +42,14 @@ def download(fetch: Fetch) -> Iterator[Received]:
         InternalError: CHECKSUM_MISMATCH, if what came is not what was sent.
         UnavailableError: the stream broke, and the server stays away.
     """
-    receiver = _Receiver()
-    num_resumes = 0
+    receiver, resuming = _Receiver(), Resuming()
     with receiver:
         while True:
             before = receiver.place
             try:
                 yield from receiver.take(fetch(*before))
-            except UnavailableError:
-                num_resumes = num_resumes + 1 if receiver.place == before else 1
-                if num_resumes == _resuming.MAX_RESUMES:
-                    raise
-                _resuming.pause(num_resumes)
+            except UnavailableError as err:
+                resuming.broke(err, has_gone_on=receiver.place != before)
             else:
                 return
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from insitu._logging import log_event
 from insitu.backends import _resuming
+from insitu.backends._resuming import Resuming
 from insitu_proto.v1 import event_pb2
 from insitu_wire.error_codec import from_failure
 from insitu_wire.errors import Error, Reason, UnavailableError, error
@@ -17,18 +18,27 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from insitu.backends import OnTokens
-    from insitu.backends.remote import RemoteBackend
 
 _TERMINAL_KINDS = frozenset(
     {event_pb2.EVENT_KIND_COMPLETED, event_pb2.EVENT_KIND_ERROR, event_pb2.EVENT_KIND_CANCELLED}
 )
 
 
+class EventServer(Protocol):
+    """Has sessions, and tells what happens to them."""
+
+    def events(self, session_id: str, *, after: int, timeout: float) -> Iterator[event_pb2.Event]:
+        """Yields a session's events after a number, as they come; the stream may break."""
+
+    def state(self, session_id: str) -> event_pb2.Event:
+        """Gives the event that tells a session's state, without waiting."""
+
+
 class Watch:
     """Shows one session's events, each once, however often it is interrupted."""
 
-    def __init__(self, backend: RemoteBackend, session_id: str) -> None:
-        self._backend = backend
+    def __init__(self, server: EventServer, session_id: str) -> None:
+        self._server = server
         self._session_id = session_id
         self._seen = 0
         self._last: event_pb2.Event | None = None
@@ -58,26 +68,27 @@ class Watch:
             timeout: as for `to_end`.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        num_resumes = 0
+        resuming = Resuming()
         while not self._has_ended:
-            before, began, broken = self._seen, time.monotonic(), None
+            before, began, broken = self._seen, time.monotonic(), self._closed()
             try:
                 yield from self._new_events(deadline)
             except UnavailableError as err:
                 broken = err
-            goes_on = self._seen != before or self._is_quiet(began)
-            num_resumes = 0 if goes_on else num_resumes + 1
-            if broken is not None and num_resumes == _resuming.MAX_RESUMES:
-                raise broken
-            deadline = self._check_time(deadline, timeout)
-            self._pause(num_resumes, deadline)
+            if not self._has_ended:
+                deadline = self._check_time(deadline, timeout)
+                resuming.broke(
+                    broken,
+                    has_gone_on=self._seen != before or self._is_quiet(began),
+                    seconds_left=math.inf if deadline is None else deadline - time.monotonic(),
+                )
 
     def _is_quiet(self, began: float) -> bool:
         """Whether a stream's time was over as nothing happened, with the server still there."""
-        if self._has_ended or time.monotonic() - began < _resuming.MAX_STREAM_SECONDS:
+        if time.monotonic() - began < _resuming.MAX_STREAM_SECONDS:
             return False
         with suppress(UnavailableError):
-            self._backend.state(self._session_id)
+            self._server.state(self._session_id)
             return True
         return False
 
@@ -85,7 +96,7 @@ class Watch:
         timeout = _resuming.MAX_STREAM_SECONDS
         if deadline is not None:
             timeout = min(timeout, max(deadline - time.monotonic(), 0.0))
-        for event in self._backend.events(self._session_id, after=self._seen, timeout=timeout):
+        for event in self._server.events(self._session_id, after=self._seen, timeout=timeout):
             self._seen, self._last = event.sequence, event
             if event.kind != event_pb2.EVENT_KIND_TOKENS:
                 log_event(self._session_id, kind_name(event), event.message)
@@ -93,9 +104,9 @@ class Watch:
 
     def _check_time(self, deadline: float | None, timeout: float | None) -> float | None:
         """Gives the deadline, or none if the session has ended, for its last events to be shown."""
-        if self._has_ended or deadline is None or time.monotonic() < deadline:
+        if deadline is None or time.monotonic() < deadline:
             return deadline
-        if self._backend.state(self._session_id).kind in _TERMINAL_KINDS:
+        if self._server.state(self._session_id).kind in _TERMINAL_KINDS:
             return None
         raise error(
             Reason.WAIT_TIMEOUT,
@@ -105,18 +116,13 @@ class Watch:
             timeoutSeconds=timeout,
         )
 
-    def _pause(self, num_resumes: int, deadline: float | None) -> None:
-        """Waits a little before a broken stream is resumed, and gives up in the end."""
-        if num_resumes == _resuming.MAX_RESUMES:
-            raise error(
-                Reason.SERVER_UNREACHABLE,
-                f"the server keeps closing the stream of session {self._session_id}; see whether "
-                "it runs with `insitu status`",
-                sessionId=self._session_id,
-            )
-        if num_resumes:
-            left = math.inf if deadline is None else max(deadline - time.monotonic(), 0.0)
-            _resuming.pause(num_resumes, left)
+    def _closed(self) -> Error:
+        return error(
+            Reason.SERVER_UNREACHABLE,
+            f"the server keeps closing the stream of session {self._session_id}; see whether "
+            "it runs with `insitu status`",
+            sessionId=self._session_id,
+        )
 
     @property
     def _has_ended(self) -> bool:

@@ -8,10 +8,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from insitu._names import saves
-from insitu.backends import _resuming
 from insitu.backends._connection import Connection
 from insitu.backends._download import download
 from insitu.backends._patience import with_patience
+from insitu.backends._resuming import MAX_STREAM_SECONDS, Resuming
 from insitu.backends._tokenizer import cached_tokenizer
 from insitu.backends._upload import name_contents, upload_missing
 from insitu.backends._watch import Watch
@@ -134,17 +134,15 @@ class RemoteBackend:
 
         It may have accepted the session before it died: under the same request id that is the same.
         """
-        num_resumes = 0
+        resuming = Resuming()
         while True:
             try:
                 return attempt()
             except UnavailableError as err:
-                num_resumes += 1
                 may_be_back = err.reason is Reason.SERVER_UNREACHABLE
-                may_be_back = may_be_back and self._connection.has_answered
-                if not may_be_back or num_resumes == _resuming.MAX_RESUMES:
+                if not (may_be_back and self._connection.has_answered):
                     raise
-            _resuming.pause(num_resumes)
+                resuming.broke(err)
 
     def _submit(
         self,
@@ -206,9 +204,7 @@ class RemoteBackend:
                 num_bytes_received=num_bytes,
             )
             with self._connection.call() as (stub, metadata):
-                yield from stub.FetchResult(
-                    request, metadata=metadata, timeout=_resuming.MAX_STREAM_SECONDS
-                )
+                yield from stub.FetchResult(request, metadata=metadata, timeout=MAX_STREAM_SECONDS)
 
         return download(fetch)
 

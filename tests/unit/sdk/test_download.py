@@ -84,7 +84,7 @@ def test_a_server_that_stays_away_is_given_up() -> None:
     server = Server(3, *[0] * 100)
     with pytest.raises(UnavailableError):
         list(download(server))
-    assert len(server.asked) == _resuming.MAX_RESUMES
+    assert len(server.asked) == _resuming.MAX_ATTEMPTS
 
 
 def test_parts_of_several_streams_are_checked_together() -> None:

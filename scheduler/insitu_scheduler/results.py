@@ -264,5 +264,16 @@ def _parts(
             left, num_received = value.header.num_bytes - num_received, 0
             while left:
                 data = file.read(min(left, CHUNK_BYTES))
+                if not data:
+                    raise _cut_short(value.header)
                 left -= len(data)
                 yield data
+
+
+def _cut_short(header: SavedValue) -> Error:
+    return error(
+        Reason.CHECKSUM_MISMATCH,
+        f"what was stored of saved value {header.node_id} ends before its {header.num_bytes} bytes "
+        "do; run the session again",
+        nodeId=header.node_id,
+    )

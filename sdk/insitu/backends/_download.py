@@ -51,6 +51,7 @@ def download(fetch: Fetch) -> Iterator[Received]:
             except UnavailableError as err:
                 resuming.broke(err, has_gone_on=receiver.place != before)
             else:
+                receiver.check_all_came()
                 return
 
 
@@ -59,6 +60,7 @@ class _Receiver:
 
     def __init__(self) -> None:
         self._num_values = 0
+        self._num_announced: int | None = None
         self._saved: result_pb2.SavedValue | None = None
         self._data = bytearray()
         self._open = ExitStack()
@@ -89,7 +91,22 @@ class _Receiver:
             if self._saved is not None and len(self._data) >= self._saved.num_bytes:
                 yield self._complete(self._saved)
 
+    def check_all_came(self) -> None:
+        """Checks, once a stream has come to its end, that nothing is missing.
+
+        Raises:
+            InternalError: CHECKSUM_MISMATCH if there is.
+        """
+        if self._num_values != self._num_announced:
+            raise error(
+                Reason.CHECKSUM_MISMATCH,
+                f"the result ended after {self._num_values} of {self._num_announced} saved values; "
+                "fetch it again",
+                numValues=self._num_values,
+            )
+
     def _show(self, summary: ResultSummary) -> None:
+        self._num_announced = summary.num_values
         if self._progress is None:
             self._progress = self._open.enter_context(
                 tqdm(

@@ -90,6 +90,16 @@ async def test_a_value_cut_short_is_left_out_and_those_before_it_stay(store: Res
     assert (await read(store))[0] == {1: b"whole"}
 
 
+async def test_a_file_that_was_cut_after_it_was_listed_is_told_of(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    await write(store, {1: b"whole", 2: b"cut short"})
+    listed = await store.list_values(SESSION)
+    path = tmp_path / SESSION / "values.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InternalError, match="saved value 2 ends before its 9 bytes"):
+        _ = [part async for part in store.read(SESSION, listed)]
+
+
 async def test_complete_values_can_be_read_while_more_are_written(store: ResultStore) -> None:
     writer = store.writer(SESSION)
     await writer.begin(header(1, b"whole"))

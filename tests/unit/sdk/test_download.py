@@ -24,11 +24,15 @@ VALUES = [torch.arange(10.0), 7, torch.arange(3.0), None]
 
 
 class Server:
-    """Serves some values, and breaks off after some numbers of messages, a stream each."""
+    """Serves some values, and breaks off after some numbers of messages, a stream each.
 
-    def __init__(self, *breaks: int) -> None:
+    Of as many as are lost it only says that there are so many more.
+    """
+
+    def __init__(self, *breaks: int, num_lost: int = 0) -> None:
         self._breaks = list(breaks)
         self.asked: list[tuple[int, int]] = []
+        self._num_lost = num_lost
         self._saved = [_encoded(node_id, value) for node_id, value in enumerate(VALUES, start=1)]
 
     def __call__(self, num_values: int, num_bytes: int) -> Iterator[FetchResultResponse]:
@@ -45,7 +49,7 @@ class Server:
 
     def _messages(self, num_values: int, num_bytes: int) -> Iterator[FetchResultResponse]:
         size = sum(len(data) for _, data in self._saved)
-        summary = ResultSummary(num_values=len(self._saved), num_bytes=size)
+        summary = ResultSummary(num_values=len(self._saved) + self._num_lost, num_bytes=size)
         yield FetchResultResponse(summary=summary)
         for header, data in self._saved[num_values:]:
             yield FetchResultResponse(saved_value=header)
@@ -92,6 +96,11 @@ def test_parts_of_several_streams_are_checked_together() -> None:
     server.damage()
     with pytest.raises(InternalError, match="arrived damaged"):
         list(download(server))
+
+
+def test_a_result_that_ends_early_is_not_taken_for_whole() -> None:
+    with pytest.raises(InternalError, match="after 4 of 5 saved values"):
+        list(download(Server(num_lost=1)))
 
 
 def _encoded(node_id: int, value: object) -> tuple[SavedValue, bytearray]:

@@ -128,7 +128,9 @@ def run(
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(envvar="INSITU_MAX_TOKENS", help="Tokens of the prompts of a session."),
+        typer.Option(
+            envvar="INSITU_MAX_TOKENS", help="Tokens that a session takes through its models."
+        ),
     ] = None,
     max_saved_bytes: Annotated[
         int | None,

@@ -18,7 +18,7 @@ class Limits:
     max_request_bytes: int | None = None
     """Size of a session."""
     max_tokens: int | None = None
-    """Tokens of a session's prompts; those of a loop count once."""
+    """Tokens that a session takes through its models: those of prompts, and those it generates."""
     max_saved_bytes: int | None = None
     """What a session may save, in bytes."""
     max_handle_bytes: int | None = None

@@ -64,6 +64,8 @@ class SessionRun:
     """What its segments took of their groups' time so far; None if that is not known."""
     span: str = field(default="", init=False)
     """Names the span of its run."""
+    num_tokens: int = field(default=0, init=False)
+    """How many have gone, or go now, through its models."""
     saved_bytes: int = field(default=0, init=False)
     """What it has saved so far."""
     announced_at: float | None = field(default=None, init=False)
@@ -161,6 +163,8 @@ class SessionRun:
 
     async def _pass_on(self, response: RunSegmentResponse) -> None:
         match response.WhichOneof("kind"):
+            case "trace_started":
+                self._check_tokens(response.trace_started.num_tokens)
             case "log_line" | "tokens" if self.num_repeated:
                 self.num_repeated -= 1
             case "tokens":
@@ -174,6 +178,13 @@ class SessionRun:
                 await self.writer.write(response.data)
             case "failure":
                 raise from_failure(response.failure)
+
+    def _check_tokens(self, num_tokens: int) -> None:
+        self.num_tokens += num_tokens
+        limit = self.terms.limits.max_tokens
+        if limit is not None and self.num_tokens > limit:
+            takes = f"takes {self.num_tokens:,} tokens or more through its models"
+            raise limit_exceeded(takes, int(limit), "max_tokens")
 
     def _check_saved(self, num_bytes: int) -> None:
         self.saved_bytes += num_bytes

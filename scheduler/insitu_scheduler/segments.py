@@ -9,7 +9,13 @@ from insitu_scheduler.cost_model import Work
 from insitu_wire.steps import all_steps
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from insitu_proto.v1.session_pb2 import Session, Step
+    from insitu_proto.v1.value_pb2 import Value
+
+# Loops in loops multiply: an expectation above this is none.
+_MAX_TIMES = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +66,47 @@ def count_traces(session: Session) -> int:
 
 
 def work_of(session: Session) -> Work:
-    """Counts what a session asks of its models; what loops repeat counts once.
+    """Counts what a session asks of its models, as far as it is known before it runs.
 
-    Each step of a generation is a pass, and counts as a trace with a token a row.
+    Each step of a generation is a pass, and counts as a trace with a token a row. What a loop over
+    values of the session repeats counts once, and prompts that it computes have no tokens.
     """
-    num_passes, num_tokens = count_traces(session), 0
-    for step in all_steps(session.steps):
-        rows = [row for invoke in step.trace.invokes for row in invoke.rows]
-        num_later = max(step.trace.generation.max_new_tokens - 1, 0)
-        num_passes += num_later
-        num_tokens += sum(len(row.token_ids) for row in rows) + num_later * max(len(rows), 1)
+    num_passes = num_tokens = 0
+    for step, times in _with_times(session, session.steps):
+        if step.HasField("trace"):
+            rows = [row for invoke in step.trace.invokes for row in invoke.rows]
+            num_later = max(step.trace.generation.max_new_tokens - 1, 0)
+            tokens = sum(len(row.token_ids) for row in rows) + num_later * max(len(rows), 1)
+            num_passes += times * (1 + num_later)
+            num_tokens += times * tokens
     return Work(num_passes, num_tokens)
+
+
+def _with_times(
+    session: Session, steps: Iterable[Step], times: int = 1
+) -> Iterator[tuple[Step, int]]:
+    """Yields steps and all steps inside them, each with how often it runs at most."""
+    for step in steps:
+        yield step, times
+        match step.WhichOneof("kind"):
+            case "loop":
+                often = min(times * _num_items(session, step.loop.items), _MAX_TIMES)
+                yield from _with_times(session, step.loop.steps, often)
+            case "branch":
+                yield from _with_times(session, step.branch.steps, times)
+                yield from _with_times(session, step.branch.else_steps, times)
+
+
+def _num_items(session: Session, items: Value) -> int:
+    """Counts what a loop is over; 1 if that is not known yet."""
+    match items.WhichOneof("kind"):
+        case "list" | "tuple" as kind:
+            return len(getattr(items, kind).items)
+        case "tensor":
+            return items.tensor.shape[0]
+        case "tensor_index":
+            return session.tensors[items.tensor_index].shape[0]
+    return 1
 
 
 def _model(step: Step) -> str | None:

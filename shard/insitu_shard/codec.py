@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 def to_responses(event: SegmentEvent) -> Iterator[shard_service_pb2.RunSegmentResponse]:
     """Yields the messages of one event; a saved value is followed by its data in chunks."""
     match event:
-        case TraceStarted(trace_number=number, seconds=seconds):
-            started = shard_service_pb2.TraceStarted(trace_number=number)
+        case TraceStarted(trace_number=number, num_tokens=num_tokens, seconds=seconds):
+            started = shard_service_pb2.TraceStarted(trace_number=number, num_tokens=num_tokens)
             started.execution_time.FromTimedelta(datetime.timedelta(seconds=seconds))
             yield shard_service_pb2.RunSegmentResponse(trace_started=started)
         case Logged(message=message):

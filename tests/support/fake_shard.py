@@ -79,8 +79,9 @@ def describe(name: str = MODEL) -> model_pb2.ModelDescription:
     )
 
 
-def trace_started(number: int) -> RunSegmentResponse:
-    return RunSegmentResponse(trace_started=pb.TraceStarted(trace_number=number))
+def trace_started(number: int, *, num_tokens: int = 0) -> RunSegmentResponse:
+    started = pb.TraceStarted(trace_number=number, num_tokens=num_tokens)
+    return RunSegmentResponse(trace_started=started)
 
 
 def log_line(message: str) -> RunSegmentResponse:

@@ -440,8 +440,13 @@ class TraceStarted(_message.Message):
 
     TRACE_NUMBER_FIELD_NUMBER: _builtins.int
     EXECUTION_TIME_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
     trace_number: _builtins.int
     """Number of the trace in the session, from 1."""
+    num_tokens: _builtins.int
+    """Tokens that the trace takes through the model: those of its prompts, and one a row for each further
+    step that it may generate.
+    """
     @_builtins.property
     def execution_time(self) -> _duration_pb2.Duration:
         """Time that the group has spent on the segment so far; of passes that it shared, its part."""
@@ -451,10 +456,11 @@ class TraceStarted(_message.Message):
         *,
         trace_number: _builtins.int = ...,
         execution_time: _duration_pb2.Duration | None = ...,
+        num_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["execution_time", b"execution_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["execution_time", b"execution_time", "trace_number", b"trace_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["execution_time", b"execution_time", "num_tokens", b"num_tokens", "trace_number", b"trace_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,6 +17,8 @@ class TraceStarted:
 
     trace_number: int
     """Number of the trace in the session, from 1."""
+    num_tokens: int = field(default=0, compare=False)
+    """What it takes through the model: its prompts, and each further step that it may generate."""
     seconds: float = field(default=0.0, compare=False)
     """What the segment has taken of the engine's time so far."""
 

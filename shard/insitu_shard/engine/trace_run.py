@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -220,6 +221,18 @@ class TraceRun:
     def max_new_tokens(self) -> int:
         """How many steps it has at most; 0 if it does not generate."""
         return self._trace.generation.max_new_tokens if self._trace.generation else 0
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it takes through the model at most; 0 where that is not for it to tell.
+
+        So it is without a pass, with inputs that are not tokens, and with wrong ones, which are an
+        error when it runs.
+        """
+        with suppress(Error):
+            if batch := self._batch:
+                return sum(map(len, batch.rows)) + len(batch.rows) * max(self.max_new_tokens - 1, 0)
+        return 0
 
     @property
     def batch(self) -> Batch:

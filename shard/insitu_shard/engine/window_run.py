@@ -83,7 +83,7 @@ class WindowRun:
             try:
                 if isinstance(block, TraceRun) and self._num_announced <= head:
                     self._num_announced = head + 1
-                    yield TraceStarted(step.trace_number)
+                    yield TraceStarted(step.trace_number, block.num_tokens)
                 if isinstance(block, TraceRun) and not block.has_run:
                     yield from self._run_pass(head)
                     yield from block.new_tokens()

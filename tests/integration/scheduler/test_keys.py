@@ -21,7 +21,17 @@ from insitu_scheduler.server import Server
 from insitu_scheduler.terms import Tier
 from insitu_wire.errors import AuthenticationError, Error, Reason
 from insitu_wire.limits import CHANNEL_OPTIONS
-from support.fake_shard import MODEL, FakeShard, finished, read, save, saved, saving, trace
+from support.fake_shard import (
+    MODEL,
+    FakeShard,
+    finished,
+    read,
+    save,
+    saved,
+    saving,
+    trace,
+    trace_started,
+)
 
 from .conftest import Client, names
 
@@ -199,6 +209,27 @@ async def test_a_session_that_saves_too_much_fails_and_keeps_what_it_saved_befor
         session_id = await ann.submit(Session(steps=[trace(*nodes)]))
         last = (await ann.watch(session_id))[-1]
         assert "may take at most 50" in last.failure.message
+        assert await ann.fetch(session_id, is_partial=True) == {2: b"1234"}
+
+
+async def _computes_prompts(request: RunSegmentRequest) -> AsyncIterator[RunSegmentResponse]:
+    for number in (1, 2):
+        yield trace_started(number, num_tokens=40)
+        for response in saved(2 * number, b"1234"):
+            yield response
+    yield finished()
+
+
+async def test_tokens_that_nobody_could_count_before_end_the_session_that_has_too_many(
+    config: SchedulerConfig, tmp_path: Path
+) -> None:
+    async with lab(config, tmp_path, ann={"limits": Limits(max_tokens=50)}) as at:
+        at.shard.script = _computes_prompts
+        ann = at.clients["ann"]
+        steps = [trace(read(first), save(first + 1, of=first)) for first in (1, 3)]
+        session_id = await ann.submit(Session(steps=steps))
+        last = (await ann.watch(session_id))[-1]
+        assert "takes 80 tokens or more" in last.failure.message
         assert await ann.fetch(session_id, is_partial=True) == {2: b"1234"}
 
 

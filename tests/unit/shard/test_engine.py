@@ -93,6 +93,26 @@ def test_steps_tell_in_order_what_happens_and_free_what_nobody_needs(tiny: TinyM
     assert run.has_exited
 
 
+def test_a_trace_tells_how_many_tokens_it_takes_also_where_its_prompt_is_not_written_down(
+    tiny: TinyModels,
+) -> None:
+    segment, generating = _segment()
+    generating.mode = trace_pb2.TRACE_MODE_GENERATE
+    generating.generation.max_new_tokens = 3
+    loop = segment.steps.add().loop
+    loop.item_node_id = 1
+    for ids in ([3, 4], [5, 6, 7]):
+        item = loop.items.list.items.add()
+        for token in ids:
+            item.list.items.add().int_value = token
+    repeated = loop.steps.add().trace
+    repeated.model = "tiny"
+    repeated.mode = trace_pb2.TRACE_MODE_FORWARD
+    repeated.invokes.add().token_ids.reference.node_id = 1
+    events = _run(tiny, segment)
+    assert [at.num_tokens for at in events if isinstance(at, TraceStarted)] == [6, 2, 3]
+
+
 def test_a_session_that_is_released_keeps_nothing() -> None:
     store = HandleStore()
     store.values("a")[1] = torch.zeros(4)

@@ -122,6 +122,7 @@ def test_explain_in_the_block_tells_of_what_is_recorded_so_far(model: LanguageMo
     with model.session() as session:
         _patched(model, 0)
         assert len(session.explain().passes) == 1
+        assert "quantum" not in str(session.explain())
         with model.trace(IDS):
             model.model.layers[0].skip(model.model.embed_tokens.output)
             model.lm_head.output.save()
@@ -129,6 +130,7 @@ def test_explain_in_the_block_tells_of_what_is_recorded_so_far(model: LanguageMo
     text = str(plan)
     assert "it skips model.layers.0" in text
     assert "2 traces in 2 passes" in text
+    assert "had its quantum" in text
     assert "<table>" in plan._repr_html_()
     assert "it skips model.layers.0" in plan._repr_html_()
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 _MIB = 1024**2
 _COLUMNS = ("pass", "model", "traces", "rows", "layers run", "saved", "tokens", "MiB", "note")
 _TEXTS = {"model", "traces", "note"}
+_YIELDS = (
+    "on a server other users run between two passes where they wait and the session has had its "
+    "quantum (30 s, or as the server says); its values stay"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ class Explanation:
             )
             for row in zip(*columns, strict=True)
         )
-        return "\n".join([*(line.rstrip() for line in lines), self._summary])
+        return "\n".join([*(line.rstrip() for line in lines), *self._remarks])
 
     def _repr_html_(self) -> str:
         head, *rows = self._table()
@@ -89,7 +93,8 @@ class Explanation:
         body = "".join(
             "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
         )
-        return f"<table><tr>{titles}</tr>{body}</table><p>{escape(self._summary)}</p>"
+        remarks = "".join(f"<p>{escape(remark)}</p>" for remark in self._remarks)
+        return f"<table><tr>{titles}</tr>{body}</table>{remarks}"
 
     def _table(self) -> Iterator[tuple[str, ...]]:
         yield _COLUMNS
@@ -105,6 +110,12 @@ class Explanation:
                 f"{planned.num_bytes / _MIB:,.1f}",
                 planned.note,
             )
+
+    @property
+    def _remarks(self) -> Iterator[str]:
+        yield self._summary
+        if len(self.passes) > 1:
+            yield _YIELDS
 
     @property
     def _summary(self) -> str:

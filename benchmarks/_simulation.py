@@ -158,7 +158,7 @@ class Simulation:
     def _place_one(self, model: str, now: float) -> bool:
         found = self._queue.pop(
             model,
-            lambda waiting: self._placement.groups_for(waiting, model, self._live),
+            self._placement.in_turn(model, self._live),
             sated=self._placement.sated(model),
             now=now,
         )
@@ -259,12 +259,13 @@ class Simulation:
 
     def _lose(self, session_id: SessionId, now: float) -> None:
         session = self._sessions[session_id]
-        if session.turn is None:
+        has_yielded = session.turn is None
+        if has_yielded:
             self._queue.remove(session_id)
         self._leave(session_id)
         session.num_done = 0
         self._outcome.num_losses += 1
         expected = sum(session.traces) * self._rng.lognormvariate(0, 0.5)
         self._queue.push(
-            WaitingSession(session_id, session.user, MODEL, expected, now, is_alone=True)
+            WaitingSession(session_id, session.user, MODEL, expected, now, is_alone=not has_yielded)
         )

@@ -134,6 +134,7 @@ class Dispatcher:
             check_attempts(live.log.attempt, self._max_attempts)
             state = self._queued_again(live)
             self._book.publish(live.log, state)
+        live.is_suspect = live.log.attempt > 1
         self.enqueue(
             live,
             position=state.queue_position,
@@ -246,7 +247,7 @@ class Dispatcher:
         now = time.monotonic()
         found = self._queue.pop(
             model,
-            lambda waiting: self._placement.groups_for(waiting, model, self._live.keys()),
+            self._placement.in_turn(model, self._live.keys()),
             sated=self._placement.sated(model),
             now=now,
         )
@@ -295,7 +296,8 @@ class Dispatcher:
         started = time.monotonic()
         event = await ending(live)
         seconds = time.monotonic() - started
-        if live.log.session_id in self._room:
+        has_yielded = live.log.session_id in self._room
+        if has_yielded:
             self._room.withdraw(live, _outcome(event))
         runs_again = self._runs_again(live, event)
         self._charging.end(live, run.shard_seconds)
@@ -304,6 +306,7 @@ class Dispatcher:
         if was_lost(event):
             _log.warning("session %s is lost: %s", live.log.session_id, event.failure.message)
             places.suspect()
+            live.is_suspect |= not has_yielded
             event = live.ended_by or event
         freeing = asyncio.create_task(self._release(live.log, places))
         if runs_again:

@@ -42,6 +42,8 @@ class LiveSession:
     """What runs it; None while it waits."""
     expected_cost: float = 0.0
     """Seconds of a group's time that it is expected to take."""
+    is_suspect: bool = False
+    """Whether a group was lost that ran it, perhaps by its doing: nothing runs beside it then."""
     num_bytes: int = field(init=False)
     """Its size, as it was sent."""
     places: SessionPlaces | None = None

@@ -70,7 +70,7 @@ class WaitingRoom:
             others=frozenset(models_of(live.session)) - {model},
             pins=live.needed_leases,
             after=live.keepers,
-            is_alone=live.log.attempt > 1,
+            is_alone=live.is_suspect,
             tier=live.terms.tier,
             weight=live.terms.weight,
             uploads={at.content_hash: num_bytes(at) for at in tensors if at.content_hash},

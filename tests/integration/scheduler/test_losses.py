@@ -139,6 +139,40 @@ async def test_messages_of_an_attempt_before_are_not_shown_again(
     assert messages == ["one", "two", "three"]
 
 
+async def test_what_had_yielded_when_its_group_died_is_not_what_killed_it(
+    client: Client, connect: Callable[[str], Client], server: Server
+) -> None:
+    may_go_on = asyncio.Event()
+
+    async def long(request: RunSegmentRequest) -> AsyncIterator[RunSegmentResponse]:
+        started = trace_started(1)
+        yield started
+        if len(shard.requests) > 1:
+            await asyncio.Event().wait()
+        await may_go_on.wait()
+        started.trace_started.execution_time.FromSeconds(40)
+        yield started
+        await asyncio.Event().wait()
+
+    async with FakeShard(server.address, script=long) as shard:
+        await shard.ready()
+        yields = await client.submit(saving())
+        await client.watch_until(yields, "RUNNING")
+        kills = await connect("bob-key").submit(saving(), is_detached=True)
+        may_go_on.set()
+        await connect("bob-key").watch_until(kills, "RUNNING")
+        assert await client.state(yields) == "QUEUED"
+    await connect("bob-key").cancel(kills)
+    async with FakeShard(
+        server.address, group_id="group-2", script=save_and_wait, max_sessions=4
+    ) as shard:
+        await shard.ready()
+        await _until(lambda: [request.session_id for request in shard.requests] == [yields])
+        beside = await client.submit(saving())
+        async with asyncio.timeout(5):
+            await client.watch_until(beside, "RUNNING")
+
+
 async def test_a_session_that_is_lost_each_time_is_given_up_and_takes_no_other_with_it(
     client: Client, server: Server
 ) -> None:

@@ -171,11 +171,7 @@ class Scheduling(RuleBasedStateMachine):
     @invariant()
     def no_group_is_idle_while_a_session_could_start(self) -> None:
         for model in self.registry.ready_models():
-            assert all(
-                self.placement.groups_for(waiting, model, self._unended()) is None
-                for waiting in self.queue.waiting(model)
-                if waiting.user not in self.placement.sated(model)
-            )
+            assert not self._could_start(model)
 
     @invariant()
     def one_that_runs_alone_has_its_groups_for_itself(self) -> None:
@@ -213,7 +209,7 @@ class Scheduling(RuleBasedStateMachine):
         live = self._unended()
         found = self.queue.pop(
             model,
-            lambda waiting: self.placement.groups_for(waiting, model, live),
+            self.placement.in_turn(model, live),
             sated=self.placement.sated(model),
         )
         if found is None:
@@ -229,6 +225,16 @@ class Scheduling(RuleBasedStateMachine):
         for group in self._taken(running):
             self.registry.take(group, waiting.user, is_alone=waiting.is_alone)
         return True
+
+    def _could_start(self, model: str) -> list[SessionId]:
+        groups_for, found = self.placement.in_turn(model, self._unended()), list[SessionId]()
+
+        def look(waiting: WaitingSession) -> None:
+            if groups_for(waiting) is not None:
+                found.append(waiting.session_id)
+
+        self.queue.pop(model, look, sated=self.placement.sated(model))
+        return found
 
     def _taken(self, running: Running) -> list[Group]:
         if not running.has_place:
@@ -273,6 +279,24 @@ def test_a_session_over_two_models_is_not_starved_of_memory_by_those_over_one(
             assert one is not None
             scheduling.submit(data.draw(USERS), one.here, 1.0, Tier.DEFAULT, 1.0, 6)
             scheduling.end_one(ended)
+    raise AssertionError("it has not started")
+
+
+@given(data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_one_that_runs_alone_is_not_starved_by_those_who_keep_coming(data: st.DataObject) -> None:
+    scheduling = Scheduling()
+    for user in ("ann", "bob", "cy") * 3:
+        scheduling.submit(user, "a", 1.0, Tier.DEFAULT, 1.0, 0)
+    alone = SessionId(str(len(scheduling.live)))
+    scheduling.live[alone] = None
+    scheduling.queue.push(WaitingSession(alone, "dora", "a", 1.0, 0.0, is_alone=True))
+    for _ in range(4):
+        for ended in data.draw(st.permutations(scheduling._running())):
+            scheduling.submit(data.draw(USERS), "a", 1.0, Tier.DEFAULT, 1.0, 0)
+            scheduling.end_one(ended)
+            if scheduling.live[alone] is not None:
+                return
     raise AssertionError("it has not started")
 
 

@@ -136,6 +136,17 @@ def test_the_node_of_the_scheduler_that_leads_can_be_drained(manifests: Manifest
     assert replicas - budget["maxUnavailable"] < 1
 
 
+def test_uploads_take_less_than_half_of_the_volume(manifests: Manifests) -> None:
+    scheduler = manifests.named("StatefulSet", "insitu-scheduler")["spec"]
+    (container,) = scheduler["template"]["spec"]["containers"]
+    claims = scheduler.get("volumeClaimTemplates") or [
+        manifests.named("PersistentVolumeClaim", "insitu-scheduler")
+    ]
+    storage = claims[0]["spec"]["resources"]["requests"]["storage"]
+    bound = int(manifests.environment(container)["INSITU_UPLOAD_STORE_BYTES"])
+    assert bound < int(storage.removesuffix("Gi")) * 1024**3 / 2
+
+
 def test_what_sessions_may_take_fits_the_memory_of_the_demo() -> None:
     manifests = Manifests("cpu-demo")
     shard = manifests.named("StatefulSet", "insitu-shard-smollm2")

@@ -17,7 +17,7 @@ from insitu_scheduler.journal import AcceptedSession
 from insitu_scheduler.live_session import LiveSession
 from insitu_scheduler.queue import SessionId
 from insitu_scheduler.refusals import check_limit, malformed
-from insitu_scheduler.segments import cut, models_named, models_of, work_of
+from insitu_scheduler.segments import count_tokens, cut, models_named, models_of
 from insitu_scheduler.terms import Terms, clamp
 from insitu_scheduler.validation import check_size, validate
 from insitu_wire.errors import Error, Reason, error
@@ -168,7 +168,7 @@ def _check(session: Session, key: Key, limits: Limits, models: Mapping[str, Know
         check_model(model)
     validate(session, {name: model for name, model in models.items() if key.may_use(name)})
     if limits.max_tokens is not None:
-        check_limit("tokens", work_of(session).num_tokens, int(limits.max_tokens))
+        check_limit("tokens", count_tokens(session), int(limits.max_tokens))
 
 
 def _encode(session: Session) -> tuple[bytes, bytes]:

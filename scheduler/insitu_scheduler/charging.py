@@ -9,7 +9,8 @@ from insitu_scheduler.cost_model import CostModel
 from insitu_scheduler.segments import models_of, work_of
 
 if TYPE_CHECKING:
-    from insitu_scheduler.cost_model import Work
+    from collections.abc import Callable, Mapping
+
     from insitu_scheduler.fair_queue import FairQueue
     from insitu_scheduler.live_session import LiveSession
     from insitu_scheduler.metrics import SchedulerMetrics
@@ -20,15 +21,31 @@ if TYPE_CHECKING:
 class Charging:
     """A session is charged a turn at a time: a quantum, or what it takes until it gives way."""
 
-    def __init__(self, queue: FairQueue, observer: Observer, metrics: SchedulerMetrics) -> None:
+    def __init__(
+        self,
+        queue: FairQueue,
+        observer: Observer,
+        metrics: SchedulerMetrics,
+        depths: Callable[[str], Mapping[str, float]],
+    ) -> None:
+        """Makes it.
+
+        Args:
+            queue: has the turns.
+            observer: is told what users have had.
+            metrics: count that.
+            depths: as for `work_of`.
+        """
+        self._depths = depths
         self._queue = queue
         self._observer = observer
         self._metrics = metrics
         self._costs = CostModel()
 
-    def expect(self, model: str | None, work: Work) -> float:
-        """Gives the seconds of a group's time that work is expected to take; above 0."""
-        return self._costs.expect(model, work)
+    def expect(self, live: LiveSession) -> None:
+        """Takes note of what a session is expected to take."""
+        live.asked = work_of(live.session, self._depths)
+        live.expected_cost = self._costs.expect(live.model, live.asked)
 
     def begin_turn(self, live: LiveSession, waiting: WaitingSession) -> None:
         """Takes note that a session has got a place, and that the queue has charged its turn."""
@@ -81,4 +98,4 @@ class Charging:
             return
         self._metrics.cost_known(live.model or "", expected=live.expected_cost, seconds=seconds)
         if len(models_of(live.session)) <= 1:
-            self._costs.learn(live.model, work_of(live.session), seconds)
+            self._costs.learn(live.model, live.asked, seconds)

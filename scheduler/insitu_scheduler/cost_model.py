@@ -18,9 +18,9 @@ _MEMORY = 0.98
 class Work:
     """How much a session asks of its models."""
 
-    num_traces: int
-    num_tokens: int
-    """Tokens of all its traces, each as often as it goes through a model."""
+    num_traces: int = 0
+    num_tokens: float = 0.0
+    """Tokens of all its traces, each as often as it goes through a whole model, or a part of it."""
 
     @property
     def in_tokens(self) -> float:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from insitu_scheduler.fair_queue import FairQueue
     from insitu_scheduler.hosting import Hosting
     from insitu_scheduler.metrics import SchedulerMetrics
+    from insitu_scheduler.models import ModelCatalog
     from insitu_scheduler.queue import SessionId, WaitingSession
     from insitu_scheduler.registry import Group, Registry
     from insitu_scheduler.results import ResultStore
@@ -66,6 +67,7 @@ class Dispatcher:
         uploads: UploadStore,
         metrics: SchedulerMetrics,
         hosting: Hosting,
+        catalog: ModelCatalog,
         *,
         max_queued: int,
         max_attempts: int,
@@ -89,7 +91,7 @@ class Dispatcher:
         self._background = Background()
         self.observer = Observer(queue, registry, self._live, metrics)
         self.intake = Intake(queue, max_queued=max_queued)
-        self._charging = Charging(queue, self.observer, metrics)
+        self._charging = Charging(queue, self.observer, metrics, catalog.depths)
         self._room = WaitingRoom(
             queue, self.intake, self._charging, book, hosting, self.observer, metrics, self._live
         )

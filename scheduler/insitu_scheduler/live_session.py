@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from insitu_scheduler import events
+from insitu_scheduler.cost_model import Work
 from insitu_scheduler.run_clock import RunClock
 from insitu_scheduler.terms import Terms
 from insitu_wire.errors import Error, Reason, error
@@ -40,6 +41,8 @@ class LiveSession:
     """What it may take."""
     work: asyncio.Task[None] | None = None
     """What runs it; None while it waits."""
+    asked: Work = field(default_factory=Work)
+    """What it asks of its models, as far as it is known before it runs."""
     expected_cost: float = 0.0
     """Seconds of a group's time that it is expected to take."""
     is_suspect: bool = False

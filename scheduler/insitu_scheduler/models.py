@@ -39,6 +39,9 @@ class KnownModel:
     module_paths: frozenset[str]
     vocabulary_size: int | None
     """Number of token ids; None where the configuration does not tell."""
+    depths: Mapping[str, float]
+    """Which part of the decoder layers a pass has run when it is through with a module, by path; of
+    modules that are not here, and of models without such layers, that is not known."""
 
     @classmethod
     def from_description(
@@ -50,6 +53,7 @@ class KnownModel:
             tokenizer_files=tokenizer_files,
             module_paths=frozenset(module.path for module in description.modules),
             vocabulary_size=_vocabulary_size(description.config_json),
+            depths=_depths(description),
         )
 
 
@@ -84,6 +88,11 @@ class ModelCatalog:
             if model.description.tokenizer_hash == tokenizer_hash:
                 return model.tokenizer_files
         return None
+
+    def depths(self, name: str) -> Mapping[str, float]:
+        """Gives a model's depths, as far as it is known."""
+        model = self._known.get(name)
+        return model.depths if model else {}
 
     def served(self) -> Mapping[str, KnownModel]:
         """Gives the models that are served, or will be soon, by name."""
@@ -124,6 +133,22 @@ class ModelCatalog:
                     retry_after_seconds=_RETRY_SECONDS,
                     model=name,
                 )
+
+
+def _depths(description: ModelDescription) -> dict[str, float]:
+    called = sorted(
+        (module for module in description.modules if module.call_order),
+        key=lambda module: module.call_order,
+    )
+    blocks = [module.path for module in called if module.is_block]
+    depths: dict[str, float] = {}
+    num_run = 0
+    for module in called:
+        num_run += module.is_block
+        holds_blocks = any(path.startswith(f"{module.path}.") for path in blocks)
+        if blocks and module.path and not holds_blocks:
+            depths[module.path] = num_run / len(blocks)
+    return depths
 
 
 def model_not_found(name: str, served: Mapping[str, object]) -> Error:

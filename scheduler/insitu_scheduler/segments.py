@@ -9,13 +9,17 @@ from insitu_scheduler.cost_model import Work
 from insitu_wire.steps import all_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
+    from insitu_proto.v1.intervention_pb2 import Node
     from insitu_proto.v1.session_pb2 import Session, Step
+    from insitu_proto.v1.trace_pb2 import Trace
     from insitu_proto.v1.value_pb2 import Value
 
 # Loops in loops multiply: an expectation above this is none.
 _MAX_TIMES = 100_000
+# A backward pass computes about twice what its forward pass does.
+_GRADIENT_COST = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +69,66 @@ def count_traces(session: Session) -> int:
     return sum(step.HasField("trace") for step in all_steps(session.steps))
 
 
-def work_of(session: Session) -> Work:
+def count_tokens(session: Session) -> int:
+    """Counts the tokens that a session takes through its models, as far as that is known before.
+
+    Each step of a generation has a token a row. What a loop over values of the session repeats
+    counts once, and prompts that it computes have no tokens.
+    """
+    return sum(times * _tokens(trace) for trace, times in _traces(session))
+
+
+def work_of(session: Session, depths: Callable[[str], Mapping[str, float]]) -> Work:
     """Counts what a session asks of its models, as far as it is known before it runs.
 
-    Each step of a generation is a pass, and counts as a trace with a token a row. What a loop over
-    values of the session repeats counts once, and prompts that it computes have no tokens.
+    Each step of a generation is a pass. Tokens count by the part of the layers that they go
+    through, down to the last that the trace looks at, and three times with gradients.
+
+    Args:
+        session: the session.
+        depths: tells for a model which part of its layers has run, by module, as far as it is
+            known.
     """
-    num_passes = num_tokens = 0
+    num_passes, num_tokens = 0, 0.0
+    for trace, times in _traces(session):
+        num_passes += times * max(trace.generation.max_new_tokens, 1)
+        num_tokens += times * _tokens(trace) * _part(trace, depths(trace.model))
+    return Work(num_passes, num_tokens)
+
+
+def _traces(session: Session) -> Iterator[tuple[Trace, int]]:
+    """Yields a session's traces, each with how often it runs at most."""
     for step, times in _with_times(session, session.steps):
         if step.HasField("trace"):
-            rows = [row for invoke in step.trace.invokes for row in invoke.rows]
-            num_later = max(step.trace.generation.max_new_tokens - 1, 0)
-            tokens = sum(len(row.token_ids) for row in rows) + num_later * max(len(rows), 1)
-            num_passes += times * (1 + num_later)
-            num_tokens += times * tokens
-    return Work(num_passes, num_tokens)
+            yield step.trace, times
+
+
+def _tokens(trace: Trace) -> int:
+    rows = [row for invoke in trace.invokes for row in invoke.rows]
+    num_later = max(trace.generation.max_new_tokens - 1, 0)
+    return sum(len(row.token_ids) for row in rows) + num_later * max(len(rows), 1)
+
+
+def _part(trace: Trace, depths: Mapping[str, float]) -> float:
+    """Gives what a pass of a trace takes, beside one forward pass through the whole model."""
+    kinds = {node.WhichOneof("operation") for node in trace.nodes}
+    part = 1.0
+    if depths and not trace.HasField("generation"):
+        paths = (path for node in trace.nodes if (path := _module_path(node)) is not None)
+        part = max((depths.get(path, 1.0) for path in paths), default=0.0)
+    return part * (_GRADIENT_COST if kinds & {"backward", "gradient"} else 1.0)
+
+
+def _module_path(node: Node) -> str | None:
+    """Gives where in the pass a node stands; None if nowhere."""
+    match node.WhichOneof("operation"):
+        case "read":
+            return node.read.hook_point.module_path
+        case "write":
+            return node.write.hook_point.module_path
+        case "skip":
+            return node.skip.module_path
+    return None
 
 
 def _with_times(

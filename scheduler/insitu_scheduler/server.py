@@ -172,6 +172,7 @@ class Server:
             uploads,
             metrics,
             hosting,
+            catalog,
             max_queued=config.max_queued_sessions,
             max_attempts=config.max_attempts,
             orphan_grace_seconds=config.orphan_grace_seconds,

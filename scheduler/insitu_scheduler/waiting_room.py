@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from insitu_scheduler import events
 from insitu_scheduler.positions import PositionAnnouncer
 from insitu_scheduler.queue import WaitingSession
-from insitu_scheduler.segments import models_of, work_of
+from insitu_scheduler.segments import models_of
 from insitu_wire.dtypes import num_bytes
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class WaitingRoom:
 
     def enter(self, live: LiveSession, position: int) -> None:
         """Has a session wait that has nothing at any group, shown to its user at a position."""
-        live.expected_cost = self._charging.expect(live.model, work_of(live.session))
+        self._charging.expect(live)
         # One of computations alone runs where what it loads is kept.
         model = live.model or next(iter(live.needed_leases), None)
         tensors = live.session.tensors

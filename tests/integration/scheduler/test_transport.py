@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import psutil
 import pytest
 import trustme
 
@@ -207,6 +208,18 @@ async def test_reflection_can_be_switched_off(config: SchedulerConfig) -> None:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await call.read()
                 assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_metrics_can_be_switched_off(config: SchedulerConfig) -> None:
+    def listening() -> set[int]:
+        found = psutil.Process().net_connections("tcp")
+        return {at.laddr.port for at in found if at.status == psutil.CONN_LISTEN}
+
+    before = listening()
+    for port, num_ports in ((0, 2), (None, 1)):
+        plain = dataclasses.replace(config, tls=Tls(), shard_port=None, metrics_port=port)
+        async with Server(plain):
+            assert len(listening() - before) == num_ports
 
 
 @pytest.mark.parametrize("missing", ["cert", "key"])

@@ -45,6 +45,6 @@ def run_as_rank(config: ShardConfig, log_format: LogFormat) -> None:
         sys.stderr.write(f"insitu shard: {err}\n")
         sys.exit(1)
     # An agent that has sent a signal waits for the end of the process, any other for its return.
-    if not rank:
+    if not rank or signal.sigpending() & _STOP_SIGNALS:
         sys.exit(128 + signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)

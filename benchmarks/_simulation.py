@@ -158,7 +158,7 @@ class Simulation:
     def _place_one(self, model: str, now: float) -> bool:
         found = self._queue.pop(
             model,
-            self._placement.in_turn(model, self._live),
+            lambda waiting: self._placement.groups_for(waiting, model, self._live),
             sated=self._placement.sated(model),
             now=now,
         )

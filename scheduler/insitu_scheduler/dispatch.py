@@ -249,7 +249,7 @@ class Dispatcher:
         now = time.monotonic()
         found = self._queue.pop(
             model,
-            self._placement.in_turn(model, self._live.keys()),
+            lambda waiting: self._placement.groups_for(waiting, model, self._live.keys()),
             sated=self._placement.sated(model),
             now=now,
         )

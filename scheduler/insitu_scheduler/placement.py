@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from insitu_scheduler.registry import GroupState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from collections.abc import Set as AbstractSet
 
     from insitu_scheduler.queue import SessionId, WaitingSession
@@ -26,8 +25,8 @@ class Placement:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        # Groups that those who run alone wait for to be empty; who is due later does not come in.
-        self._kept_clear: dict[SessionId, _Clear] = {}
+        # Groups that sessions which run alone wait for to be empty; nobody else comes in there.
+        self._kept_clear: dict[SessionId, frozenset[LeaseId]] = {}
         # Groups of sessions that have found no memory there, in the order in which they came:
         # what becomes free is theirs before that of others.
         self._short: dict[SessionId, frozenset[LeaseId]] = {}
@@ -38,56 +37,30 @@ class Placement:
         users = [group.sated_users for group in ready]
         return frozenset.intersection(*users) if users else frozenset()
 
-    def in_turn(
-        self, model: str, live: AbstractSet[SessionId]
-    ) -> Callable[[WaitingSession], dict[str, Group] | None]:
-        """Gives what `groups_for` gives, to be asked in the order in which sessions are due.
-
-        For one that has to run alone groups are kept clear of those that come after it; those
-        before it in its line may come in.
-
-        Args:
-            model: as for `groups_for`.
-            live: as for `groups_for`.
-        """
-        lines = {model, None}
-        later = {name for name, clear in self._kept_clear.items() if clear.line in lines}
-
-        def groups_for(waiting: WaitingSession) -> dict[str, Group] | None:
-            later.discard(waiting.session_id)
-            return self.groups_for(waiting, model, live, later=later)
-
-        return groups_for
-
     def groups_for(
-        self,
-        waiting: WaitingSession,
-        model: str,
-        live: AbstractSet[SessionId],
-        *,
-        later: AbstractSet[SessionId] = frozenset(),
+        self, waiting: WaitingSession, model: str, live: AbstractSet[SessionId]
     ) -> dict[str, Group] | None:
         """Gives the groups for a session, by model; None if it can not start now.
+
+        Ask in the order in which sessions are due: for one that has to run alone groups are kept
+        clear of those that come after it.
 
         Args:
             waiting: the session.
             model: which of the models with room it starts on, if it has none of its own.
             live: sessions that have not ended.
-            later: sessions that are due after it; no group is kept clear of it for them.
         """
         if not waiting.after.isdisjoint(live) or self._waits_elsewhere(waiting, model):
             return None
         names = [waiting.model or model, *sorted(waiting.others)]
-        kept_clear = self._kept_clear_of(waiting, live, later)
         groups = {
-            name: self._best(waiting, name, live, kept_clear, is_first=not at)
-            for at, name in enumerate(names)
+            name: self._best(waiting, name, live, is_first=not at) for at, name in enumerate(names)
         }
         found = {name: group for name, group in groups.items() if group is not None}
         self._kept_clear.pop(waiting.session_id, None)
         if waiting.is_alone and not all(group.is_empty for group in found.values()):
             clear = frozenset(group.lease_id for group in found.values())
-            self._kept_clear[waiting.session_id] = _Clear(clear, waiting.model)
+            self._kept_clear[waiting.session_id] = clear
             return None
         if len(found) < len(names):
             return None
@@ -105,17 +78,17 @@ class Placement:
         waiting: WaitingSession,
         model: str,
         live: AbstractSet[SessionId],
-        kept_clear: AbstractSet[LeaseId],
         *,
         is_first: bool,
     ) -> Group | None:
         groups = [
             group
             for group in self._registry.of(model)
-            if _is_possible(group, waiting, model) and group.lease_id not in kept_clear
+            if _is_possible(group, waiting, model)
+            and (waiting.has_begun or not self._is_kept_clear(group, waiting, live))
         ]
         if waiting.is_alone:
-            mine = self._leases_kept_for(waiting)
+            mine = self._kept_clear.get(waiting.session_id, frozenset())
             return min(
                 groups,
                 key=lambda group: (
@@ -153,38 +126,19 @@ class Placement:
 
     def _waits_elsewhere(self, waiting: WaitingSession, model: str) -> bool:
         """Whether a group of another model is kept clear for a session that any can run."""
-        leases = self._leases_kept_for(waiting)
+        leases = self._kept_clear.get(waiting.session_id, frozenset())
         models = {group.model for group in self._registry if group.lease_id in leases}
         return waiting.model is None and bool(models - {model})
 
-    def _leases_kept_for(self, waiting: WaitingSession) -> frozenset[LeaseId]:
-        clear = self._kept_clear.get(waiting.session_id)
-        return clear.leases if clear else frozenset()
-
-    def _kept_clear_of(
-        self,
-        waiting: WaitingSession,
-        live: AbstractSet[SessionId],
-        later: AbstractSet[SessionId],
-    ) -> frozenset[LeaseId]:
-        """Gives the groups that are kept for others. One that has begun goes on there."""
-        if waiting.has_begun:
-            return frozenset()
-        return frozenset().union(
-            *(
-                clear.leases
-                for session_id, clear in self._kept_clear.items()
-                if session_id in live
-                and session_id not in later
-                and session_id != waiting.session_id
-            )
+    def _is_kept_clear(
+        self, group: Group, waiting: WaitingSession, live: AbstractSet[SessionId]
+    ) -> bool:
+        """Whether a group is kept for another session. One that has begun goes on there."""
+        return any(
+            group.lease_id in leases
+            for session_id, leases in self._kept_clear.items()
+            if session_id in live and session_id != waiting.session_id
         )
-
-
-class _Clear(NamedTuple):
-    leases: frozenset[LeaseId]
-    line: str | None
-    """The model in whose line the session waits for which they are kept clear."""
 
 
 def _is_possible(group: Group, waiting: WaitingSession, model: str) -> bool:

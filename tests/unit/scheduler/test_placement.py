@@ -107,31 +107,6 @@ def test_a_group_is_kept_clear_for_a_session_that_runs_alone(
     assert leases(placement.groups_for(alone, "a", live)) == {"a": "a1"}
 
 
-def test_who_is_due_before_one_that_runs_alone_comes_in_and_who_is_due_later_does_not(
-    registry: Registry, placement: Placement
-) -> None:
-    group = grant(registry, "a1")
-    registry.pin(group, 1.0)
-    alone = waiting("alone", is_alone=True)
-    assert placement.groups_for(alone, "a", {alone.session_id}) is None
-    can_start = placement.in_turn("a", {alone.session_id})
-    assert can_start(waiting("before")) is not None
-    assert can_start(alone) is None
-    assert can_start(waiting("after")) is None
-    assert can_start(waiting("begun", has_begun=True)) is not None
-
-
-def test_what_is_kept_clear_for_one_in_another_models_line_is_closed_to_all(
-    registry: Registry, placement: Placement
-) -> None:
-    groups = [grant(registry, "a1"), grant(registry, "b1")]
-    for group in groups:
-        registry.pin(group, 1.0)
-    wide = waiting("wide", others=frozenset("b"), is_alone=True)
-    assert placement.groups_for(wide, "a", {wide.session_id}) is None
-    assert placement.in_turn("b", {wide.session_id})(waiting("1", "b")) is None
-
-
 def test_one_that_runs_alone_takes_an_empty_group_that_comes_before_the_one_it_waits_for(
     registry: Registry, placement: Placement
 ) -> None:

@@ -170,6 +170,8 @@ class Scheduling(RuleBasedStateMachine):
 
     @invariant()
     def no_group_is_idle_while_a_session_could_start(self) -> None:
+        """Those who wait are asked again whenever a group renews its lease."""
+        self._match()
         for model in self.registry.ready_models():
             assert not self._could_start(model)
 
@@ -209,7 +211,7 @@ class Scheduling(RuleBasedStateMachine):
         live = self._unended()
         found = self.queue.pop(
             model,
-            self.placement.in_turn(model, live),
+            lambda waiting: self.placement.groups_for(waiting, model, live),
             sated=self.placement.sated(model),
         )
         if found is None:
@@ -227,10 +229,10 @@ class Scheduling(RuleBasedStateMachine):
         return True
 
     def _could_start(self, model: str) -> list[SessionId]:
-        groups_for, found = self.placement.in_turn(model, self._unended()), list[SessionId]()
+        live, found = self._unended(), list[SessionId]()
 
         def look(waiting: WaitingSession) -> None:
-            if groups_for(waiting) is not None:
+            if self.placement.groups_for(waiting, model, live) is not None:
                 found.append(waiting.session_id)
 
         self.queue.pop(model, look, sated=self.placement.sated(model))

@@ -225,6 +225,7 @@ def run(
             advertise_address=advertise_address,
             tls=Tls(cert=tls_cert, key=tls_key, ca=tls_client_ca),
             join_token=join_token,
+            log_format=log_format,
             has_reflection=reflection,
             metrics_port=metrics_port if metrics_port >= 0 else None,
             health_port=health_port if health_port >= 0 else None,
@@ -252,7 +253,7 @@ def run(
         )
         from insitu_shard.launching import launch_ranks
 
-        launch_ranks(config, log_format)
+        launch_ranks(config)
     except Error as err:
         typer.echo(f"insitu shard: {err}", err=True)
         raise typer.Exit(1) from err

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from insitu_wire.errors import Reason, error
+from insitu_wire.logs import LogFormat
 from insitu_wire.tls import Tls
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class ShardConfig:
     """Certificates; all three, or none for no encryption."""
     join_token: str = field(default="", repr=False)
     """What the scheduler wants of groups that register."""
+    log_format: LogFormat = LogFormat.TEXT
+    """How lines of the log look."""
     has_reflection: bool = True
     """Whether gRPC reflection tells callers what services there are."""
     metrics_port: int | None = None

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
     from insitu_shard.config import ShardConfig
-    from insitu_wire.logs import LogFormat
 
 _START_METHOD = "forkserver"
 _RENDEZVOUS_PORT = 29400
@@ -27,7 +26,7 @@ _RENDEZVOUS_PORT = 29400
 _STOP_SECONDS = 10
 
 
-def launch_ranks(config: ShardConfig, log_format: LogFormat) -> None:
+def launch_ranks(config: ShardConfig) -> None:
     """Checks the settings, starts the ranks of this node, and waits for all of them.
 
     Ranks are forked from a process that has imported what they need, which takes longer than to
@@ -40,7 +39,7 @@ def launch_ranks(config: ShardConfig, log_format: LogFormat) -> None:
         # What ranks put aside goes with the group, however they end.
         os.environ["TMPDIR"] = folder
         _start_forking()
-        _run(_checked(config), log_format)
+        _run(_checked(config))
 
 
 def _start_forking() -> None:
@@ -53,7 +52,7 @@ def _start_forking() -> None:
     import torch.distributed.launcher.api  # noqa: F401 - meanwhile, what this process needs
 
 
-def _run(config: ShardConfig, log_format: LogFormat) -> None:
+def _run(config: ShardConfig) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -62,7 +61,7 @@ def _run(config: ShardConfig, log_format: LogFormat) -> None:
         # The leader ends the ranks of all nodes, after what runs has ended.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        elastic_launch(_launch(config), run_as_rank)(config, log_format)
+        elastic_launch(_launch(config), run_as_rank)(config)
     except SignalException:
         # The agent has passed the signal on, and all ranks have ended.
         return

@@ -14,7 +14,6 @@ from insitu_wire.logs import set_up_logging
 
 if TYPE_CHECKING:
     from insitu_shard.config import ShardConfig
-    from insitu_wire.logs import LogFormat
 
 # It finds the place of a title beside the environment as the process got it: before that changes.
 setproctitle.getproctitle()
@@ -22,7 +21,7 @@ setproctitle.getproctitle()
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
-def run_as_rank(config: ShardConfig, log_format: LogFormat) -> None:
+def run_as_rank(config: ShardConfig) -> None:
     """Runs the rank that torchrun's agent has made this process, until it is told to stop.
 
     An error of ours is one line on standard error and exit status 1.
@@ -33,7 +32,7 @@ def run_as_rank(config: ShardConfig, log_format: LogFormat) -> None:
 
     rank, num_local = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     setproctitle.setproctitle(f"insitu shard: rank {rank} of {config.model}")
-    set_up_logging(log_format)
+    set_up_logging(config.log_format)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local))
     if rank:

@@ -131,7 +131,7 @@ def config(tmp_path: Path) -> SchedulerConfig:
         data_dir=tmp_path,
         port=0,
         metrics_port=None,
-        lease_ttl_seconds=2,
+        lease_ttl_seconds=20,
         orphan_grace_seconds=30,
         grace_seconds=1,
     )

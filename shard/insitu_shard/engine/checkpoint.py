@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
@@ -63,6 +64,12 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _stored_tensors(file: Path) -> set[str]:
+    if not os.access(file, os.R_OK):
+        raise _unusable(
+            file,
+            f"may not be read by user {os.getuid()}, who this process runs as; let that user read "
+            "it, with chmod",
+        )
     try:
         # This reads the header, and compares it with the file's size.
         with safe_open(file, framework="pt") as tensors:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import CONFIG_NAME
 
 from insitu_shard.engine.pretrained import from_pretrained
 from insitu_shard.engine.progress import progress_shown
@@ -92,6 +94,9 @@ def _write_model(file: Path, folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
+    # safetensors writes files that their owner alone can read; a server may be another user.
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(folder / CONFIG_NAME, weights)
 
 
 def _stored_dtype(file: Path) -> torch.dtype:

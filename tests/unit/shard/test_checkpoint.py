@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,15 @@ def test_a_file_cut_short_is_named(sharded: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ConfigurationError, match=rf"{file.name} is damaged or cut short"):
         check_checkpoint(sharded)
+
+
+def test_a_file_that_may_not_be_read_says_by_whom(
+    single: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tests may run as root, who may read everything.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigurationError, match=rf"may not be read by user {os.getuid()}"):
+        check_checkpoint(single)
 
 
 def test_a_file_cut_within_its_header_is_named(single: Path) -> None:

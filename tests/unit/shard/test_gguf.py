@@ -36,6 +36,11 @@ def test_a_gguf_file_is_the_model_that_it_was_written_from(gguf: Path, tiny: Tin
     assert model.tokenizer("ab")["input_ids"]
 
 
+def test_who_may_read_the_configuration_may_read_the_weights(gguf: Path) -> None:
+    folder = resolve_model_folder(str(gguf))
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
 def test_a_folder_of_one_gguf_file_is_that_file(gguf: Path) -> None:
     assert resolve_model_folder(str(gguf.parent)) == resolve_model_folder(str(gguf))
 

@@ -46,9 +46,17 @@ test-transformers: $(TRANSFORMERS:%=.venv-transformers-%/.installed) ## Runs the
 test-gpu: setup ## Runs the tests that need a GPU.
 	$(BIN)/python -m pytest tests/gpu
 
-k8s: setup ## Renders and checks the Kubernetes manifests, and runs them as processes.
+k8s: setup .venv-checkov/.installed ## Renders, checks and lints the Kubernetes manifests, and runs them as processes.
 	@command -v kubectl >/dev/null || { echo 'kubectl, which renders the manifests, is not here: kubernetes.io/docs/tasks/tools'; exit 1; }
+	folder=$$(mktemp --directory); trap "rm -r $$folder" EXIT; \
+	  for overlay in deploy/k8s/overlays/*; do kubectl kustomize $$overlay > $$folder/$$(basename $$overlay).yaml || exit 1; done; \
+	  .venv-checkov/bin/checkov --config-file deploy/k8s/checkov.yaml --directory $$folder
 	$(BIN)/python -m pytest tests/deploy
+
+.venv-checkov/.installed:
+	$(PYTHON) -m venv .venv-checkov
+	.venv-checkov/bin/pip install --quiet checkov==3.3.30
+	touch $@
 
 bench: setup .venv-nnsight/.installed ## Measures, beside plain transformers and nnsight; a smoke run with BENCH_FLAGS=--quick.
 	$(BIN)/python benchmarks/first_session.py $(BENCH_FLAGS)
@@ -107,4 +115,4 @@ protos-check: protos
 	  else echo 'no origin/main to compare the contract with'; fi
 
 clean: ## Removes the virtual environment and caches.
-	rm -rf $(VENV) .venv-nnsight .venv-transformers-* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .venv-checkov .venv-nnsight .venv-transformers-* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

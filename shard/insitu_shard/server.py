@@ -34,6 +34,7 @@ from insitu_wire.errors import Reason, error
 from insitu_wire.health import Health
 from insitu_wire.interceptor import ErrorInterceptor
 from insitu_wire.limits import ACCESS_TOKEN_METADATA, SERVER_OPTIONS
+from insitu_wire.listening import endpoint, listen
 from insitu_wire.tls import SCHEDULER_NAME, SHARD_NAME
 
 if TYPE_CHECKING:
@@ -205,18 +206,16 @@ async def _start(
     if config.has_reflection:
         names = (_SERVICE_NAME, reflection.SERVICE_NAME, "grpc.health.v1.Health")
         reflection.enable_server_reflection(names, server)
-    try:
-        port = config.tls.add_port(server, f"{config.host}:{config.port}", is_mutual=True)
-    except RuntimeError as exception:
-        raise error(
-            Reason.INVALID_CONFIGURATION,
-            f"can not listen on {config.host}:{config.port}; choose a free port with --port, or 0",
-            host=config.host,
-            port=config.port,
-        ) from exception
+    port = listen(
+        lambda address: config.tls.add_port(server, address, is_mutual=True),
+        config.host,
+        config.port,
+        what=f"listen on {endpoint(config.host, config.port)}",
+        cure="--port, or 0",
+    )
     await server.start()
     await health.set_serving(True)
-    return server, f"{config.host}:{port}"
+    return server, endpoint(config.host, port)
 
 
 def _stop_on_signals(stopping: asyncio.Event) -> None:

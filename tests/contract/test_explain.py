@@ -70,7 +70,12 @@ def test_different_lengths_share_a_pass_where_padding_is_allowed(model: Language
                 with model.trace(prompt):
                     model.model.layers[0].output[0][:, 0] *= 2
                     saved.append(model.lm_head.output.save())
-        assert len(session.explain().passes) == (1 if padding else 2)
+        notes = [planned.note for planned in session.explain().passes]
+        apart = (
+            "its prompt has 5 tokens, and that of trace 1 14; with padding=True they may share a "
+            "pass"
+        )
+        assert notes == ([""] if padding else ["", apart])
     assert rows == [2, 1, 3]
     for plain, padded in zip(saved[:3], saved[3:], strict=True):
         assert plain.shape == padded.shape
@@ -87,7 +92,28 @@ def test_a_trace_that_writes_what_another_gave_waits_for_it(model: LanguageModel
             model.lm_head.output[:, -1].save()
         with model.trace(OTHERS):  # what is compared only does not have to wait
             (model.lm_head.output[:, -1] - clean).save()
-    assert [planned.traces for planned in session.explain().passes] == [(1, 3), (2,)]
+    passes = session.explain().passes
+    assert [planned.traces for planned in passes] == [(1, 3), (2,)]
+    assert [planned.note for planned in passes] == ["", "it waits for what trace 1 gives"]
+
+
+def test_it_says_why_traces_of_other_kinds_have_passes_of_their_own(model: LanguageModel) -> None:
+    with model.session(run=False) as session:
+        _patched(model, 0)
+        with model.trace(IDS):
+            hidden = model.model.layers[0].output[0]
+            model.lm_head.output[0, -1].sum().backward()
+            hidden.grad.save()
+        with model.generate(IDS, max_new_tokens=3) as tracer:
+            tracer.result.save()
+        with model.trace([IDS, IDS[:9]]):
+            model.lm_head.output[:, -1].save()
+    assert [planned.note for planned in session.explain().passes] == [
+        "",
+        "it takes gradients, and trace 1 is one forward pass",
+        "it generates, and trace 2 takes gradients; a pass for each of up to 3 tokens",
+        "of it and trace 1 one has rows of several lengths",
+    ]
 
 
 def test_it_says_why_the_items_of_a_loop_have_passes_of_their_own(model: LanguageModel) -> None:

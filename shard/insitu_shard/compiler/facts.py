@@ -11,6 +11,16 @@ if TYPE_CHECKING:
 Rows = tuple[tuple[int, ...], ...]
 """Token ids of each row."""
 
+GENERATES, GRADIENTS = "generates", "takes gradients"
+"""Kinds of traces, for people."""
+# The attention takes the time of the longest row for each of them.
+_MAX_RATIO = 2
+
+
+def go_together(one: int, other: int) -> bool:
+    """Whether rows of two lengths, each with its own positions only, are worth a common pass."""
+    return max(one, other) <= _MAX_RATIO * min(one, other)
+
 
 class Fork(NamedTuple):
     """A moment from which on a trace's rows are no longer those of traces that write otherwise."""
@@ -31,6 +41,8 @@ class TraceFacts:
     rows: Rows
     key: Hashable = None
     """Traces of equal keys may share a pass; None for one that runs alone."""
+    kind: str = ""
+    """What it does beside a forward pass, which those that it shares one with do too."""
     alone_because: str = ""
     """Why it runs alone, for people."""
     forks: tuple[Fork, ...] = ()

@@ -10,6 +10,7 @@ from itertools import accumulate
 from math import ceil
 from typing import TYPE_CHECKING
 
+from insitu_shard.compiler.facts import go_together
 from insitu_shard.compiler.lanes import LaneTree
 from insitu_shard.compiler.prefixes import share_prefixes
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 # Queries, keys, values and what comes of them.
 _WHOLE_STATES = 4
-# The attention takes the time of the longest row for each of them.
-_MAX_RATIO = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +222,7 @@ def _shortest(lengths: Sequence[int]) -> dict[int, int]:
     found: dict[int, int] = {}
     first = 0
     for length in lengths:
-        first = first if first and length <= _MAX_RATIO * first else length
+        first = first if first and go_together(first, length) else length
         found[length] = first
     return found
 

@@ -81,6 +81,11 @@ class Window:
             if self._steps[place].is_trace and place not in self._early and self._is_ready(place)
         ]
 
+    def definers(self, place: int) -> frozenset[int]:
+        """Gives the places of the steps whose values a trace's pass can not do without."""
+        found = (self._definers.get(need) for need in self._steps[place].needs)
+        return frozenset(at for at in found if at is not None)
+
     def is_there(self, node_id: NodeId, place: int) -> bool:
         """Whether a step may use a value of an earlier one before those between have ended."""
         if place == self._num_ended:

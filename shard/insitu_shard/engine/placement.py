@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from insitu_shard.compiler import Fork, TraceFacts
+from insitu_shard.compiler import GENERATES, GRADIENTS, Fork, TraceFacts
 from insitu_shard.compiler.outline import has_rows
 from insitu_shard.engine.graph import (
     Call,
@@ -81,6 +81,7 @@ def place(
     return TraceFacts(
         rows=rows,
         key=key,
+        kind=GRADIENTS if has_own_rows else "",
         forks=own if has_own_rows else _forks(plan, outline, scope, batch.length),
         needs_whole_rows=needs_whole,
         fits_other_lengths=may_mix and outline.shares_prefixes and not needs_whole,
@@ -119,7 +120,8 @@ def place_generating(
     key = "padded" if may_pad else (batch.length, len(lengths) > 1)
     return TraceFacts(
         rows=batch.rows,
-        key=None if reason else ("generates", key),
+        key=None if reason else (GENERATES, key),
+        kind=GENERATES,
         alone_because=reason,
         # No two traces choose the same tokens: each has rows of its own from the start.
         forks=(Fork(0, object()),),

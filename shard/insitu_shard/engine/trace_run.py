@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from insitu_shard.compiler import TraceFacts, WindowStep
+from insitu_shard.compiler import GRADIENTS, TraceFacts, WindowStep
 from insitu_shard.engine.block_run import BlockRun
 from insitu_shard.engine.events import TokensChosen
 from insitu_shard.engine.graph import references
@@ -129,7 +129,7 @@ class TraceRun:
         takes_gradients = self.plan.differentiated is not None
         key: tuple[Hashable, ...] = (batch.length, len(lengths) > 1)
         if takes_gradients:
-            key = ("gradients", *key, self.checkpoints)
+            key = (GRADIENTS, *key, self.checkpoints)
         elif may_pad:
             key = ("padded",)
         return place(

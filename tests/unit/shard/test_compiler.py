@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from insitu_proto.v1.model_pb2 import DimensionSpec, ModelDescription, Module, StructureSpec
 from insitu_proto.v1.model_pb2 import TensorSpec as Tensor
 from insitu_shard.compiler import (
+    GRADIENTS,
     Fork,
     LaneTree,
     Limits,
@@ -21,6 +23,7 @@ from insitu_shard.compiler import (
     Window,
     WindowStep,
     plan_passes,
+    reason_for_apart,
 )
 
 ROWS = ((1, 2, 3),)
@@ -255,12 +258,35 @@ def test_passes_take_equal_keys_in_order_and_stay_within_limits() -> None:
     assert all(each.num_tokens <= 6 for each in planned)
 
 
+def _of_length(length: int, **facts: Any) -> TraceFacts:
+    return TraceFacts(**{"rows": (tuple(range(length)),), "key": length, **facts})
+
+
+def test_it_says_why_a_trace_is_not_in_a_pass() -> None:
+    fitting = [_of_length(length, fits_other_lengths=True) for length in (9, 5)]
+    ragged = _of_length(5, key="ragged")
+    cases = {
+        "it takes gradients, and trace 8 is one forward pass": _of_length(5, kind=GRADIENTS),
+        "its prompt has 11 tokens, and that of trace 8 5; with padding=True they may share a "
+        "pass": _of_length(11, fits_other_lengths=True),
+        "with trace 8 the pass would be larger than it may be": fitting[0],
+        "of it and trace 8 one has rows of several lengths": ragged,
+    }
+    shared = Pass((0, 1), tuple(fitting), _outline())
+    for reason, trace in cases.items():
+        assert reason_for_apart(trace, shared, (7, 8)) == reason
+    taking = Pass((0,), (_of_length(4, kind=GRADIENTS),), _outline())
+    without_a_cure = reason_for_apart(_of_length(5, kind=GRADIENTS), taking, (1,))
+    assert without_a_cure == "its prompt has 5 tokens, and that of trace 1 4"
+
+
 def test_a_window_lets_run_what_needs_nothing_that_is_to_come() -> None:
     trace, log = WindowStep(is_trace=True), WindowStep(is_trace=False)
     first = WindowStep(is_trace=True, defines=frozenset({1, 2}))
     needing = WindowStep(is_trace=True, defines=frozenset({3}), needs=frozenset({1}))
     window = Window([first, log, needing, trace])
     assert window.ready() == [0, 3]
+    assert window.definers(2) == {0}
     window.ran(0, {1})
     assert window.ready() == [2, 3]  # what the first gave is there, though it has not ended
     window.ran(2, {3})

@@ -64,22 +64,16 @@ def check_step(node: Node, trace: Trace) -> None:
             f"node {node.id} is of step {max(steps)}, and its trace has {num_steps}; steps are "
             "counted from 0, and are there where a trace generates"
         )
-    if generates and kind == "gradient":
+    if generates and kind in ("gradient", "backward"):
         raise unsupported("it takes gradients in forward passes, and not while it generates")
     if not generates and kind in _OF_GENERATIONS:
         raise malformed(f"node {node.id} is of a generation, and its trace is one forward pass")
-    if kind == "generated":
-        _check_generated(node, trace)
-
-
-def _check_generated(node: Node, trace: Trace) -> None:
-    part = node.generated.part
-    if not part:
+    if kind == "generated" and not node.generated.part:
         raise malformed(f"node {node.id} does not say what of the generation it gives")
-    if node.generated.invoke > len(trace.invokes):
+    invoke = getattr(node, kind).invoke if kind in _OF_GENERATIONS else 0
+    if invoke > len(trace.invokes):
         raise malformed(
-            f"node {node.id} names invoke {node.generated.invoke}, and the trace has "
-            f"{len(trace.invokes)}"
+            f"node {node.id} names invoke {invoke}, and the trace has {len(trace.invokes)}"
         )
 
 

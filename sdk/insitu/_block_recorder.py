@@ -117,6 +117,16 @@ class BlockRecorder:
             self._steps_of_modules[path] += 1
 
     @contextmanager
+    def stepping_apart(self) -> Iterator[None]:
+        """Has steps that are gone on to meanwhile be of what is recorded meanwhile."""
+        before = self.step, self._steps_of_modules
+        self._steps_of_modules = Counter(self._steps_of_modules)
+        try:
+            yield
+        finally:
+            self.step, self._steps_of_modules = before
+
+    @contextmanager
     def at_step(
         self, step: int, location: Location, *, has_known_length: bool = True
     ) -> Iterator[None]:
@@ -134,13 +144,15 @@ class BlockRecorder:
                 "after the other",
                 location=location,
             )
-        before = self.step, self._has_known_length
-        self.step, self._own_step, self._has_known_length = step, step + 1, has_known_length
+        has_known_before = self._has_known_length
+        self._own_step, self._has_known_length = step + 1, has_known_length
         try:
-            with self.session_recorder.scoped():
+            with self.stepping_apart(), self.session_recorder.scoped():
+                # Steps are named, however far modules have gone on before.
+                self.step, self._steps_of_modules = step, Counter()
                 yield
         finally:
-            (self.step, self._has_known_length), self._own_step = before, 0
+            self._own_step, self._has_known_length = 0, has_known_before
 
     @contextmanager
     def outside_steps(self) -> Iterator[None]:
@@ -159,10 +171,11 @@ class BlockRecorder:
         return node.id
 
     def end_generation(self, when: object, location: Location) -> None:
-        """Ends the generation after the step that runs, where a value is true."""
+        """Ends generation after this step where a value is true, of the open invoke's rows."""
         encoded = self.session_recorder.encode(when, location)
         node = self._add_node(location)
         node.end_generation.when.CopyFrom(encoded)
+        node.end_generation.invoke = self.invoke
 
     def add_invoke(self, rows: Sequence[Sequence[int]]) -> int:
         """Adds rows of token ids to a trace's batch and gives the invoke's number."""

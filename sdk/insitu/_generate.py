@@ -84,9 +84,9 @@ class GenerationTracer(Tracer):
         """Ends the trace, or the generation where a value is true.
 
         Args:
-            when: a truth value of the session, one for all rows or one a row. The step that it is
-                of is the last: its token still counts. Without it the generation ends here at
-                once, and what is defined below does not run.
+            when: a truth value of the session, one for all rows or one a row; in an invoke, of its
+                rows. The step that it is of is their last: its token still counts. Without it the
+                generation ends here at once, and what is defined below does not run.
         """
         if when is None:
             super().stop()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from insitu_wire.errors import Reason, error
 from insitu_wire.steps import values_of
 from insitu_wire.values import walk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterator, Sequence
 
     from insitu._block_recorder import BlockRecorder
     from insitu_proto.v1.intervention_pb2 import Node
+    from insitu_wire.errors import Location
 
 
 class Body:
@@ -25,9 +27,18 @@ class Body:
         self._first_node = len(block.trace.nodes)
         self._first_condition = len(block.trace.conditions)
 
-    def repeat(self, steps: Iterable[int]) -> None:
-        """Records the same for further steps."""
+    def repeat(self, steps: Sequence[int], location: Location) -> None:
+        """Records the same for further steps.
+
+        Args:
+            steps: the steps.
+            location: the user's line.
+
+        Raises:
+            InvalidTraceError: MALFORMED_SESSION if `.next()` in it goes beyond the last step.
+        """
         nodes = list(self._trace.nodes[self._first_node :])
+        self._check_reach(nodes, steps, location)
         conditions = list(self._trace.conditions[self._first_condition :])
         for step in steps:
             shift = len(self._trace.conditions) - self._first_condition
@@ -49,6 +60,19 @@ class Body:
                     used = part.reference.node_id
                     part.reference.node_id = new_ids.get(used, used)
 
+    def _check_reach(self, nodes: Sequence[Node], steps: Sequence[int], location: Location) -> None:
+        reach = max((step for node in nodes for step in _steps_of(node)), default=0) - self._step
+        num_steps = self._block.max_new_tokens
+        if reach > 0 and max(steps, default=0) + reach >= num_steps:
+            raise error(
+                Reason.MALFORMED_SESSION,
+                f"this block goes {reach} beyond its own steps, with .next(), and after step "
+                f"{num_steps - 1} there is none (max_new_tokens={num_steps}); leave the last steps "
+                f"out, as in tracer.iter[:{num_steps - reach}]",
+                location=location,
+                maxNewTokens=num_steps,
+            )
+
     def _copied(self, node: Node, step: int, shift: int, new_ids: dict[int, int]) -> Node:
         recorder = self._block.session_recorder
         copied = self._trace.nodes.add()
@@ -64,3 +88,11 @@ class Body:
         if copied.HasField("save"):
             recorder.saved[copied.id] = recorder.saved[node.id]
         return copied
+
+
+def _steps_of(node: Node) -> Iterator[int]:
+    for kind in ("read", "write"):
+        if node.HasField(kind):
+            yield getattr(node, kind).hook_point.step
+    if node.HasField("skip"):
+        yield node.skip.step

@@ -120,7 +120,7 @@ class StepLoop:
     ) -> None:
         self._open.close()
         if exc_type is None and self._body is not None:
-            self._body.repeat(self._steps[1:])
+            self._body.repeat(self._steps[1:], self._location)
 
     def _number(self) -> Any:
         """Gives the number of the step as a value, for it is another in each."""

@@ -89,7 +89,8 @@ class Tracer:
         if prompt is not None:
             recorder.invoke = self._add_input(prompt)
         try:
-            yield self
+            with recorder.stepping_apart():
+                yield self
         finally:
             if prompt is not None:
                 outer = outer[0] + recorder.num_rows, max(outer[1], recorder.length)

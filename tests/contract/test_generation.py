@@ -16,6 +16,7 @@ from insitu_shard.compiler import Limits
 from insitu_shard.engine import Saved, SegmentPool, SegmentRun
 from insitu_wire.errors import Error, Reason
 from support.same_merged import is_there
+from support.streaming import Remembering
 from support.tiny_models import CONFIGS, TinyModels
 
 IDS = [5, 9, 17, 23, 42, 61, 7]
@@ -47,7 +48,14 @@ def _block_path(paths: Any) -> str:
     return next(f"{path}.1" for path in _BLOCKS if f"{path}.1" in paths)
 
 
-def _steered(module: Any, path: str, strengths: dict[int, float], **options: Any) -> Any:
+def _steered(
+    module: Any,
+    path: str,
+    strengths: dict[int, float],
+    ids: list[int] = IDS,
+    max_new_tokens: int = STEPS,
+    **options: Any,
+) -> Any:
     """Generates with a hook that adds to the last position at some steps."""
     seen: list[torch.Tensor] = []
 
@@ -58,7 +66,7 @@ def _steered(module: Any, path: str, strengths: dict[int, float], **options: Any
 
     handle = dict(module.named_modules())[path].register_forward_hook(hook)
     try:
-        return _plain(module, [IDS], max_new_tokens=STEPS, **options), seen
+        return _plain(module, [ids], max_new_tokens=max_new_tokens, **options), seen
     finally:
         handle.remove()
 
@@ -107,12 +115,28 @@ def test_options_mean_what_they_mean_to_transformers(
     assert torch.equal(ids, expected)
 
 
-def test_chosen_steps_only_are_written_to(model: Any, module: Any) -> None:
-    expected, _ = _steered(module, "model.layers.1", {0: 3.0, 4: 3.0}, eos_token_id=None)
+@pytest.mark.parametrize(
+    ("steps", "chosen"),
+    [
+        ([0, 4], [0, 4]),
+        (slice(2, 5), [2, 3, 4]),
+        (slice(1, None, 3), [1, 4, 7]),
+        (slice(None, 2), [0, 1]),
+        (6, [6]),
+    ],
+)
+def test_chosen_steps_only_are_written_to(
+    steps: Any, chosen: list[int], model: Any, module: Any
+) -> None:
+    strengths = dict.fromkeys(chosen, 3.0)
+    expected, _ = _steered(module, "model.layers.1", strengths, eos_token_id=None)
     with model.generate(IDS, max_new_tokens=STEPS, eos_token_id=None) as tracer:
-        for _ in tracer.iter[[0, 4]]:
+        numbers = []
+        for step in tracer.iter[steps]:
+            numbers.append(step)
             model.model.layers[1].output[0][:, -1] += 3.0 * _DIRECTION
         ids = tracer.result.save()
+    assert numbers == chosen
     assert torch.equal(ids, expected)
 
 
@@ -140,8 +164,29 @@ def test_next_goes_on_by_a_step_for_one_module_or_for_all(model: Any, module: An
         for _ in range(2):
             tracer.next()
             other.append(model.lm_head.output[0, -1].argmax().save())
+        for _ in tracer.iter[0]:
+            again = model.lm_head.output[0, -1].argmax().save()
+        last = model.lm_head.output[0, -1].argmax().save()
     assert torch.stack(one).tolist() == torch.stack(other).tolist() == expected.tolist()
+    assert [int(again), int(last)] == [int(expected[0]), int(expected[2])]
     assert first.shape == (1, len(IDS), 64)
+
+
+def test_next_in_an_invoke_leaves_the_others_at_their_steps(model: Any, module: Any) -> None:
+    rows = [IDS, OTHERS]
+    expected = _plain(module, rows, max_new_tokens=3, eos_token_id=None)[:, len(IDS) :]
+    chosen: list[list[Any]] = []
+    with model.generate(max_new_tokens=3, eos_token_id=None) as tracer:
+        for ids in rows:
+            with tracer.invoke(ids):
+                first = model.lm_head.output[0, -1].argmax().save()
+                second = model.lm_head.next().output[0, -1].argmax().save()
+                tracer.next()
+                chosen.append([first, second, model.lm_head.output[0, -1].argmax().save()])
+        with tracer.invoke():
+            hidden = model.model.layers[0].output[0].save()
+    assert [[int(token) for token in each] for each in chosen] == expected.tolist()
+    assert hidden.shape == (2, len(IDS), 64)
 
 
 def test_a_with_block_is_recorded_once_and_runs_at_each_step(model: Any, module: Any) -> None:
@@ -227,6 +272,47 @@ def test_rows_end_by_themselves_and_are_filled_with_padding(model: Any, module: 
     assert torch.equal(stopped, expected)
 
 
+def test_rows_that_are_drawn_together_are_as_plain_transformers_draws_them(
+    model: Any, module: Any
+) -> None:
+    rows = [IDS, OTHERS[:4], OTHERS]
+    torch.manual_seed(9)
+    expected = _plain(module, rows, max_new_tokens=STEPS, do_sample=True, temperature=1.5)
+    with model.generate(
+        rows, max_new_tokens=STEPS, do_sample=True, temperature=1.5, seed=9
+    ) as tracer:
+        ids = tracer.result.save()
+    assert torch.equal(ids, expected)
+
+
+def test_a_step_is_written_to_where_a_value_of_it_says_so(model: Any, module: Any) -> None:
+    written = []
+
+    def hook(_: Any, __: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        written.append(bool(hidden[0, -1].sum() > 0))
+        hidden[:, -1] += 2.0 * _DIRECTION * written[-1]
+
+    with module.model.layers[1].register_forward_hook(hook):
+        expected = _plain(module, [IDS], max_new_tokens=STEPS, eos_token_id=None)
+    assert 0 < sum(written) < STEPS
+    with model.session():
+        with model.generate(IDS, max_new_tokens=STEPS, eos_token_id=None) as tracer:
+            for _ in tracer.iter[:]:
+                hidden = model.model.layers[1].output[0]
+                if hidden[0, -1].sum() > 0:
+                    hidden[:, -1] += 2.0 * _DIRECTION
+            by_if = tracer.result.save()
+        with model.generate(IDS, max_new_tokens=STEPS, eos_token_id=None) as tracer:
+            with tracer.all():
+                hidden = model.model.layers[1].output[0]
+                with tracer.cond(hidden[0, -1].sum() > 0):
+                    hidden[:, -1] += 2.0 * _DIRECTION
+            by_block = tracer.result.save()
+    assert torch.equal(by_if, expected)
+    assert torch.equal(by_block, expected)
+
+
 def test_a_stop_ends_generation_where_nothing_more_is_needed(model: Any) -> None:
     with model.generate(IDS, max_new_tokens=STEPS) as tracer:
         for step in tracer.iter[:3]:
@@ -268,6 +354,26 @@ def test_invokes_of_other_lengths_are_rows_of_one_generation(model: Any, module:
     assert torch.equal(other, expected[1:, 3:])
 
 
+def test_an_end_in_an_invoke_is_of_its_rows_alone(model: Any, module: Any) -> None:
+    others = [OTHERS, OTHERS[::-1]]
+    whole = _plain(module, others, max_new_tokens=STEPS, eos_token_id=None)
+    end = int(whole[0, len(OTHERS) + 2])
+    expected = _plain(module, others, max_new_tokens=STEPS, eos_token_id=end)
+    with model.generate(max_new_tokens=STEPS, eos_token_id=None) as tracer:
+        with tracer.invoke(IDS):
+            first = tracer.result.save()
+        with tracer.invoke(others):
+            for _ in tracer.iter[:]:
+                tracer.stop(when=model.lm_head.output[:, -1].argmax(-1) == end)
+            rest = tracer.result.save()
+        num_steps = tracer.num_steps.save()
+    assert int(num_steps) == STEPS
+    assert torch.equal(first, _plain(module, [IDS], max_new_tokens=STEPS, eos_token_id=None))
+    length = expected.shape[1]
+    assert torch.equal(rest[:, :length], expected)
+    assert not rest[:, length:].any()  # padding
+
+
 def test_a_write_of_one_invoke_changes_its_rows_alone(model: Any, module: Any) -> None:
     expected, _ = _steered(module, "model.layers.1", dict.fromkeys(range(STEPS), 2.0),
                            eos_token_id=None)  # fmt: skip
@@ -292,6 +398,87 @@ def test_attention_is_seen_at_each_step(model: Any) -> None:
     with model.trace(ids[:, :-1]):
         whole = model.model.layers[1].self_attn.heads.pattern.save()
     torch.testing.assert_close(patterns[-1], whole[:, :, -1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_generations_that_share_a_loop_are_each_as_with_a_hook(
+    family: str, tiny: TinyModels
+) -> None:
+    """Each with its own steps that are written at, its own draws and its own end."""
+    model: Any = LanguageModel(str(tiny.folder(family)))
+    module = tiny.module(family)
+    path = _block_path(model._tree)
+    prompts = [IDS, OTHERS, IDS[::-1]]
+    options = [
+        {"max_new_tokens": STEPS - 3 * number, "eos_token_id": None, "do_sample": number == 1}
+        for number in range(3)
+    ]
+    found = []
+    with model.session() as session:
+        for number, ids in enumerate(prompts):
+            with model.generate(ids, seed=number + 1, **options[number]) as tracer:
+                hidden = insitu.list().save()
+                for _ in tracer.iter[number:]:
+                    model.get(path).output[0][:, -1] += (number + 1) * _DIRECTION
+                    hidden.append(model.get(path).output[0][:, -1])
+                found.append((tracer.result.save(), hidden))
+    assert [plan.traces for plan in session.explain().passes] == [(1, 2, 3)]
+    for number, (ids, hidden) in enumerate(found):
+        strengths = dict.fromkeys(range(number, STEPS), number + 1.0)
+        torch.manual_seed(number + 1)
+        expected, seen = _steered(module, path, strengths, prompts[number], **options[number])
+        assert torch.equal(ids, expected)
+        for ours, theirs in zip(hidden, seen[number:], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma3"])
+def test_prompts_of_other_lengths_share_a_loop_where_padding_is_allowed(
+    family: str, tiny: TinyModels
+) -> None:
+    model: Any = LanguageModel(str(tiny.folder(family)))
+    module = tiny.module(family)
+    path = _block_path(model._tree)
+    prompts = [IDS, OTHERS[:4], [*OTHERS, 12, 19]]
+    found = []
+    with model.session(padding=True) as session:
+        for number, ids in enumerate(prompts):
+            with model.generate(ids, max_new_tokens=STEPS, eos_token_id=None) as tracer:
+                first = model.blocks[1].attn.heads.pattern.save()
+                for _ in tracer.iter[:]:
+                    model.get(path).output[0][:, -1] += number * _DIRECTION
+                found.append((tracer.result.save(), first))
+    assert [plan.traces for plan in session.explain().passes] == [(1, 2, 3)]
+    for number, (ids, first) in enumerate(found):
+        strengths = dict.fromkeys(range(STEPS), float(number))
+        expected, _ = _steered(module, path, strengths, prompts[number], eos_token_id=None)
+        assert torch.equal(ids, expected)
+        with model.trace(prompts[number]):
+            pattern = model.blocks[1].attn.heads.pattern.save()
+        torch.testing.assert_close(first, pattern, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "projection"), [("llama", "self_attn.o_proj"), ("gpt2", "attn.c_proj")]
+)
+def test_a_head_is_ablated_at_each_step(family: str, projection: str, tiny: TinyModels) -> None:
+    model: Any = LanguageModel(str(tiny.folder(family)))
+    module: Any = tiny.module(family)
+
+    def ablate(_: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        z = args[0].clone()
+        z[..., 16:32] = 0
+        return (z,)
+
+    output = module.get_submodule(f"{model.blocks[1].path}.{projection}")
+    with output.register_forward_pre_hook(ablate):
+        expected = _plain(module, [IDS], max_new_tokens=STEPS, eos_token_id=None)
+    with model.generate(IDS, max_new_tokens=STEPS, eos_token_id=None) as tracer:
+        for _ in tracer.iter[:]:
+            model.blocks[1].attn.heads.z[:, 1] = 0
+        ids = tracer.result.save()
+    assert torch.equal(ids, expected)
+    assert not torch.equal(ids, _plain(module, [IDS], max_new_tokens=STEPS, eos_token_id=None))
 
 
 def test_an_edit_holds_at_each_step(model: Any, module: Any) -> None:
@@ -367,19 +554,8 @@ def test_the_same_seed_draws_the_same_and_each_item_of_a_loop_others(model: Any)
     assert len({str(ids) for ids in drawn[0]}) == 3
 
 
-class _Streamer:
-    def __init__(self) -> None:
-        self.told: list[Any] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.told.append(value.tolist())
-
-    def end(self) -> None:
-        self.told.append("end")
-
-
 def test_a_streamer_is_given_tokens_as_they_are_chosen(model: Any, module: Any) -> None:
-    ours, theirs = _Streamer(), _Streamer()
+    ours, theirs = Remembering(), Remembering()
     _plain(module, [IDS], max_new_tokens=5, streamer=theirs)
     with model.generate(IDS, max_new_tokens=5, streamer=ours):
         pass
@@ -436,6 +612,20 @@ def test_a_step_beyond_the_last_is_an_error_at_its_line(steps: Any, model: Any) 
     assert "max_new_tokens=5" in caught.value.message
     assert caught.value.location is not None
     assert caught.value.location.source == "tracer.iter[steps]"
+
+
+def test_a_block_that_goes_on_beyond_the_last_step_is_an_error_at_its_line(model: Any) -> None:
+    with pytest.raises(Error) as caught, model.generate(IDS, max_new_tokens=5) as tracer:
+        with tracer.all():
+            model.lm_head.next().output.save()
+    assert "tracer.iter[:4]" in caught.value.message
+    assert caught.value.location is not None
+    assert caught.value.location.source == "with tracer.all():"
+    with model.generate(IDS, max_new_tokens=5, eos_token_id=None) as tracer:
+        with tracer.iter[:4]:
+            following = model.lm_head.next().output[0, -1].argmax().save()
+        ids = tracer.result.save()
+    assert int(following) == int(ids[0, -1])
 
 
 def test_shapes_are_checked_as_each_step_has_them(model: Any) -> None:
@@ -568,6 +758,7 @@ def test_explain_says_which_generations_share_passes_and_why_others_do_not(model
     plans = session.explain().passes
     assert [plan.traces for plan in plans] == [(1, 2), (3,), (4,)]
     assert "a pass for each of up to 5 tokens" in plans[0].note
+    assert "its prompt has 5 tokens, and that of trace 1 7; with padding=True" in plans[1].note
     assert "looks into attention" in plans[2].note
     # Two rows of 7 tokens and 5 more, keys and values of 3 layers of 2 heads of 16 float32.
     assert plans[0].num_bytes > 2 * 12 * 2 * 3 * 2 * 16 * 4
@@ -597,7 +788,7 @@ def test_where_a_pass_of_several_fails_each_starts_over_by_itself(
             raise RuntimeError("one row at a time")
 
     hook = model._local._model.modules["model.layers.2.mlp"].register_forward_hook(refuse)
-    streamer = _Streamer()
+    streamer = Remembering()
     try:
         with model.session():
             with model.generate(

@@ -26,7 +26,7 @@ from insitu_proto.v1 import training_pb2 as insitu__proto_dot_v1_dot_training__p
 from insitu_proto.v1 import value_pb2 as insitu__proto_dot_v1_dot_value__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"insitu_proto/v1/intervention.proto\x12\tinsitu.v1\x1a\x1einsitu_proto/v1/training.proto\x1a\x1binsitu_proto/v1/value.proto\"u\n\tHookPoint\x12\x13\n\x0bmodule_path\x18\x01 \x01(\t\x12!\n\x04side\x18\x02 \x01(\x0e\x32\x13.insitu.v1.HookSide\x12\x12\n\ncall_index\x18\x03 \x01(\r\x12\x0e\n\x06invoke\x18\x04 \x01(\r\x12\x0c\n\x04step\x18\x05 \x01(\r\"<\n\x0eSourceLocation\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0c\n\x04line\x18\x02 \x01(\r\x12\x0e\n\x06source\x18\x03 \x01(\t\"\xa1\x07\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x10\n\x08location\x18\x02 \x01(\r\x12\x1f\n\x04read\x18\x03 \x01(\x0b\x32\x0f.insitu.v1.ReadH\x00\x12!\n\x05write\x18\x04 \x01(\x0b\x32\x10.insitu.v1.WriteH\x00\x12\x1f\n\x04\x63\x61ll\x18\x05 \x01(\x0b\x32\x0f.insitu.v1.CallH\x00\x12,\n\x0bmodule_call\x18\x06 \x01(\x0b\x32\x15.insitu.v1.ModuleCallH\x00\x12\'\n\x08gradient\x18\x07 \x01(\x0b\x32\x13.insitu.v1.GradientH\x00\x12\x1f\n\x04save\x18\x08 \x01(\x0b\x32\x0f.insitu.v1.SaveH\x00\x12\x1d\n\x03log\x18\t \x01(\x0b\x32\x0e.insitu.v1.LogH\x00\x12#\n\x06\x61ssign\x18\n \x01(\x0b\x32\x11.insitu.v1.AssignH\x00\x12\x1f\n\x04stop\x18\x0b \x01(\x0b\x32\x0f.insitu.v1.StopH\x00\x12\x1f\n\x04skip\x18\x0c \x01(\x0b\x32\x0f.insitu.v1.SkipH\x00\x12\x1f\n\x04keep\x18\x0e \x01(\x0b\x32\x0f.insitu.v1.KeepH\x00\x12\x1f\n\x04load\x18\x0f \x01(\x0b\x32\x0f.insitu.v1.LoadH\x00\x12)\n\tgenerated\x18\x12 \x01(\x0b\x32\x14.insitu.v1.GeneratedH\x00\x12\x32\n\x0e\x65nd_generation\x18\x13 \x01(\x0b\x32\x18.insitu.v1.EndGenerationH\x00\x12)\n\tparameter\x18\x1b \x01(\x0b\x32\x14.insitu.v1.ParameterH\x00\x12\'\n\x08\x62\x61\x63kward\x18\x15 \x01(\x0b\x32\x13.insitu.v1.BackwardH\x00\x12\x30\n\rread_gradient\x18\x16 \x01(\x0b\x32\x17.insitu.v1.ReadGradientH\x00\x12\x32\n\x0ewrite_gradient\x18\x17 \x01(\x0b\x32\x18.insitu.v1.WriteGradientH\x00\x12\x30\n\rzero_gradient\x18\x18 \x01(\x0b\x32\x17.insitu.v1.ZeroGradientH\x00\x12)\n\toptimizer\x18\x19 \x01(\x0b\x32\x14.insitu.v1.OptimizerH\x00\x12\x32\n\x0eoptimizer_step\x18\x1a \x01(\x0b\x32\x18.insitu.v1.OptimizerStepH\x00\x12\x11\n\tcondition\x18\r \x01(\r\x12\x0c\n\x04step\x18\x14 \x01(\rB\x0b\n\toperation\"C\n\tGenerated\x12&\n\x04part\x18\x01 \x01(\x0e\x32\x18.insitu.v1.GeneratedPart\x12\x0e\n\x06invoke\x18\x02 \x01(\r\"/\n\rEndGeneration\x12\x1e\n\x04when\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\":\n\x06\x41ssign\x12\x0f\n\x07node_id\x18\x01 \x01(\x04\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\":\n\x04Keep\x12\x1f\n\x05value\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x11\n\thandle_id\x18\x02 \x01(\t\"\x19\n\x04Load\x12\x11\n\thandle_id\x18\x01 \x01(\t\"\x06\n\x04Stop\"^\n\x04Skip\x12\x13\n\x0bmodule_path\x18\x01 \x01(\t\x12\x12\n\ncall_index\x18\x02 \x01(\r\x12\x1f\n\x05value\x18\x03 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x0c\n\x04step\x18\x04 \x01(\r\"0\n\x04Read\x12(\n\nhook_point\x18\x01 \x01(\x0b\x32\x14.insitu.v1.HookPoint\"R\n\x05Write\x12(\n\nhook_point\x18\x01 \x01(\x0b\x32\x14.insitu.v1.HookPoint\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\"\xa2\x01\n\x04\x43\x61ll\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x04\x61rgs\x18\x02 \x03(\x0b\x32\x10.insitu.v1.Value\x12+\n\x06kwargs\x18\x03 \x03(\x0b\x32\x1b.insitu.v1.Call.KwargsEntry\x1a?\n\x0bKwargsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value:\x02\x38\x01\"\xb5\x01\n\nModuleCall\x12\x13\n\x0bmodule_path\x18\x01 \x01(\t\x12\x1e\n\x04\x61rgs\x18\x02 \x03(\x0b\x32\x10.insitu.v1.Value\x12\x31\n\x06kwargs\x18\x03 \x03(\x0b\x32!.insitu.v1.ModuleCall.KwargsEntry\x1a?\n\x0bKwargsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value:\x02\x38\x01\"\xb0\x01\n\x08Gradient\x12\x1e\n\x04loss\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x14\n\x0cretain_graph\x18\x03 \x01(\x08\x12\"\n\x08gradient\x18\x04 \x01(\x0b\x32\x10.insitu.v1.Value\x12)\n\x07written\x18\x05 \x03(\x0b\x32\x18.insitu.v1.GradientWrite\"5\n\x04Save\x12\x1f\n\x05value\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x0c\n\x04name\x18\x02 \x01(\t\"\'\n\x03Log\x12 \n\x06values\x18\x01 \x03(\x0b\x32\x10.insitu.v1.Value*f\n\x08HookSide\x12\x19\n\x15HOOK_SIDE_UNSPECIFIED\x10\x00\x12\x13\n\x0fHOOK_SIDE_INPUT\x10\x01\x12\x14\n\x10HOOK_SIDE_INPUTS\x10\x02\x12\x14\n\x10HOOK_SIDE_OUTPUT\x10\x03*\x84\x01\n\rGeneratedPart\x12\x1e\n\x1aGENERATED_PART_UNSPECIFIED\x10\x00\x12\x1c\n\x18GENERATED_PART_TOKEN_IDS\x10\x01\x12\x1c\n\x18GENERATED_PART_NUM_STEPS\x10\x02\x12\x17\n\x13GENERATED_PART_STEP\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"insitu_proto/v1/intervention.proto\x12\tinsitu.v1\x1a\x1einsitu_proto/v1/training.proto\x1a\x1binsitu_proto/v1/value.proto\"u\n\tHookPoint\x12\x13\n\x0bmodule_path\x18\x01 \x01(\t\x12!\n\x04side\x18\x02 \x01(\x0e\x32\x13.insitu.v1.HookSide\x12\x12\n\ncall_index\x18\x03 \x01(\r\x12\x0e\n\x06invoke\x18\x04 \x01(\r\x12\x0c\n\x04step\x18\x05 \x01(\r\"<\n\x0eSourceLocation\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0c\n\x04line\x18\x02 \x01(\r\x12\x0e\n\x06source\x18\x03 \x01(\t\"\xa1\x07\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x10\n\x08location\x18\x02 \x01(\r\x12\x1f\n\x04read\x18\x03 \x01(\x0b\x32\x0f.insitu.v1.ReadH\x00\x12!\n\x05write\x18\x04 \x01(\x0b\x32\x10.insitu.v1.WriteH\x00\x12\x1f\n\x04\x63\x61ll\x18\x05 \x01(\x0b\x32\x0f.insitu.v1.CallH\x00\x12,\n\x0bmodule_call\x18\x06 \x01(\x0b\x32\x15.insitu.v1.ModuleCallH\x00\x12\'\n\x08gradient\x18\x07 \x01(\x0b\x32\x13.insitu.v1.GradientH\x00\x12\x1f\n\x04save\x18\x08 \x01(\x0b\x32\x0f.insitu.v1.SaveH\x00\x12\x1d\n\x03log\x18\t \x01(\x0b\x32\x0e.insitu.v1.LogH\x00\x12#\n\x06\x61ssign\x18\n \x01(\x0b\x32\x11.insitu.v1.AssignH\x00\x12\x1f\n\x04stop\x18\x0b \x01(\x0b\x32\x0f.insitu.v1.StopH\x00\x12\x1f\n\x04skip\x18\x0c \x01(\x0b\x32\x0f.insitu.v1.SkipH\x00\x12\x1f\n\x04keep\x18\x0e \x01(\x0b\x32\x0f.insitu.v1.KeepH\x00\x12\x1f\n\x04load\x18\x0f \x01(\x0b\x32\x0f.insitu.v1.LoadH\x00\x12)\n\tgenerated\x18\x12 \x01(\x0b\x32\x14.insitu.v1.GeneratedH\x00\x12\x32\n\x0e\x65nd_generation\x18\x13 \x01(\x0b\x32\x18.insitu.v1.EndGenerationH\x00\x12)\n\tparameter\x18\x1b \x01(\x0b\x32\x14.insitu.v1.ParameterH\x00\x12\'\n\x08\x62\x61\x63kward\x18\x15 \x01(\x0b\x32\x13.insitu.v1.BackwardH\x00\x12\x30\n\rread_gradient\x18\x16 \x01(\x0b\x32\x17.insitu.v1.ReadGradientH\x00\x12\x32\n\x0ewrite_gradient\x18\x17 \x01(\x0b\x32\x18.insitu.v1.WriteGradientH\x00\x12\x30\n\rzero_gradient\x18\x18 \x01(\x0b\x32\x17.insitu.v1.ZeroGradientH\x00\x12)\n\toptimizer\x18\x19 \x01(\x0b\x32\x14.insitu.v1.OptimizerH\x00\x12\x32\n\x0eoptimizer_step\x18\x1a \x01(\x0b\x32\x18.insitu.v1.OptimizerStepH\x00\x12\x11\n\tcondition\x18\r \x01(\r\x12\x0c\n\x04step\x18\x14 \x01(\rB\x0b\n\toperation\"C\n\tGenerated\x12&\n\x04part\x18\x01 \x01(\x0e\x32\x18.insitu.v1.GeneratedPart\x12\x0e\n\x06invoke\x18\x02 \x01(\r\"?\n\rEndGeneration\x12\x1e\n\x04when\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x0e\n\x06invoke\x18\x02 \x01(\r\":\n\x06\x41ssign\x12\x0f\n\x07node_id\x18\x01 \x01(\x04\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\":\n\x04Keep\x12\x1f\n\x05value\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x11\n\thandle_id\x18\x02 \x01(\t\"\x19\n\x04Load\x12\x11\n\thandle_id\x18\x01 \x01(\t\"\x06\n\x04Stop\"^\n\x04Skip\x12\x13\n\x0bmodule_path\x18\x01 \x01(\t\x12\x12\n\ncall_index\x18\x02 \x01(\r\x12\x1f\n\x05value\x18\x03 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x0c\n\x04step\x18\x04 \x01(\r\"0\n\x04Read\x12(\n\nhook_point\x18\x01 \x01(\x0b\x32\x14.insitu.v1.HookPoint\"R\n\x05Write\x12(\n\nhook_point\x18\x01 \x01(\x0b\x32\x14.insitu.v1.HookPoint\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\"\xa2\x01\n\x04\x43\x61ll\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x04\x61rgs\x18\x02 \x03(\x0b\x32\x10.insitu.v1.Value\x12+\n\x06kwargs\x18\x03 \x03(\x0b\x32\x1b.insitu.v1.Call.KwargsEntry\x1a?\n\x0bKwargsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value:\x02\x38\x01\"\xb5\x01\n\nModuleCall\x12\x13\n\x0bmodule_path\x18\x01 \x01(\t\x12\x1e\n\x04\x61rgs\x18\x02 \x03(\x0b\x32\x10.insitu.v1.Value\x12\x31\n\x06kwargs\x18\x03 \x03(\x0b\x32!.insitu.v1.ModuleCall.KwargsEntry\x1a?\n\x0bKwargsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value:\x02\x38\x01\"\xb0\x01\n\x08Gradient\x12\x1e\n\x04loss\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x14\n\x0cretain_graph\x18\x03 \x01(\x08\x12\"\n\x08gradient\x18\x04 \x01(\x0b\x32\x10.insitu.v1.Value\x12)\n\x07written\x18\x05 \x03(\x0b\x32\x18.insitu.v1.GradientWrite\"5\n\x04Save\x12\x1f\n\x05value\x18\x01 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x0c\n\x04name\x18\x02 \x01(\t\"\'\n\x03Log\x12 \n\x06values\x18\x01 \x03(\x0b\x32\x10.insitu.v1.Value*f\n\x08HookSide\x12\x19\n\x15HOOK_SIDE_UNSPECIFIED\x10\x00\x12\x13\n\x0fHOOK_SIDE_INPUT\x10\x01\x12\x14\n\x10HOOK_SIDE_INPUTS\x10\x02\x12\x14\n\x10HOOK_SIDE_OUTPUT\x10\x03*\x84\x01\n\rGeneratedPart\x12\x1e\n\x1aGENERATED_PART_UNSPECIFIED\x10\x00\x12\x1c\n\x18GENERATED_PART_TOKEN_IDS\x10\x01\x12\x1c\n\x18GENERATED_PART_NUM_STEPS\x10\x02\x12\x17\n\x13GENERATED_PART_STEP\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,10 +37,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CALL_KWARGSENTRY']._serialized_options = b'8\001'
   _globals['_MODULECALL_KWARGSENTRY']._loaded_options = None
   _globals['_MODULECALL_KWARGSENTRY']._serialized_options = b'8\001'
-  _globals['_HOOKSIDE']._serialized_start=2350
-  _globals['_HOOKSIDE']._serialized_end=2452
-  _globals['_GENERATEDPART']._serialized_start=2455
-  _globals['_GENERATEDPART']._serialized_end=2587
+  _globals['_HOOKSIDE']._serialized_start=2366
+  _globals['_HOOKSIDE']._serialized_end=2468
+  _globals['_GENERATEDPART']._serialized_start=2471
+  _globals['_GENERATEDPART']._serialized_end=2603
   _globals['_HOOKPOINT']._serialized_start=110
   _globals['_HOOKPOINT']._serialized_end=227
   _globals['_SOURCELOCATION']._serialized_start=229
@@ -50,33 +50,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATED']._serialized_start=1223
   _globals['_GENERATED']._serialized_end=1290
   _globals['_ENDGENERATION']._serialized_start=1292
-  _globals['_ENDGENERATION']._serialized_end=1339
-  _globals['_ASSIGN']._serialized_start=1341
-  _globals['_ASSIGN']._serialized_end=1399
-  _globals['_KEEP']._serialized_start=1401
-  _globals['_KEEP']._serialized_end=1459
-  _globals['_LOAD']._serialized_start=1461
-  _globals['_LOAD']._serialized_end=1486
-  _globals['_STOP']._serialized_start=1488
-  _globals['_STOP']._serialized_end=1494
-  _globals['_SKIP']._serialized_start=1496
-  _globals['_SKIP']._serialized_end=1590
-  _globals['_READ']._serialized_start=1592
-  _globals['_READ']._serialized_end=1640
-  _globals['_WRITE']._serialized_start=1642
-  _globals['_WRITE']._serialized_end=1724
-  _globals['_CALL']._serialized_start=1727
-  _globals['_CALL']._serialized_end=1889
-  _globals['_CALL_KWARGSENTRY']._serialized_start=1826
-  _globals['_CALL_KWARGSENTRY']._serialized_end=1889
-  _globals['_MODULECALL']._serialized_start=1892
-  _globals['_MODULECALL']._serialized_end=2073
-  _globals['_MODULECALL_KWARGSENTRY']._serialized_start=1826
-  _globals['_MODULECALL_KWARGSENTRY']._serialized_end=1889
-  _globals['_GRADIENT']._serialized_start=2076
-  _globals['_GRADIENT']._serialized_end=2252
-  _globals['_SAVE']._serialized_start=2254
-  _globals['_SAVE']._serialized_end=2307
-  _globals['_LOG']._serialized_start=2309
-  _globals['_LOG']._serialized_end=2348
+  _globals['_ENDGENERATION']._serialized_end=1355
+  _globals['_ASSIGN']._serialized_start=1357
+  _globals['_ASSIGN']._serialized_end=1415
+  _globals['_KEEP']._serialized_start=1417
+  _globals['_KEEP']._serialized_end=1475
+  _globals['_LOAD']._serialized_start=1477
+  _globals['_LOAD']._serialized_end=1502
+  _globals['_STOP']._serialized_start=1504
+  _globals['_STOP']._serialized_end=1510
+  _globals['_SKIP']._serialized_start=1512
+  _globals['_SKIP']._serialized_end=1606
+  _globals['_READ']._serialized_start=1608
+  _globals['_READ']._serialized_end=1656
+  _globals['_WRITE']._serialized_start=1658
+  _globals['_WRITE']._serialized_end=1740
+  _globals['_CALL']._serialized_start=1743
+  _globals['_CALL']._serialized_end=1905
+  _globals['_CALL_KWARGSENTRY']._serialized_start=1842
+  _globals['_CALL_KWARGSENTRY']._serialized_end=1905
+  _globals['_MODULECALL']._serialized_start=1908
+  _globals['_MODULECALL']._serialized_end=2089
+  _globals['_MODULECALL_KWARGSENTRY']._serialized_start=1842
+  _globals['_MODULECALL_KWARGSENTRY']._serialized_end=1905
+  _globals['_GRADIENT']._serialized_start=2092
+  _globals['_GRADIENT']._serialized_end=2268
+  _globals['_SAVE']._serialized_start=2270
+  _globals['_SAVE']._serialized_end=2323
+  _globals['_LOG']._serialized_start=2325
+  _globals['_LOG']._serialized_end=2364
 # @@protoc_insertion_point(module_scope)

@@ -340,18 +340,22 @@ class EndGeneration(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WHEN_FIELD_NUMBER: _builtins.int
+    INVOKE_FIELD_NUMBER: _builtins.int
+    invoke: _builtins.int
+    """Index into Trace.invokes, plus 1, of the invoke whose rows are meant; 0 for the whole batch."""
     @_builtins.property
     def when(self) -> _value_pb2.Value:
-        """Where it is true generation ends: one element for all rows, or one a row."""
+        """Where it is true generation ends: one element for all rows that are meant, or one a row."""
 
     def __init__(
         self,
         *,
         when: _value_pb2.Value | None = ...,
+        invoke: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["when", b"when"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["when", b"when"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invoke", b"invoke", "when", b"when"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

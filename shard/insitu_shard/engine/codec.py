@@ -166,7 +166,8 @@ class StepDecoder:
             case "generated" if node.generated.part in _PARTS:
                 return graph.Generated(_PARTS[node.generated.part], node.generated.invoke)
             case "end_generation":
-                return graph.EndGeneration(self._value(node.end_generation.when))
+                end = node.end_generation
+                return graph.EndGeneration(self._value(end.when), end.invoke)
         return self._training(node, location)
 
     def _training(self, node: intervention_pb2.Node, location: Location | None) -> graph.Operation:

@@ -11,6 +11,7 @@ import torch
 from insitu_shard.compiler import Limits, Pass, plan_passes
 from insitu_shard.engine.decode_rows import DecodeRows
 from insitu_shard.engine.failures import ends_misfit, model_raised
+from insitu_shard.engine.graph import EndGeneration
 from insitu_shard.engine.inputs import ForwardInputs, InvokeRows
 from insitu_shard.engine.interleaver import Interleaver
 from insitu_shard.engine.made import Made
@@ -255,7 +256,12 @@ class DecodeGroup:
 def _end_rows(member: _Member) -> None:
     """Lets the rows of a trace end that its own conditions name."""
     for node, when in member.run.take_ends():
-        rows = torch.as_tensor(when).bool().reshape(-1)
-        if len(rows) not in (1, member.num_rows):
-            raise ends_misfit(node, when, member.num_rows)
-        member.chooser.end(rows.expand(member.num_rows))
+        assert isinstance(node.operation, EndGeneration)
+        meant = member.trace.batch.slice_of(node.operation.invoke)
+        ends = torch.as_tensor(when).bool().reshape(-1)
+        num_meant = meant.stop - meant.start
+        if len(ends) not in (1, num_meant):
+            raise ends_misfit(node, when, num_meant)
+        rows = ends.new_zeros(member.num_rows)
+        rows[meant] = ends
+        member.chooser.end(rows)

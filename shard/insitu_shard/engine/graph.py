@@ -185,6 +185,8 @@ class EndGeneration:
     """Ends generation after the step that runs, where a value is true."""
 
     when: object
+    invoke: int = 0
+    """Number of the invoke whose rows are meant, from 1; 0 for the whole batch."""
 
 
 Operation = (

@@ -43,6 +43,17 @@ class Batch:
         """Tokens in the longest row."""
         return max(map(len, self.rows))
 
+    def slice_of(self, invoke: int) -> slice:
+        """Gives where the rows of an invoke are.
+
+        Args:
+            invoke: its number, from 1; 0 for all rows.
+        """
+        if not invoke:
+            return slice(0, len(self.rows))
+        at = self.invokes[invoke - 1]
+        return slice(at.first_row, at.first_row + at.num_rows)
+
     def at_step(self, step: int) -> Batch:
         """Gives the rows as a step of a generation sees them: the first all, others one token."""
         if not step:

@@ -27,8 +27,5 @@ class Made:
         Args:
             invoke: its number, from 1; 0 for all rows.
         """
-        if not invoke:
-            return self.token_ids
-        at = self.batch.invokes[invoke - 1]
-        rows = self.token_ids[at.first_row : at.first_row + at.num_rows]
-        return rows[:, at.padding :]
+        rows = self.token_ids[self.batch.slice_of(invoke)]
+        return rows[:, self.batch.invokes[invoke - 1].padding :] if invoke else rows

@@ -9,6 +9,7 @@ import pytest
 from insitu_proto.v1 import value_pb2
 from insitu_proto.v1.intervention_pb2 import (
     Call,
+    EndGeneration,
     Gradient,
     HookPoint,
     HookSide,
@@ -47,6 +48,11 @@ def _generating(**options: float) -> Trace:
 def _generate_and_read(session: Session, step: int) -> None:
     session.steps[0].trace.MergeFrom(_generating(max_new_tokens=3))
     session.steps[0].trace.nodes[0].read.hook_point.step = step
+
+
+def _generate_and_end(session: Session, end: EndGeneration) -> None:
+    session.steps[0].trace.MergeFrom(_generating(max_new_tokens=3))
+    session.steps[0].trace.nodes.add(id=3, end_generation=end)
 
 
 def call(name: str, *args: Value, **kwargs: Value) -> Node:
@@ -217,6 +223,11 @@ def test_a_session_that_can_not_run_is_refused(
             Reason.MALFORMED_SESSION,
             "node 1 is of step 3, and its trace has 3",
             lambda s: _generate_and_read(s, step=3),
+        ),
+        (
+            Reason.MALFORMED_SESSION,
+            "node 3 names invoke 2, and the trace has 1",
+            lambda s: _generate_and_end(s, EndGeneration(when=reference(1), invoke=2)),
         ),
         (Reason.MALFORMED_SESSION, "no mode", lambda s: s.steps[0].trace.ClearField("mode")),
         (Reason.MALFORMED_SESSION, "no input", lambda s: s.steps[0].trace.ClearField("invokes")),

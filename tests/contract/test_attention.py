@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -136,6 +137,64 @@ def test_queries_and_keys_before_the_rotation_are_those_of_the_projections(
     _close(logits, expected)
 
 
+def _loss(logits: Any) -> Any:
+    return logits[0, -1].log_softmax(-1)[7]
+
+
+def _kept(value: torch.Tensor, into: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Has a value of plain transformers take a gradient."""
+    into[name] = value if value.requires_grad else value.requires_grad_()
+    into[name].retain_grad()
+    return value
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_in_the_heads_are_those_of_eager_attention(family: str, tiny: TinyModels) -> None:
+    module = eager_module(tiny, family).requires_grad_(False)
+    kept: dict[str, torch.Tensor] = {}
+    keep = {(1, name): partial(_kept, into=kept, name=name) for name in AFTER_ROTARY}
+    with by_hand(module, keep):
+        _loss(module(input_ids=torch.tensor([IDS]), use_cache=False).logits).backward()
+    model = LanguageModel(str(tiny.folder(family)))
+    with model.trace(IDS):
+        heads = model.blocks[1].attn.heads
+        values = {name: getattr(heads, _point(family, name)) for name in AFTER_ROTARY}
+        _loss(model.unembed.output).backward()
+        found = {name: value.grad.save() for name, value in values.items()}
+    for name, gradient in found.items():
+        _close(gradient, kept[name].grad, name)
+        assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["q", "k"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_before_the_rotation_are_those_of_the_projections(
+    family: str, name: str, tiny: TinyModels
+) -> None:
+    model = LanguageModel(str(tiny.folder(family)))
+    module: Any = tiny.module(family).requires_grad_(False)
+    attention = module.get_submodule(model.blocks[1].attn.path)
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
+        return _kept(output.clone(), kept, "output")
+
+    with projection(family, attention, name).register_forward_hook(keep):
+        _loss(module(input_ids=torch.tensor([IDS]), use_cache=False).logits).backward()
+    expected = projected(family, attention, name, kept["output"].grad)
+    # OPT scales its queries before they are shown, and the judge scales what it is given once more.
+    scale = attention.scaling**2 if (family, name) == ("opt", "q") else 1
+    for begins_before in (False, True):
+        with model.trace(IDS):
+            before, value = model.blocks[0].output[0], getattr(model.blocks[1].attn.heads, name)
+            _loss(model.unembed.output).backward()
+            gradient = value.grad.save()
+            if begins_before:
+                before.grad.save()
+        # Each query head has its own part of what its key-value head is used for.
+        _close(gradient.unflatten(1, (expected.shape[1], -1)).sum(2) * scale, expected)
+
+
 def test_a_key_or_value_is_written_for_one_query_head_of_its_group(tiny: TinyModels) -> None:
     model = LanguageModel(str(tiny.folder("llama")))
     with model.trace(IDS):
@@ -239,17 +298,19 @@ def test_an_ablation_sweep_shares_its_passes(tiny: TinyModels) -> None:
     assert "alone" not in plan
 
 
+def _last_before_the_sum(module: Any, model: LanguageModel) -> Any:
+    """Gives the module of block 1 whose output is added to the residual stream before the MLP."""
+    block = module.get_submodule(model.blocks[1].path)
+    is_normed = module.config.model_type.startswith("gemma3")
+    name = model.blocks[1].attn.path.rpartition(".")[2]
+    return block.get_submodule("post_attention_layernorm" if is_normed else name)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2", "opt", "mixtral", "phi3"])
 def test_the_residual_stream_between_attention_and_mlp(family: str, tiny: TinyModels) -> None:
     model = LanguageModel(str(tiny.folder(family)))
     module: Any = tiny.module(family)
     block = module.get_submodule(model.blocks[1].path)
-    name = "post_attention_layernorm" if family == "gemma3" else ""
-    adds = (
-        block.get_submodule(name)
-        if name
-        else block.get_submodule(model.blocks[1].attn.path.rpartition(".")[2])
-    )
     seen: dict[str, torch.Tensor] = {}
 
     def enter(_: object, args: tuple[torch.Tensor, ...]) -> None:
@@ -264,7 +325,7 @@ def test_the_residual_stream_between_attention_and_mlp(family: str, tiny: TinyMo
         return new if isinstance(output, torch.Tensor) else (new, *output[1:])
 
     block.register_forward_pre_hook(enter)
-    expected = _run_hooked(module, adds, leave)
+    expected = _run_hooked(module, _last_before_the_sum(module, model), leave)
     with model.trace(IDS):
         middle = model.blocks[1].resid_mid.clone().save()
         model.blocks[1].resid_mid[:, 2:4] *= 0.5
@@ -277,6 +338,31 @@ def test_the_residual_stream_between_attention_and_mlp(family: str, tiny: TinyMo
     _close(middle, seen["mid"])
     _close(logits, expected)
     _close(replaced, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "opt"])
+def test_gradients_between_attention_and_mlp_are_those_of_plain_autograd(
+    family: str, tiny: TinyModels
+) -> None:
+    model = LanguageModel(str(tiny.folder(family)))
+    module: Any = tiny.module(family).requires_grad_(False)
+    change = torch.zeros(1, len(IDS), 64, requires_grad=True)
+
+    def add(_: object, __: object, output: Any) -> Any:
+        if isinstance(output, torch.Tensor):
+            return output + change.view_as(output)
+        return (output[0] + change.view_as(output[0]), *output[1:])
+
+    with _last_before_the_sum(module, model).register_forward_hook(add):
+        _loss(module(input_ids=torch.tensor([IDS]), use_cache=False).logits).backward()
+    for begins_before in (False, True):
+        with model.trace(IDS):
+            before, middle = model.blocks[0].output[0], model.blocks[1].resid_mid
+            _loss(model.unembed.output).backward()
+            gradient = middle.grad.save()
+            if begins_before:
+                before.grad.save()
+        _close(gradient, change.grad)
 
 
 def test_merged_writes_between_attention_and_mlp_are_each_traces_own(tiny: TinyModels) -> None:

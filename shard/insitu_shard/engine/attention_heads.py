@@ -21,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
 from insitu_shard.engine.points import Point, any_watched
-from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -247,12 +246,6 @@ def _widened(part: torch.Tensor, width: int) -> torch.Tensor:
     """Gives whole heads from views of their first part, in the same memory."""
     if part.shape[-1] == width:
         return part
-    if part.requires_grad:
-        raise error(
-            Reason.UNSUPPORTED_FEATURE,
-            "heads.q and heads.k have no gradients in this family, which rotates a part of each "
-            "head; use heads.q_rotary and heads.k_rotary",
-        )
     return part.as_strided((*part.shape[:-1], width), part.stride(), part.storage_offset())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +10,9 @@ import torch
 from insitu import LanguageModel
 from insitu_shard.engine import joint_backward
 from support.same_merged import check_same, told
-
-if TYPE_CHECKING:
-    from support.tiny_models import TinyModels
+from support.tiny_models import CONFIGS, TinyModels
 
 PROMPTS = [[5, 9, 17, 23], [6, 3, 88, 41], [71, 2, 2, 30], [5, 9, 17, 23]]
-FAMILIES = ["llama", "gpt2", "qwen3", "gemma3", "gpt_neox", "mixtral", "opt", "phi"]
 # Rows are multiplied with others beside them, and experts with more of them.
 TOLERANCE = 1e-5
 
@@ -62,7 +59,7 @@ def _attributions(model: LanguageModel) -> Any:
     return record
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_gradients_are_as_one_by_one(
     tiny: TinyModels,
     family: str,

@@ -54,6 +54,26 @@ def test_a_lora_is_that_of_peft(tiny: TinyModels, model: LanguageModel) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # peft asks it so
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("gpt2", ["c_attn", "c_fc", "c_proj"]),
+        ("gpt_neox", ["query_key_value", "dense", "dense_4h_to_h"]),
+        ("opt", ["k_proj", "fc1", "fc2"]),
+        ("phi3", ["qkv_proj", "gate_up_proj"]),
+        ("gemma3", ["o_proj", "gate_proj"]),
+        ("mixtral", ["q_proj", "o_proj"]),
+    ],
+)
+def test_a_lora_fits_the_linear_modules_of_every_family(
+    family: str, names: list[str], tiny: TinyModels
+) -> None:
+    trained = cases.lora(LanguageModel(str(tiny.folder(family))), names=names, steps=6)
+    expected = cases.plain_lora(tiny.module(family), trained, names=names, steps=6)
+    _assert_same(trained, expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # peft asks it so
 def test_a_lora_is_loaded_by_peft_and_generates_the_same(
     tiny: TinyModels, model: LanguageModel, tmp_path: Path
 ) -> None:

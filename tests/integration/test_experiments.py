@@ -296,10 +296,22 @@ def test_attribution_patching_is_what_autograd_gives(
         assert torch.allclose(row, expected, atol=1e-3, rtol=1e-3)
 
 
-def test_integrated_gradients_add_up_to_the_whole(
-    run_example: Callable[..., dict[str, Any]],
+def test_integrated_gradients_are_what_autograd_gives_and_add_up_to_the_whole(
+    run_example: Callable[..., dict[str, Any]], plain: Plain
 ) -> None:
     found = run_example("integrated_gradients")
+    layer = int(found["arguments"].layer)
+    ids, other_ids = plain.ids(found["PROMPT"]), plain.ids(found["OTHER"])
+    end, begin = (plain.hidden_states(each)[layer] for each in (ids, other_ids))
+    total = torch.zeros_like(end)
+    for step in range(found["num_steps"]):
+        here = (begin + (end - begin) * ((step + 0.5) / found["num_steps"])).requires_grad_()
+        with plain.layers[layer].register_forward_hook(lambda *_, value=here: value):
+            logits = plain.model(input_ids=ids, use_cache=False).logits[0, -1]
+        (logits[found["one"]] - logits[found["other"]]).backward()
+        assert here.grad is not None
+        total += here.grad / found["num_steps"]
+    _assert_close(found["parts"], (total * (end - begin)).sum(-1)[0], 1e-3)
     whole = float(found["at_end"] - found["at_begin"])
     assert whole > 10
     assert float(found["parts"].sum()) == pytest.approx(whole, rel=0.01)

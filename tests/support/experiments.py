@@ -182,26 +182,131 @@ def generations_together(model: LanguageModel, **where: bool) -> dict[str, Any]:
     return {name: list(value) if "norms" in name else value for name, value in saved.items()}
 
 
+def chosen_steps(model: LanguageModel, **where: bool) -> dict[str, Any]:
+    """Steps named in every way, and an end of sequence before the last of them."""
+    ends = list(range(0, 256, 3))
+    with model.session(**where):
+        with model.generate(IDS, max_new_tokens=6, eos_token_id=None) as tracer:
+            seen = insitu.list().save()
+            for _ in tracer.iter[[0, 2]]:
+                model.model.layers[1].output[0][:, -1] *= 1.5
+            for step in tracer.iter[1:4]:
+                seen.append(model.model.layers[1].output[0][:, -1] * step)
+            with tracer.all() as number:
+                seen.append(model.model.layers[2].mlp.output[:, -1] + number)
+        with model.generate(IDS, max_new_tokens=3, eos_token_id=None):
+            chosen = [model.lm_head.output[0, -1].argmax().save()]
+            chosen += [model.lm_head.next().output[0, -1].argmax().save() for _ in range(2)]
+        with model.generate(IDS, max_new_tokens=3, eos_token_id=None) as tracer:
+            tracer.next()
+            second = model.model.layers[0].output[0].save()
+        with model.generate(LONG, max_new_tokens=12, eos_token_id=ends) as tracer:
+            total = torch.zeros(())
+            for _ in tracer.iter[:]:
+                last = model.model.layers[2].output[0][:, -1].save()
+                total = total + last.mean()
+            twice = (total * 2).save()
+            ids = tracer.result.save()
+            num_steps = tracer.num_steps.save()
+        with model.generate(max_new_tokens=5, eos_token_id=None) as tracer:
+            with tracer.invoke(IDS):
+                pass
+            with tracer.invoke([LONG, LONG[::-1]]):
+                for _ in tracer.iter[1:]:
+                    tracer.stop(when=model.lm_head.output[:, -1].argmax(-1) % 2 == 0)
+            ended = tracer.result.save()
+    assert int(num_steps) == ids.shape[1] - len(LONG) < 12
+    return {
+        "seen": list(seen), "chosen": chosen, "second": second,
+        "last": last, "twice": twice, "ids": ids, "ended": ended,
+    }  # fmt: skip
+
+
+def gradients(model: LanguageModel, **where: bool) -> dict[str, Any]:
+    """Gradients of two backward passes, read and written in any order, and of invokes."""
+    with model.session(**where):
+        with model.trace(IDS):
+            hidden = [block.output[0] for block in model.blocks]
+            hidden[1][:, 0] *= 0.5
+            scores = model.unembed.output[0, -1].log_softmax(-1)
+            with scores[7].backward(retain_graph=True):
+                plain = [at.grad.save() for at in hidden]
+                hidden[2].grad[:, 1] = 0
+                hidden[1].grad = hidden[1].grad * 2
+                written = hidden[0].grad.save()
+            scores[8].backward()
+            other = [at.grad.save() for at in (*hidden[::-1], model.embed.output)]
+        with model.trace() as tracer:
+            loss, found = 0, []
+            for ids in (IDS, LONG):
+                with tracer.invoke(ids):
+                    found.append(model.blocks[0].output[0])
+                    loss = loss + model.unembed.output[0, -1].log_softmax(-1)[7]
+            loss.backward()
+            invoked = [at.grad.save() for at in found]
+    return {"plain": plain, "written": written, "other": other, "invoked": invoked}
+
+
+def gradients_together(model: LanguageModel, **where: bool) -> dict[str, Any]:
+    """Traces of losses of their own, which share a backward pass."""
+    saved: dict[str, Any] = {}
+    with model.session(**where) as session:
+        for number in range(3):
+            with model.trace([number + 3, *IDS[1:]]):
+                hidden = [block.output[0] for block in model.blocks[number % 2 :]]
+                hidden[0][:, 2] *= 0.5
+                model.unembed.output[0, -1].log_softmax(-1)[7 + number].backward()
+                saved[f"{number}"] = [at.grad.save() for at in hidden]
+    assert len(session.explain().passes) == 1
+    return saved
+
+
+def attention(model: LanguageModel, **where: bool) -> dict[str, Any]:
+    """What is in the heads of a layer and beside them: read, written, and differentiated."""
+    saved: dict[str, Any] = {}
+    names = ("q", "k", "q_rotary", "k_rotary", "v", "scores", "pattern", "z")
+    with model.session(**where):
+        with model.trace([IDS, IDS[::-1]]):
+            heads = model.model.layers[1].self_attn.heads
+            saved.update({name: getattr(heads, name).save() for name in names})
+            saved["mid"] = model.blocks[1].resid_mid.save()
+        for name in names:
+            with model.trace(IDS):
+                value = getattr(model.blocks[1].attn.heads, name)
+                value[:, 3] = value[:, 0] * 0.5
+                model.blocks[2].resid_mid[:, -1] += value[0, 2, 0, 0]
+                saved[f"written {name}"] = model.lm_head.output.save()
+        with model.trace(IDS):
+            heads = model.blocks[1].attn.heads
+            values = {name: getattr(heads, name) for name in names}
+            values["mid"] = model.blocks[1].resid_mid
+            model.unembed.output[0, -1].log_softmax(-1)[7].backward()
+            for name, value in values.items():
+                saved[f"by {name}"] = value.grad.save()
+    return saved
+
+
 EXPERIMENTS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function
     for function in (
         reads_and_writes, module_calls, invokes, control_flow, python_flow, stop_and_skip,
         edits_and_cache, factories, generation, drawn_tokens, generations_together,
+        chosen_steps, gradients, gradients_together, attention,
     )
 }  # fmt: skip
 
 
-def assert_same(actual: Any, expected: Any, *, atol: float) -> None:
-    """Compares results, however deep; exactly if `atol` is 0."""
+def assert_same(actual: Any, expected: Any, *, atol: float, rtol: float = 0) -> None:
+    """Compares results, however deep; exactly if both tolerances are 0."""
     if isinstance(expected, dict):
         assert list(actual) == list(expected)
         for key, value in expected.items():
-            assert_same(actual[key], value, atol=atol)
+            assert_same(actual[key], value, atol=atol, rtol=rtol)
     elif isinstance(expected, list | tuple):
         assert len(actual) == len(expected)
         for one, other in zip(actual, expected, strict=True):
-            assert_same(one, other, atol=atol)
+            assert_same(one, other, atol=atol, rtol=rtol)
     else:
         torch.testing.assert_close(
-            torch.as_tensor(actual), torch.as_tensor(expected), rtol=0, atol=atol
+            torch.as_tensor(actual), torch.as_tensor(expected), rtol=rtol, atol=atol
         )

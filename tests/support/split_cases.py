@@ -66,6 +66,7 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 
 def _of_model(whole: LanguageModel, split: LanguageModel, sessions: list[Any]) -> list[str]:
     found = _compared("everywhere", everywhere, whole, split)
+    found += _compared("heads", heads, whole, split)
     found += _compared("recorded gradients", recorded_gradients, whole, split)
     found += _compared("gradients taken together", gradients_together, whole, split)
     found += _compared("a trained vector", trained_vector, whole, split)
@@ -143,14 +144,38 @@ def everywhere(model: LanguageModel) -> dict[str, Any]:
     return saved
 
 
+def heads(model: LanguageModel) -> dict[str, Any]:
+    """What is in the heads of all ranks, with one of them written, and gradients by it."""
+    saved: dict[str, Any] = {}
+    names = ("q", "k", "q_rotary", "k_rotary", "v", "scores", "pattern", "z")
+    shown = [name for name in names if name in dir(model.blocks[1].attn.heads)]
+    for name in shown:
+        with model.trace(IDS):
+            value = getattr(model.blocks[1].attn.heads, name)
+            value[:, -1] = value[:, 0] * 0.5
+            saved[name] = value.save()
+            saved[f"logits, {name} written"] = model.lm_head.output.save()
+    with model.trace(IDS):
+        values = {name: getattr(model.blocks[1].attn.heads, name) for name in shown}
+        model.lm_head.output[0, -1].log_softmax(-1)[3].backward()
+        for name, value in values.items():
+            saved[f"by {name}"] = value.grad.save()
+    return saved
+
+
 def recorded_gradients(model: LanguageModel) -> dict[str, Any]:
     """Gradients of values that are whole on each rank, of split ones, and of what was written."""
     with model.trace(IDS):
         hidden = [block.output[0] for block in model.blocks]
         hidden[0][:, 2] = hidden[0][:, 1] * 0.5
-        model.lm_head.output[0, -1].log_softmax(-1)[3].backward()
+        scores = model.lm_head.output[0, -1].log_softmax(-1)
+        scores[3].backward()
         found = {f"layer {n}": at.grad.save() for n, at in enumerate(hidden)}
         found["by the embedding"] = model.embed.output.grad.save()
+        with scores[5].backward():
+            hidden[1].grad = hidden[1].grad * 2
+            hidden[2].grad[:, 3] = 0
+            found["of another pass, written"] = hidden[0].grad.save()
     return found
 
 

@@ -11,12 +11,15 @@ from torch.nn import functional
 import insitu
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from insitu import LanguageModel
 
 STEPS = 50
 BATCHES = [[[5, 9, 17, 23], [6, 3, 88, 41]], [[200, 7, 150, 31], [42, 61, 7, 8]]]
 LABELS = torch.tensor([[0, 2], [1, 0]])
 RANK, ALPHA = 4, 8
+LLAMA_LINEAR = ("q_proj", "v_proj", "down_proj")
 
 Trained = dict[str, torch.Tensor]
 
@@ -103,16 +106,22 @@ def plain_steering(module: Any) -> Trained:
     return {"vector": vector.detach(), "losses": torch.stack(losses)}
 
 
-def lora(model: LanguageModel, *, remote: bool = False) -> Trained:
-    """Trains a LoRA on projections of every layer, with the gradients of two batches a step."""
+def lora(
+    model: LanguageModel,
+    *,
+    remote: bool = False,
+    names: Sequence[str] = LLAMA_LINEAR,
+    steps: int = STEPS,
+) -> Trained:
+    """Trains a LoRA on linear modules of every layer, with the gradients of two batches a step."""
     torch.manual_seed(2)
     with model.session(remote=remote) as session:
-        modules = [block.attn.get(name) for block in model.blocks for name in ("q_proj", "v_proj")]
-        modules += [block.mlp.down_proj for block in model.blocks]
+        paths = [module.path for module in model._tree.modules]
+        modules = [model.get(path) for path in paths if path.rpartition(".")[2] in names]
         changes = session.lora(modules, rank=RANK, alpha=ALPHA)
         start = changes.state_dict().save()
         optimizer = insitu.optim.Adam(changes.parameters(), lr=5e-3, betas=(0.9, 0.95))
-        for step in range(STEPS):
+        for step in range(steps):
             with model.trace(BATCHES[step % 2]):
                 changes()
                 logits = model.unembed.output
@@ -134,12 +143,18 @@ def lora(model: LanguageModel, *, remote: bool = False) -> Trained:
     }
 
 
-def plain_lora(module: Any, start: Trained) -> Trained:
+def plain_lora(
+    module: Any, start: Trained, *, names: Sequence[str] = LLAMA_LINEAR, steps: int = STEPS
+) -> Trained:
     """The same with peft, from the same start."""
     from peft import LoraConfig, get_peft_model
 
-    names = ["q_proj", "v_proj", "down_proj"]
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, lora_dropout=0.0)
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=list(names),
+        fan_in_fan_out=module.config.model_type == "gpt2",
+    )
     adapted = get_peft_model(module, config)
     parameters = {
         name.replace(".default", ""): each
@@ -151,7 +166,7 @@ def plain_lora(module: Any, start: Trained) -> Trained:
         for name, each in parameters.items():
             each.copy_(start[f"start {name}"])
     optimizer = torch.optim.Adam(parameters.values(), lr=5e-3, betas=(0.9, 0.95))
-    for step in range(STEPS):
+    for step in range(steps):
         ids = torch.tensor(BATCHES[step % 2])
         logits = adapted(input_ids=ids, use_cache=False).logits
         loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) / 2

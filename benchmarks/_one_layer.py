@@ -15,6 +15,7 @@ ROUNDS = 20
 RUNS_A_TURN = 3
 LAYER = 15
 QUICK_LENGTHS = (16,)
+SHORT = 128
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Comparison:
         parser = ArgumentParser(description=description)
         parser.add_argument("--quick", action="store_true", help="two rounds, short prompts")
         is_quick = parser.parse_args().quick
-        num_rounds = 2 if is_quick else ROUNDS
         folder = str(prepare_demo_model())
-        print(f"{machine()}; medians of {num_rounds} rounds of {RUNS_A_TURN} runs")
+        print(machine())
         with server(MODEL, folder) as address:
             for length in QUICK_LENGTHS if is_quick else self.lengths:
-                print(f"\n{length} tokens\n")
+                num_rounds = 2 if is_quick else _rounds(length)
+                print(f"\n{length} tokens; medians of {num_rounds} rounds of {RUNS_A_TURN} runs\n")
                 print_beside_first(self._measured(folder, address, length, num_rounds))
 
     def _measured(self, folder: str, address: str, length: int, num_rounds: int) -> list[Round]:
@@ -63,3 +64,8 @@ class Comparison:
         for subject in subjects.values():
             subject.close()
         return rounds
+
+
+def _rounds(length: int) -> int:
+    """Gives how many rounds are worth their time: long runs differ less from each other."""
+    return ROUNDS if length <= SHORT else ROUNDS // 4

@@ -21,8 +21,10 @@ API_KEY_METADATA = "insitu-api-key"
 """Metadata key that carries a client's API key."""
 
 ACCESS_TOKEN_METADATA = "insitu-access-token"
-EPOCH_METADATA = "insitu-epoch"
 """Metadata key of calls to a shard group: the token that it gave the scheduler."""
+
+EPOCH_METADATA = "insitu-epoch"
+"""Metadata key of a scheduler's calls: which lead of a deployment it is."""
 
 JOIN_TOKEN_METADATA = "insitu-join-token"
 """Metadata key of registrations of shard groups: the token that all of a deployment share."""

@@ -67,8 +67,10 @@ class ResultStore:
 
     async def read(
         self, session_id: SessionId, values: Sequence[StoredValue], *, num_received: int = 0
-    ) -> AsyncIterator[SavedValue | bytes]:
-        """Yields each value's header followed by its data, in chunks of at most 1 MiB.
+    ) -> AsyncIterator[list[SavedValue | bytes]]:
+        """Yields, a few at once, each value's header followed by its data in chunks.
+
+        A chunk has 1 MiB at most, and what is yielded at once less than two.
 
         Args:
             session_id: the session.
@@ -77,8 +79,7 @@ class ResultStore:
         """
         batches = _batches(partial(self._open, session_id), values, num_received)
         while (batch := await asyncio.to_thread(next, batches, None)) is not None:
-            for part in batch:
-                yield part
+            yield batch
 
     async def delete(self, session_id: SessionId) -> None:
         """Deletes what a session has saved."""

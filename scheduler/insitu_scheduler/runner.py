@@ -133,6 +133,7 @@ class SessionRun:
             max_handle_bytes=limits.max_handle_bytes,
             max_kept_bytes=limits.max_kept_bytes,
             traceparent=self.span,
+            may_batch=True,
         )
         num_tries, shard = 0, places.clients[places.here]
         while True:

@@ -13,6 +13,7 @@ from insitu_scheduler.queue import SessionId
 from insitu_scheduler.refusals import check_limit, malformed
 from insitu_scheduler.validation import MAX_TENSORS
 from insitu_scheduler.value_checks import check_upload
+from insitu_wire.batching import together
 from insitu_wire.errors import Error, Reason, error
 from insitu_wire.limits import CHUNK_BYTES
 from insitu_wire.operations import OPERATIONS_VERSION
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import grpc
 
     from insitu_proto.v1.event_pb2 import Event
+    from insitu_proto.v1.result_pb2 import SavedValue
     from insitu_scheduler.admission import Admission
     from insitu_scheduler.dispatch import Dispatcher
     from insitu_scheduler.events import EventBook, EventLog
@@ -139,12 +141,10 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         received = request.num_bytes_received
         if received > (left[0].header.num_bytes if left else 0):
             raise _result_not_found(log, f"its next value has no {received:,} bytes")
-        async for part in self._results.read(log.session_id, left, num_received=received):
-            if isinstance(part, bytes):
-                self._metrics.downloaded(len(part))
-                yield pb.FetchResultResponse(data=part)
-            else:
-                yield pb.FetchResultResponse(saved_value=part)
+        async for parts in self._results.read(log.session_id, left, num_received=received):
+            self._metrics.downloaded(sum(len(part) for part in parts if isinstance(part, bytes)))
+            for response in together(map(_part, parts), may_batch=request.may_batch):
+                yield response
 
     async def CancelSession(
         self, request: pb.CancelSessionRequest, context: Context
@@ -253,6 +253,12 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
                 sessionId=log.session_id,
             )
         return log
+
+
+def _part(part: SavedValue | bytes) -> pb.FetchResultResponse:
+    if isinstance(part, bytes):
+        return pb.FetchResultResponse(data=part)
+    return pb.FetchResultResponse(saved_value=part)
 
 
 def _select(

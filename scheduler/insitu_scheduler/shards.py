@@ -11,6 +11,7 @@ from grpc_status import rpc_status
 from insitu_proto.v1 import shard_service_pb2, shard_service_pb2_grpc
 from insitu_proto.v1.shard_service_pb2 import Import
 from insitu_scheduler.models import TokenizerFile
+from insitu_wire.batching import apart
 from insitu_wire.callers import carrying_all
 from insitu_wire.error_codec import from_rpc_error
 from insitu_wire.errors import Error, Reason, error
@@ -118,7 +119,8 @@ class ShardClient:
         call = self._stub.RunSegment(request)
         try:
             async for response in call:
-                yield response
+                for part in apart(response):
+                    yield part
         except grpc.aio.AioRpcError as rpc_error:
             raise self._lost(rpc_error) from rpc_error
         finally:

@@ -18,13 +18,15 @@ from insitu_shard.engine import (
     TraceStarted,
 )
 from insitu_wire import torch_codec
+from insitu_wire.error_codec import to_failure
+from insitu_wire.errors import Error
 from insitu_wire.limits import CHUNK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def to_responses(event: SegmentEvent) -> Iterator[shard_service_pb2.RunSegmentResponse]:
+def to_responses(event: SegmentEvent | Error) -> Iterator[shard_service_pb2.RunSegmentResponse]:
     """Yields the messages of one event; a saved value is followed by its data in chunks."""
     match event:
         case TraceStarted(trace_number=number, num_tokens=num_tokens, seconds=seconds):
@@ -43,6 +45,8 @@ def to_responses(event: SegmentEvent) -> Iterator[shard_service_pb2.RunSegmentRe
             finished = shard_service_pb2.SegmentFinished(has_exited=has_exited)
             finished.execution_time.FromTimedelta(datetime.timedelta(seconds=seconds))
             yield shard_service_pb2.RunSegmentResponse(finished=finished)
+        case Error():
+            yield shard_service_pb2.RunSegmentResponse(failure=to_failure(event))
 
 
 def to_fetched(node_id: int, value: object) -> Iterator[shard_service_pb2.FetchValuesResponse]:

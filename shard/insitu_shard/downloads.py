@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 from insitu_shard.engine import Saved
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+
     from insitu_shard.engine import SegmentEvent
     from insitu_wire.errors import Error
 
@@ -24,6 +26,11 @@ class Download:
     """The value's tensors, to be read once it is there only."""
     is_there: torch.cuda.Event | None = None
     """What the GPU tells; None if there is nothing to wait for."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the value is there."""
+        return self.is_there is None or self.is_there.query()
 
     async def finished(self) -> Saved:
         """Waits until the value is there."""
@@ -65,3 +72,20 @@ class Downloads:
         # Its memory is not given to others before the copy is done.
         tensor.record_stream(self._stream)
         return host
+
+
+async def finished_downloads(
+    events: Iterable[SegmentEvent | Error | Download],
+) -> AsyncIterator[list[SegmentEvent | Error]]:
+    """Yields events in order, as many at once as there are before a download that takes time."""
+    there: list[SegmentEvent | Error] = []
+    for event in events:
+        if not isinstance(event, Download):
+            there.append(event)
+            continue
+        if there and not event.is_done:
+            yield there
+            there = []
+        there.append(await event.finished())
+    if there:
+        yield there

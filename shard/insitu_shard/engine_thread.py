@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from insitu_shard.downloads import Download
+from insitu_shard.downloads import finished_downloads
 from insitu_shard.engine import Finished, TraceStarted
 from insitu_shard.gathering import Gathering
+from insitu_shard.told import Told
 from insitu_wire.errors import Error, Reason, error
 
 if TYPE_CHECKING:
@@ -94,28 +95,26 @@ class EngineThread:
         # Ranks in step can not stop halfway when a caller goes away.
         return await asyncio.shield(asyncio.wrap_future(self._submit(work)))
 
-    async def run(self, request: RunSegmentRequest) -> AsyncGenerator[SegmentEvent | Error]:
-        """Runs a segment beside others and yields what it tells, at last `Finished` or an error.
+    async def run(self, request: RunSegmentRequest) -> AsyncGenerator[list[SegmentEvent | Error]]:
+        """Runs a segment beside others and yields what it tells, as much at once as there is.
 
-        Whoever closes the generator before drops the segment.
+        The last is `Finished` or an error. Whoever closes the generator before drops the segment.
         """
         key = next(self._keys)
-        told: asyncio.Queue[SegmentEvent | Error | Download] = asyncio.Queue()
+        told = Told(self._loop)
 
         def tell(event: SegmentEvent | Error) -> None:
-            self._loop.call_soon_threadsafe(told.put_nowait, self._downloads.begun(event))
+            told.put(self._downloads.begun(event))
 
         self._submit(partial(self._begin, key, request, tell))
-        event: SegmentEvent | Error | None = None
+        has_ended = False
         try:
-            while not isinstance(event, Finished | Error):
-                next_event = await told.get()
-                if isinstance(next_event, Download):
-                    next_event = await next_event.finished()
-                event = next_event
-                yield event
+            while not has_ended:
+                async for events in finished_downloads(await told.take()):
+                    has_ended = isinstance(events[-1], Finished | Error)
+                    yield events
         finally:
-            if not isinstance(event, Finished | Error):
+            if not has_ended:
                 self._leader.cancel(key)
                 with suppress(Error):
                     await self.do(partial(self._drop, key))

@@ -12,19 +12,20 @@ from insitu_shard.codec import to_fetched, to_responses
 from insitu_shard.engine import Saved, num_bytes
 from insitu_shard.imports import fetch_values
 from insitu_shard.upload_cache import receive_upload
-from insitu_wire.error_codec import to_failure
-from insitu_wire.errors import Error
+from insitu_wire.batching import together
 from insitu_wire.limits import CHUNK_BYTES
 from insitu_wire.tracing import Tracing
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     import grpc
 
     from insitu_proto.v1 import model_pb2
+    from insitu_shard.engine import SegmentEvent
     from insitu_shard.engine_thread import EngineThread
     from insitu_shard.group import Leader
+    from insitu_wire.errors import Error
     from insitu_wire.tls import Tls
 
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -107,16 +108,9 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
             await fetch_values(request, at, self._tls) for at in request.imports
         ]:
             await self._engine.do(partial(self._leader.store_values, imported, data))
-        async with aclosing(self._engine.run(request)) as events:
-            async for event in events:
-                if isinstance(event, Error):
-                    yield shard_service_pb2.RunSegmentResponse(failure=to_failure(event))
-                    return
-                responses = to_responses(event)
-                if isinstance(event, Saved) and num_bytes(event.value) > CHUNK_BYTES:
-                    # Its checksum comes first, and takes long.
-                    yield await asyncio.to_thread(next, responses)
-                for response in responses:
+        async with aclosing(self._engine.run(request)) as told:
+            async for events in told:
+                async for response in _responses(events, may_batch=request.may_batch):
                     yield response
 
     async def PauseSession(
@@ -162,3 +156,24 @@ class ShardServicer(shard_service_pb2_grpc.ShardServiceServicer):
         while True:
             await asyncio.sleep(interval_seconds)
             await self._engine.do(self._leader.let_go_of_unused)
+
+
+async def _responses(
+    events: Sequence[SegmentEvent | Error], *, may_batch: bool
+) -> AsyncIterator[shard_service_pb2.RunSegmentResponse]:
+    """Encodes events that are told at once; large values by themselves, others together."""
+    small: list[shard_service_pb2.RunSegmentResponse] = []
+    for event in events:
+        responses = to_responses(event)
+        if not isinstance(event, Saved) or num_bytes(event.value) <= CHUNK_BYTES:
+            small.extend(responses)
+            continue
+        for response in together(small, may_batch=may_batch):
+            yield response
+        small = []
+        # Its checksum comes first, and takes long.
+        yield await asyncio.to_thread(next, responses)
+        for response in responses:
+            yield response
+    for response in together(small, may_batch=may_batch):
+        yield response

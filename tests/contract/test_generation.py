@@ -715,6 +715,60 @@ def test_generations_of_several_users_share_passes_and_get_what_they_get_alone(m
     assert model._local._model.pass_memory._num_held == 0
 
 
+@pytest.mark.parametrize(
+    ("num_ahead", "lengths", "passes"),
+    [
+        # Three steps, then as many of the other, which comes after the second; three together.
+        (2, (6, 6), [1] * 6 + [2] * 3),
+        # The other ends before.
+        (1, (6, 4), [1] * 4 + [2] * 2 + [1] * 2),
+        # What they would have in common is not worth the wait.
+        (2, (6, 4), [1] * 10),
+        (4, (6, 6), [1] * 12),
+    ],
+)
+def test_a_generation_catches_up_with_one_that_has_begun_before(
+    model: Any, num_ahead: int, lengths: tuple[int, int], passes: list[int]
+) -> None:
+    sessions = [
+        _recorded(model, [at, *IDS[1:]], at, length, 1.2)
+        for at, length in zip((3, 4), lengths, strict=True)
+    ]
+    alone = []
+    for session in sessions:
+        pool = SegmentPool()
+        pool.add("alone", _run_of(model, session))
+        alone.append(_told(pool)["alone"])
+    pool = SegmentPool()
+    shared: list[int] = []
+    pool.on_pass = lambda report: shared.append(report.num_segments)
+    pool.add("first", _run_of(model, sessions[0]), user="ann")
+    for _ in range(num_ahead):
+        list(pool.round())
+    pool.add("second", _run_of(model, sessions[1]), user="ben")
+    together = _told(pool)
+    assert shared == passes
+    assert torch.equal(together["first"], alone[0])
+    assert torch.equal(together["second"], alone[1])
+    assert model._local._model.pass_memory._num_held == 0
+
+
+def test_of_two_that_have_met_either_may_be_dropped_held_and_end(model: Any) -> None:
+    sessions = [_recorded(model, [at, *IDS[1:]], at, 8, 1.2) for at in (3, 4)]
+    pool = SegmentPool()
+    pool.add("alone", _run_of(model, sessions[1]))
+    expected = _told(pool)["alone"]
+    pool.add("goes", _run_of(model, sessions[0]), user="ann")
+    list(pool.round())
+    pool.add("stays", _run_of(model, sessions[1]), user="ben")
+    list(pool.round())
+    pool.pause("goes")
+    list(pool.round())
+    pool.drop("goes")
+    assert torch.equal(_told(pool)["stays"], expected)
+    assert model._local._model.pass_memory._num_held == 0
+
+
 def test_a_generation_that_is_dropped_leaves_those_that_it_shares_passes_with(model: Any) -> None:
     sessions = [_recorded(model, [at, *IDS[1:]], at, 6, 1.2) for at in (3, 4)]
     pool = SegmentPool()

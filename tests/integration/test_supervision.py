@@ -49,6 +49,9 @@ def test_a_follower_whose_memory_alone_is_full_costs_no_session(
     tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INSITU_COLLECTIVE_TIMEOUT_SECONDS", "5")
+    # What has been freed goes back to the system, so that no rank has a store to live on.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
     monkeypatch.setattr(CONFIG, "_api_key", "tests")
     with Up(tmp_path, [f"tiny/llama={tiny.folder('llama')}"], ["--tp", "2"]) as up:
         monkeypatch.setenv("INSITU_ENDPOINT", up.endpoint)

@@ -324,6 +324,7 @@ class FetchResultRequest(_message.Message):
     IS_PARTIAL_FIELD_NUMBER: _builtins.int
     NUM_VALUES_RECEIVED_FIELD_NUMBER: _builtins.int
     NUM_BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
+    MAY_BATCH_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     is_partial: _builtins.bool
@@ -332,6 +333,8 @@ class FetchResultRequest(_message.Message):
     """How many of the values the client has already, for a download that broke: these are left out."""
     num_bytes_received: _builtins.int
     """How many bytes of the data of the next value it has: these are left out. The value itself is not."""
+    may_batch: _builtins.bool
+    """Whether a response may carry more of them."""
     @_builtins.property
     def node_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ids of the save nodes to fetch; empty for all."""
@@ -344,10 +347,11 @@ class FetchResultRequest(_message.Message):
         is_partial: _builtins.bool = ...,
         num_values_received: _builtins.int = ...,
         num_bytes_received: _builtins.int = ...,
+        may_batch: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_partial", b"is_partial", "node_ids", b"node_ids", "num_bytes_received", b"num_bytes_received", "num_values_received", b"num_values_received", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_partial", b"is_partial", "may_batch", b"may_batch", "node_ids", b"node_ids", "num_bytes_received", b"num_bytes_received", "num_values_received", b"num_values_received", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -362,6 +366,7 @@ class FetchResultResponse(_message.Message):
     SUMMARY_FIELD_NUMBER: _builtins.int
     SAVED_VALUE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     """The next bytes of the last saved value's data, at most 1 MiB."""
     @_builtins.property
@@ -372,16 +377,21 @@ class FetchResultResponse(_message.Message):
     def saved_value(self) -> _result_pb2.SavedValue:
         """A saved value."""
 
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___FetchResultResponse]:
+        """What follows that, if the request allows it: small messages travel together."""
+
     def __init__(
         self,
         *,
         summary: Global___ResultSummary | None = ...,
         saved_value: _result_pb2.SavedValue | None = ...,
         data: _builtins.bytes = ...,
+        more: _abc.Iterable[Global___FetchResultResponse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "saved_value", b"saved_value", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "saved_value", b"saved_value", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "more", b"more", "saved_value", b"saved_value", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["summary", "saved_value", "data"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015

@@ -32,7 +32,7 @@ from insitu_proto.v1 import session_pb2 as insitu__proto_dot_v1_dot_session__pb2
 from insitu_proto.v1 import tensor_pb2 as insitu__proto_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#insitu_proto/v1/shard_service.proto\x12\tinsitu.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\"insitu_proto/v1/error_reason.proto\x1a\x1binsitu_proto/v1/event.proto\x1a\"insitu_proto/v1/intervention.proto\x1a\x1binsitu_proto/v1/model.proto\x1a\x1cinsitu_proto/v1/result.proto\x1a\x1dinsitu_proto/v1/session.proto\x1a\x1cinsitu_proto/v1/tensor.proto\"%\n\x14\x44\x65scribeModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"I\n\x15\x44\x65scribeModelResponse\x12\x30\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1b.insitu.v1.ModelDescription\"&\n\x15\x46\x65tchTokenizerRequest\x12\r\n\x05model\x18\x01 \x01(\t\"9\n\x16\x46\x65tchTokenizerResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"L\n\x12HoldUploadsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\"\n\x07tensors\x18\x02 \x03(\x0b\x32\x11.insitu.v1.Tensor\"-\n\x13HoldUploadsResponse\x12\x16\n\x0e\x63ontent_hashes\x18\x01 \x03(\t\"Q\n\x12StoreUploadRequest\x12#\n\x06tensor\x18\x01 \x01(\x0b\x32\x11.insitu.v1.TensorH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04kind\"\x15\n\x13StoreUploadResponse\"\xd9\x01\n\x07Segment\x12\x1e\n\x05steps\x18\x01 \x03(\x0b\x32\x0f.insitu.v1.Step\x12,\n\tlocations\x18\x02 \x03(\x0b\x32\x19.insitu.v1.SourceLocation\x12\x1a\n\x12\x66irst_trace_number\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\"\n\x07tensors\x18\x07 \x03(\x0b\x32\x11.insitu.v1.Tensor\x12\r\n\x05\x65xact\x18\x08 \x01(\x08\x12\x0f\n\x07padding\x18\t \x01(\x08\x12\x12\n\ncheckpoint\x18\x0f \x01(\x08\"\x8e\x02\n\x11RunSegmentRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12#\n\x07segment\x18\x02 \x01(\x0b\x32\x12.insitu.v1.Segment\x12\"\n\x07imports\x18\x03 \x03(\x0b\x32\x11.insitu.v1.Import\x12\x15\n\rkept_node_ids\x18\x04 \x03(\x04\x12\x0c\n\x04user\x18\x05 \x01(\t\x12\x1d\n\x10max_handle_bytes\x18\n \x01(\x04H\x00\x88\x01\x01\x12\x1b\n\x0emax_kept_bytes\x18\x0b \x01(\x04H\x01\x88\x01\x01\x12\x13\n\x0btraceparent\x18\x0c \x01(\tB\x13\n\x11_max_handle_bytesB\x11\n\x0f_max_kept_bytes\"A\n\x06Import\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x10\n\x08node_ids\x18\x02 \x03(\x04\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x03 \x01(\t\"\xb0\x02\n\x12RunSegmentResponse\x12\x30\n\rtrace_started\x18\x01 \x01(\x0b\x32\x17.insitu.v1.TraceStartedH\x00\x12&\n\x08log_line\x18\x02 \x01(\x0b\x32\x12.insitu.v1.LogLineH\x00\x12,\n\x0bsaved_value\x18\x03 \x01(\x0b\x32\x15.insitu.v1.SavedValueH\x00\x12\x0e\n\x04\x64\x61ta\x18\x04 \x01(\x0cH\x00\x12.\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1a.insitu.v1.SegmentFinishedH\x00\x12%\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x12.insitu.v1.FailureH\x00\x12#\n\x06tokens\x18\x07 \x01(\x0b\x32\x11.insitu.v1.TokensH\x00\x42\x06\n\x04kind\"k\n\x0cTraceStarted\x12\x14\n\x0ctrace_number\x18\x01 \x01(\r\x12\x31\n\x0e\x65xecution_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nnum_tokens\x18\x03 \x01(\x04\"\x1a\n\x07LogLine\x12\x0f\n\x07message\x18\x01 \x01(\t\"X\n\x0fSegmentFinished\x12\x12\n\nhas_exited\x18\x01 \x01(\x08\x12\x31\n\x0e\x65xecution_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\":\n\x13PauseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07goes_on\x18\x02 \x01(\x08\"\x16\n\x14PauseSessionResponse\":\n\x12\x46\x65tchValuesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08node_ids\x18\x02 \x03(\x04\"U\n\x13\x46\x65tchValuesResponse\x12&\n\x05value\x18\x01 \x01(\x0b\x32\x15.insitu.v1.SavedValueH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04kind\"]\n\x0eImportedValues\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08node_ids\x18\x02 \x03(\x04\x12%\n\x06values\x18\x03 \x03(\x0b\x32\x15.insitu.v1.SavedValue\"7\n\x14ReleaseHandleRequest\x12\x0c\n\x04user\x18\x01 \x01(\t\x12\x11\n\thandle_id\x18\x02 \x01(\t\"*\n\x15ReleaseHandleResponse\x12\x11\n\thad_value\x18\x01 \x01(\x08\"+\n\x15ReleaseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\",\n\x16ReleaseSessionResponse\x12\x12\n\nnum_values\x18\x01 \x01(\r2\xf2\x05\n\x0cShardService\x12R\n\rDescribeModel\x12\x1f.insitu.v1.DescribeModelRequest\x1a .insitu.v1.DescribeModelResponse\x12W\n\x0e\x46\x65tchTokenizer\x12 .insitu.v1.FetchTokenizerRequest\x1a!.insitu.v1.FetchTokenizerResponse0\x01\x12L\n\x0bHoldUploads\x12\x1d.insitu.v1.HoldUploadsRequest\x1a\x1e.insitu.v1.HoldUploadsResponse\x12N\n\x0bStoreUpload\x12\x1d.insitu.v1.StoreUploadRequest\x1a\x1e.insitu.v1.StoreUploadResponse(\x01\x12K\n\nRunSegment\x12\x1c.insitu.v1.RunSegmentRequest\x1a\x1d.insitu.v1.RunSegmentResponse0\x01\x12O\n\x0cPauseSession\x12\x1e.insitu.v1.PauseSessionRequest\x1a\x1f.insitu.v1.PauseSessionResponse\x12N\n\x0b\x46\x65tchValues\x12\x1d.insitu.v1.FetchValuesRequest\x1a\x1e.insitu.v1.FetchValuesResponse0\x01\x12R\n\rReleaseHandle\x12\x1f.insitu.v1.ReleaseHandleRequest\x1a .insitu.v1.ReleaseHandleResponse\x12U\n\x0eReleaseSession\x12 .insitu.v1.ReleaseSessionRequest\x1a!.insitu.v1.ReleaseSessionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#insitu_proto/v1/shard_service.proto\x12\tinsitu.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\"insitu_proto/v1/error_reason.proto\x1a\x1binsitu_proto/v1/event.proto\x1a\"insitu_proto/v1/intervention.proto\x1a\x1binsitu_proto/v1/model.proto\x1a\x1cinsitu_proto/v1/result.proto\x1a\x1dinsitu_proto/v1/session.proto\x1a\x1cinsitu_proto/v1/tensor.proto\"%\n\x14\x44\x65scribeModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"I\n\x15\x44\x65scribeModelResponse\x12\x30\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1b.insitu.v1.ModelDescription\"&\n\x15\x46\x65tchTokenizerRequest\x12\r\n\x05model\x18\x01 \x01(\t\"9\n\x16\x46\x65tchTokenizerResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"L\n\x12HoldUploadsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\"\n\x07tensors\x18\x02 \x03(\x0b\x32\x11.insitu.v1.Tensor\"-\n\x13HoldUploadsResponse\x12\x16\n\x0e\x63ontent_hashes\x18\x01 \x03(\t\"Q\n\x12StoreUploadRequest\x12#\n\x06tensor\x18\x01 \x01(\x0b\x32\x11.insitu.v1.TensorH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04kind\"\x15\n\x13StoreUploadResponse\"\xd9\x01\n\x07Segment\x12\x1e\n\x05steps\x18\x01 \x03(\x0b\x32\x0f.insitu.v1.Step\x12,\n\tlocations\x18\x02 \x03(\x0b\x32\x19.insitu.v1.SourceLocation\x12\x1a\n\x12\x66irst_trace_number\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\"\n\x07tensors\x18\x07 \x03(\x0b\x32\x11.insitu.v1.Tensor\x12\r\n\x05\x65xact\x18\x08 \x01(\x08\x12\x0f\n\x07padding\x18\t \x01(\x08\x12\x12\n\ncheckpoint\x18\x0f \x01(\x08\"\xa1\x02\n\x11RunSegmentRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12#\n\x07segment\x18\x02 \x01(\x0b\x32\x12.insitu.v1.Segment\x12\"\n\x07imports\x18\x03 \x03(\x0b\x32\x11.insitu.v1.Import\x12\x15\n\rkept_node_ids\x18\x04 \x03(\x04\x12\x0c\n\x04user\x18\x05 \x01(\t\x12\x1d\n\x10max_handle_bytes\x18\n \x01(\x04H\x00\x88\x01\x01\x12\x1b\n\x0emax_kept_bytes\x18\x0b \x01(\x04H\x01\x88\x01\x01\x12\x13\n\x0btraceparent\x18\x0c \x01(\t\x12\x11\n\tmay_batch\x18\r \x01(\x08\x42\x13\n\x11_max_handle_bytesB\x11\n\x0f_max_kept_bytes\"A\n\x06Import\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x10\n\x08node_ids\x18\x02 \x03(\x04\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x03 \x01(\t\"\xdd\x02\n\x12RunSegmentResponse\x12\x30\n\rtrace_started\x18\x01 \x01(\x0b\x32\x17.insitu.v1.TraceStartedH\x00\x12&\n\x08log_line\x18\x02 \x01(\x0b\x32\x12.insitu.v1.LogLineH\x00\x12,\n\x0bsaved_value\x18\x03 \x01(\x0b\x32\x15.insitu.v1.SavedValueH\x00\x12\x0e\n\x04\x64\x61ta\x18\x04 \x01(\x0cH\x00\x12.\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1a.insitu.v1.SegmentFinishedH\x00\x12%\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x12.insitu.v1.FailureH\x00\x12#\n\x06tokens\x18\x07 \x01(\x0b\x32\x11.insitu.v1.TokensH\x00\x12+\n\x04more\x18\x08 \x03(\x0b\x32\x1d.insitu.v1.RunSegmentResponseB\x06\n\x04kind\"k\n\x0cTraceStarted\x12\x14\n\x0ctrace_number\x18\x01 \x01(\r\x12\x31\n\x0e\x65xecution_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nnum_tokens\x18\x03 \x01(\x04\"\x1a\n\x07LogLine\x12\x0f\n\x07message\x18\x01 \x01(\t\"X\n\x0fSegmentFinished\x12\x12\n\nhas_exited\x18\x01 \x01(\x08\x12\x31\n\x0e\x65xecution_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\":\n\x13PauseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07goes_on\x18\x02 \x01(\x08\"\x16\n\x14PauseSessionResponse\":\n\x12\x46\x65tchValuesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08node_ids\x18\x02 \x03(\x04\"U\n\x13\x46\x65tchValuesResponse\x12&\n\x05value\x18\x01 \x01(\x0b\x32\x15.insitu.v1.SavedValueH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04kind\"]\n\x0eImportedValues\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08node_ids\x18\x02 \x03(\x04\x12%\n\x06values\x18\x03 \x03(\x0b\x32\x15.insitu.v1.SavedValue\"7\n\x14ReleaseHandleRequest\x12\x0c\n\x04user\x18\x01 \x01(\t\x12\x11\n\thandle_id\x18\x02 \x01(\t\"*\n\x15ReleaseHandleResponse\x12\x11\n\thad_value\x18\x01 \x01(\x08\"+\n\x15ReleaseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\",\n\x16ReleaseSessionResponse\x12\x12\n\nnum_values\x18\x01 \x01(\r2\xf2\x05\n\x0cShardService\x12R\n\rDescribeModel\x12\x1f.insitu.v1.DescribeModelRequest\x1a .insitu.v1.DescribeModelResponse\x12W\n\x0e\x46\x65tchTokenizer\x12 .insitu.v1.FetchTokenizerRequest\x1a!.insitu.v1.FetchTokenizerResponse0\x01\x12L\n\x0bHoldUploads\x12\x1d.insitu.v1.HoldUploadsRequest\x1a\x1e.insitu.v1.HoldUploadsResponse\x12N\n\x0bStoreUpload\x12\x1d.insitu.v1.StoreUploadRequest\x1a\x1e.insitu.v1.StoreUploadResponse(\x01\x12K\n\nRunSegment\x12\x1c.insitu.v1.RunSegmentRequest\x1a\x1d.insitu.v1.RunSegmentResponse0\x01\x12O\n\x0cPauseSession\x12\x1e.insitu.v1.PauseSessionRequest\x1a\x1f.insitu.v1.PauseSessionResponse\x12N\n\x0b\x46\x65tchValues\x12\x1d.insitu.v1.FetchValuesRequest\x1a\x1e.insitu.v1.FetchValuesResponse0\x01\x12R\n\rReleaseHandle\x12\x1f.insitu.v1.ReleaseHandleRequest\x1a .insitu.v1.ReleaseHandleResponse\x12U\n\x0eReleaseSession\x12 .insitu.v1.ReleaseSessionRequest\x1a!.insitu.v1.ReleaseSessionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -58,35 +58,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEGMENT']._serialized_start=748
   _globals['_SEGMENT']._serialized_end=965
   _globals['_RUNSEGMENTREQUEST']._serialized_start=968
-  _globals['_RUNSEGMENTREQUEST']._serialized_end=1238
-  _globals['_IMPORT']._serialized_start=1240
-  _globals['_IMPORT']._serialized_end=1305
-  _globals['_RUNSEGMENTRESPONSE']._serialized_start=1308
-  _globals['_RUNSEGMENTRESPONSE']._serialized_end=1612
-  _globals['_TRACESTARTED']._serialized_start=1614
-  _globals['_TRACESTARTED']._serialized_end=1721
-  _globals['_LOGLINE']._serialized_start=1723
-  _globals['_LOGLINE']._serialized_end=1749
-  _globals['_SEGMENTFINISHED']._serialized_start=1751
-  _globals['_SEGMENTFINISHED']._serialized_end=1839
-  _globals['_PAUSESESSIONREQUEST']._serialized_start=1841
-  _globals['_PAUSESESSIONREQUEST']._serialized_end=1899
-  _globals['_PAUSESESSIONRESPONSE']._serialized_start=1901
-  _globals['_PAUSESESSIONRESPONSE']._serialized_end=1923
-  _globals['_FETCHVALUESREQUEST']._serialized_start=1925
-  _globals['_FETCHVALUESREQUEST']._serialized_end=1983
-  _globals['_FETCHVALUESRESPONSE']._serialized_start=1985
-  _globals['_FETCHVALUESRESPONSE']._serialized_end=2070
-  _globals['_IMPORTEDVALUES']._serialized_start=2072
-  _globals['_IMPORTEDVALUES']._serialized_end=2165
-  _globals['_RELEASEHANDLEREQUEST']._serialized_start=2167
-  _globals['_RELEASEHANDLEREQUEST']._serialized_end=2222
-  _globals['_RELEASEHANDLERESPONSE']._serialized_start=2224
-  _globals['_RELEASEHANDLERESPONSE']._serialized_end=2266
-  _globals['_RELEASESESSIONREQUEST']._serialized_start=2268
-  _globals['_RELEASESESSIONREQUEST']._serialized_end=2311
-  _globals['_RELEASESESSIONRESPONSE']._serialized_start=2313
-  _globals['_RELEASESESSIONRESPONSE']._serialized_end=2357
-  _globals['_SHARDSERVICE']._serialized_start=2360
-  _globals['_SHARDSERVICE']._serialized_end=3114
+  _globals['_RUNSEGMENTREQUEST']._serialized_end=1257
+  _globals['_IMPORT']._serialized_start=1259
+  _globals['_IMPORT']._serialized_end=1324
+  _globals['_RUNSEGMENTRESPONSE']._serialized_start=1327
+  _globals['_RUNSEGMENTRESPONSE']._serialized_end=1676
+  _globals['_TRACESTARTED']._serialized_start=1678
+  _globals['_TRACESTARTED']._serialized_end=1785
+  _globals['_LOGLINE']._serialized_start=1787
+  _globals['_LOGLINE']._serialized_end=1813
+  _globals['_SEGMENTFINISHED']._serialized_start=1815
+  _globals['_SEGMENTFINISHED']._serialized_end=1903
+  _globals['_PAUSESESSIONREQUEST']._serialized_start=1905
+  _globals['_PAUSESESSIONREQUEST']._serialized_end=1963
+  _globals['_PAUSESESSIONRESPONSE']._serialized_start=1965
+  _globals['_PAUSESESSIONRESPONSE']._serialized_end=1987
+  _globals['_FETCHVALUESREQUEST']._serialized_start=1989
+  _globals['_FETCHVALUESREQUEST']._serialized_end=2047
+  _globals['_FETCHVALUESRESPONSE']._serialized_start=2049
+  _globals['_FETCHVALUESRESPONSE']._serialized_end=2134
+  _globals['_IMPORTEDVALUES']._serialized_start=2136
+  _globals['_IMPORTEDVALUES']._serialized_end=2229
+  _globals['_RELEASEHANDLEREQUEST']._serialized_start=2231
+  _globals['_RELEASEHANDLEREQUEST']._serialized_end=2286
+  _globals['_RELEASEHANDLERESPONSE']._serialized_start=2288
+  _globals['_RELEASEHANDLERESPONSE']._serialized_end=2330
+  _globals['_RELEASESESSIONREQUEST']._serialized_start=2332
+  _globals['_RELEASESESSIONREQUEST']._serialized_end=2375
+  _globals['_RELEASESESSIONRESPONSE']._serialized_start=2377
+  _globals['_RELEASESESSIONRESPONSE']._serialized_end=2421
+  _globals['_SHARDSERVICE']._serialized_start=2424
+  _globals['_SHARDSERVICE']._serialized_end=3178
 # @@protoc_insertion_point(module_scope)

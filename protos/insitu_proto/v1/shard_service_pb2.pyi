@@ -289,6 +289,7 @@ class RunSegmentRequest(_message.Message):
     MAX_HANDLE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_KEPT_BYTES_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    MAY_BATCH_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Session that owns every value of the segment."""
     user: _builtins.str
@@ -301,6 +302,8 @@ class RunSegmentRequest(_message.Message):
     """
     traceparent: _builtins.str
     """Names the span of OpenTelemetry that the segment is a part of; empty if there is none."""
+    may_batch: _builtins.bool
+    """Whether a response may carry more of them."""
     @_builtins.property
     def segment(self) -> Global___Segment:
         """What to run."""
@@ -324,10 +327,11 @@ class RunSegmentRequest(_message.Message):
         max_handle_bytes: _builtins.int | None = ...,
         max_kept_bytes: _builtins.int | None = ...,
         traceparent: _builtins.str = ...,
+        may_batch: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_handle_bytes", b"_max_handle_bytes", "_max_kept_bytes", b"_max_kept_bytes", "max_handle_bytes", b"max_handle_bytes", "max_kept_bytes", b"max_kept_bytes", "segment", b"segment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_handle_bytes", b"_max_handle_bytes", "_max_kept_bytes", b"_max_kept_bytes", "imports", b"imports", "kept_node_ids", b"kept_node_ids", "max_handle_bytes", b"max_handle_bytes", "max_kept_bytes", b"max_kept_bytes", "segment", b"segment", "session_id", b"session_id", "traceparent", b"traceparent", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_handle_bytes", b"_max_handle_bytes", "_max_kept_bytes", b"_max_kept_bytes", "imports", b"imports", "kept_node_ids", b"kept_node_ids", "max_handle_bytes", b"max_handle_bytes", "max_kept_bytes", b"max_kept_bytes", "may_batch", b"may_batch", "segment", b"segment", "session_id", b"session_id", "traceparent", b"traceparent", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_handle_bytes: _TypeAlias = _typing.Literal["max_handle_bytes"]  # noqa: Y015
     _WhichOneofArgType__max_handle_bytes: _TypeAlias = _typing.Literal["_max_handle_bytes", b"_max_handle_bytes"]  # noqa: Y015
@@ -385,6 +389,7 @@ class RunSegmentResponse(_message.Message):
     FINISHED_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     """The next bytes of the last saved value's data, at most 1 MiB."""
     @_builtins.property
@@ -411,6 +416,10 @@ class RunSegmentResponse(_message.Message):
     def tokens(self) -> _event_pb2.Tokens:
         """A trace that generates has chosen tokens."""
 
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunSegmentResponse]:
+        """What happens after that, if the request allows it: small messages travel together."""
+
     def __init__(
         self,
         *,
@@ -421,10 +430,11 @@ class RunSegmentResponse(_message.Message):
         finished: Global___SegmentFinished | None = ...,
         failure: _error_reason_pb2.Failure | None = ...,
         tokens: _event_pb2.Tokens | None = ...,
+        more: _abc.Iterable[Global___RunSegmentResponse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "failure", b"failure", "finished", b"finished", "kind", b"kind", "log_line", b"log_line", "saved_value", b"saved_value", "tokens", b"tokens", "trace_started", b"trace_started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "failure", b"failure", "finished", b"finished", "kind", b"kind", "log_line", b"log_line", "saved_value", b"saved_value", "tokens", b"tokens", "trace_started", b"trace_started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "failure", b"failure", "finished", b"finished", "kind", b"kind", "log_line", b"log_line", "more", b"more", "saved_value", b"saved_value", "tokens", b"tokens", "trace_started", b"trace_started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["trace_started", "log_line", "saved_value", "data", "finished", "failure", "tokens"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015

@@ -16,6 +16,7 @@ from insitu.backends._tokenizer import cached_tokenizer
 from insitu.backends._upload import name_contents, upload_missing
 from insitu.backends._watch import Watch
 from insitu_proto.v1 import scheduler_service_pb2
+from insitu_wire.batching import apart
 from insitu_wire.errors import Error, Reason, SessionStateError, UnavailableError, error
 from insitu_wire.limits import MAX_SESSION_BYTES
 from insitu_wire.tracing import METADATA_KEY, Tracing
@@ -202,9 +203,12 @@ class RemoteBackend:
                 is_partial=is_partial,
                 num_values_received=num_values,
                 num_bytes_received=num_bytes,
+                may_batch=True,
             )
             with self._connection.call() as (stub, metadata):
-                yield from stub.FetchResult(request, metadata=metadata, timeout=MAX_STREAM_SECONDS)
+                answers = stub.FetchResult(request, metadata=metadata, timeout=MAX_STREAM_SECONDS)
+                for response in answers:
+                    yield from apart(response)
 
         return download(fetch)
 

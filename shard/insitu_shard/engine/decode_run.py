@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from insitu_shard.compiler import Limits, Pass, plan_passes
+from insitu_shard.engine.catching_up import group_to_step, meet
 from insitu_shard.engine.decode_rows import DecodeRows
 from insitu_shard.engine.failures import ends_misfit, model_raised
 from insitu_shard.engine.graph import EndGeneration
@@ -22,6 +23,7 @@ from insitu_wire.errors import Error
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from insitu_shard.compiler import TraceFacts
     from insitu_shard.engine.block_run import BlockRun
     from insitu_shard.engine.choosing import Chooser
     from insitu_shard.engine.model import LoadedModel
@@ -38,7 +40,8 @@ def run_next_step(pending: Sequence[Pending], limits: Limits) -> RanPass | None:
         limits: how large the pass may be.
 
     Returns:
-        The step; None if the trace has failed before its first.
+        The step, of the trace or of others that catch up with it; None if the trace has failed
+        before its first.
     """
     first = pending[0].trace
     if first.decoding is None:
@@ -47,7 +50,12 @@ def run_next_step(pending: Sequence[Pending], limits: Limits) -> RanPass | None:
         except Error as err:
             first.fail(err)
             return None
-    return first.decoding.step()
+    running = {id(at.trace.decoding): at.trace.decoding for at in pending}
+    groups = [group for group in running.values() if group is not None]
+    stepped = group_to_step(first.decoding, groups, limits)
+    ran = stepped.step()
+    meet(stepped, groups, limits)
+    return ran
 
 
 def _begin(pending: Sequence[Pending], limits: Limits) -> DecodeGroup:
@@ -101,6 +109,8 @@ class DecodeGroup:
         self._facts = {id(at.trace): facts for at, facts in zip(pending, plan.traces, strict=True)}
         choosers = [at.trace.chooser() for at in pending]
         self._state = self._model.decode_state([at.trace.batch for at in pending])
+        lengths = {len(row) for facts in plan.traces for row in facts.rows}
+        self._prompt_length = lengths.pop() if plan.is_merged and len(lengths) == 1 else None
         self._num_bytes = sum(facts.state_bytes for facts in plan.traces)
         self._model.pass_memory.hold(self._num_bytes)
         self._members = [
@@ -110,6 +120,42 @@ class DecodeGroup:
         for member in self._members:
             member.trace.decoding = self
             member.run.start()
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps it has taken."""
+        return self._num_steps
+
+    @property
+    def max_steps(self) -> int:
+        """How many steps it takes at most."""
+        return max((member.trace.max_new_tokens for member in self._members), default=0)
+
+    def may_take_in(self, other: DecodeGroup, limits: Limits) -> bool:
+        """Whether another's traces may share its passes, once they have come as far.
+
+        All prompts must have one length: then no row has positions that another lacks.
+        """
+        if not (self._members and other._members) or self._model is not other._model:
+            return False
+        facts = [*self._step_facts(), *other._step_facts()]
+        joint = Pass(tuple(range(len(facts))), tuple(facts), self._plan.outline)
+        return (
+            self._prompt_length == other._prompt_length is not None
+            and self._state.can_grow
+            and other._state.can_grow
+            and joint.fits(limits)
+        )
+
+    def take_in(self, other: DecodeGroup) -> None:
+        """Goes on with the traces of a group that is where it is; of that nothing is left."""
+        self._state.grow(other._state)
+        self._facts |= other._facts
+        self._num_bytes += other._num_bytes
+        for member in other._members:
+            member.trace.decoding = self
+        self._members += other._members
+        other._members, other._num_bytes = [], 0
 
     def leave(self, trace: TraceRun) -> None:
         """Goes on without a trace that nobody waits for any more."""
@@ -244,13 +290,18 @@ class DecodeGroup:
 
     def _step_plan(self) -> Pass:
         """Gives the pass of the step that comes, as plans are reported."""
-        facts = [self._facts[id(member.trace)] for member in self._members]
-        if self._num_steps:
-            facts = [
-                replace(at, rows=((0,),) * at.num_rows, head=(0, 1) if at.head else None)
-                for at in facts
-            ]
+        facts = self._step_facts()
         return Pass(tuple(range(len(facts))), tuple(facts), self._plan.outline)
+
+    def _step_facts(self) -> list[TraceFacts]:
+        """Gives what its traces are in the step that comes: after the first, of one token a row."""
+        facts = [self._facts[id(member.trace)] for member in self._members]
+        if not self._num_steps:
+            return facts
+        return [
+            replace(at, rows=((0,),) * at.num_rows, head=(0, 1) if at.head else None)
+            for at in facts
+        ]
 
 
 def _end_rows(member: _Member) -> None:

@@ -52,7 +52,9 @@ class Liveness:
                 case Branch(steps=inner, else_steps=others):
                     self._visit(inner, used)
                     self._visit(others, used)
-            used |= frozenset(_used([step]))
+            # What a step uses of its own is nothing to those before it.
+            if new := set(_used([step])).difference(_defined([step]), used):
+                used |= new
 
 
 def has_in_place_call(steps: Sequence[Step]) -> bool:

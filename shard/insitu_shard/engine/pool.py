@@ -111,7 +111,10 @@ class SegmentPool:
             yield from self._go_on()
 
     def _run_pass(self, keys: Sequence[str]) -> None:
-        owners = {id(at.trace): key for key in keys for at in self._running[key].pending}
+        # Also of those that are held: they may be in a generation that others go on with.
+        owners = {
+            id(at.trace): key for key, running in self._running.items() for at in running.pending
+        }
         pending = [at for key in keys for at in self._running[key].pending]
         started = time.perf_counter()
         ran = run_next_pass(pending, self._limits)

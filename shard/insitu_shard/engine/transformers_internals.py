@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.distributed import tensor_parallel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.tensor_parallel import TensorParallelLayer
@@ -117,6 +118,28 @@ class DecodeState:
         """Takes in what a pass gave, and the tokens that were chosen from it, one a row."""
         self._kwargs = self._module._update_model_kwargs_for_generation(outputs, self._kwargs)
         self._token_ids = torch.cat([self._token_ids, tokens[:, None]], dim=-1)
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether rows can be added: known layers of a cache hold nothing but keys and values."""
+        cache = self._kwargs.get("cache")
+        return cache is not None and all(
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+        )
+
+    def grow(self, other: DecodeState) -> None:
+        """Goes on with the rows of another, too, which is as many positions long."""
+        num_rows = len(self._token_ids)
+        self._token_ids = torch.cat([self._token_ids, other._token_ids])
+        for name, value in self._kwargs.items():
+            # Of one dimension are positions, which all rows have alike.
+            if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == num_rows:
+                self._kwargs[name] = torch.cat([value, other._kwargs[name]])
+        layers = zip(self._kwargs["cache"].layers, other._kwargs["cache"].layers, strict=True)
+        for layer, others in layers:
+            if layer.is_initialized:
+                layer.keys = torch.cat([layer.keys, others.keys])
+                layer.values = torch.cat([layer.values, others.values])
 
     def select(self, rows: torch.Tensor) -> None:
         """Goes on with some of the rows."""

@@ -10,6 +10,7 @@ import pytest
 from insitu import CONFIG
 from insitu.backends.remote import RemoteBackend
 from insitu_proto.v1 import scheduler_service_pb2 as pb
+from insitu_wire.batching import apart
 from insitu_wire.errors import NotFoundError, Reason
 from support.cut_proxy import CutProxy
 from support.fake_shard import FakeShard, finished, saved, saving, trace_started
@@ -63,3 +64,25 @@ async def test_more_than_there_is_can_not_have_come(client: Client, shard: FakeS
         with pytest.raises(NotFoundError) as caught:
             _ = [at async for at in client.stream("FetchResult", request)]
         assert caught.value.reason is Reason.RESULT_NOT_FOUND
+
+
+@pytest.mark.parametrize("may_batch", [True, False])
+async def test_small_values_come_together_for_who_knows_how(
+    client: Client, shard: FakeShard, may_batch: bool
+) -> None:
+    async def save_often(request: RunSegmentRequest) -> AsyncIterator[RunSegmentResponse]:
+        yield trace_started(1)
+        for node_id in range(2, 102):
+            for part in saved(node_id, bytes([node_id])):
+                yield part
+        yield finished()
+
+    shard.script = save_often
+    session_id = await client.submit(saving())
+    await client.watch(session_id)
+    request = pb.FetchResultRequest(session_id=session_id, may_batch=may_batch)
+    responses = [at async for at in client.stream("FetchResult", request)]
+    assert len(responses) == (2 if may_batch else 201)
+    parts = [part for response in responses for part in apart(response)]
+    assert [part.saved_value.node_id for part in parts[1::2]] == list(range(2, 102))
+    assert b"".join(part.data for part in parts) == bytes(range(2, 102))

@@ -46,7 +46,8 @@ async def read(store: ResultStore) -> tuple[dict[int, bytes], int]:
     """Gives the values, and the size of the largest chunk."""
     values: dict[int, bytes] = {}
     largest, node_id = 0, 0
-    async for part in store.read(SESSION, await store.list_values(SESSION)):
+    batches = store.read(SESSION, await store.list_values(SESSION))
+    for part in [part async for batch in batches for part in batch]:
         if isinstance(part, bytes):
             values[node_id] += part
             largest = max(largest, len(part))
@@ -97,7 +98,7 @@ async def test_a_file_that_was_cut_after_it_was_listed_is_told_of(tmp_path: Path
     path = tmp_path / SESSION / "values.bin"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InternalError, match="saved value 2 ends before its 9 bytes"):
-        _ = [part async for part in store.read(SESSION, listed)]
+        _ = [batch async for batch in store.read(SESSION, listed)]
 
 
 async def test_complete_values_can_be_read_while_more_are_written(store: ResultStore) -> None:

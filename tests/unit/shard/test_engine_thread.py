@@ -105,8 +105,8 @@ def _segment(num_traces: int) -> RunSegmentRequest:
 
 
 async def _told(engine: EngineThread, num_traces: int) -> list[SegmentEvent | Error]:
-    async with aclosing(engine.run(_segment(num_traces))) as events:
-        return [event async for event in events]
+    async with aclosing(engine.run(_segment(num_traces))) as told:
+        return [event async for events in told for event in events]
 
 
 async def test_segments_that_come_at_the_same_time_share_rounds(
@@ -141,8 +141,8 @@ async def test_what_is_asked_for_while_a_round_runs_comes_before_the_next(
 async def test_a_segment_that_nobody_listens_to_is_dropped(
     engine: EngineThread, leader: Leader
 ) -> None:
-    async with aclosing(engine.run(_segment(ENDLESS))) as events:
-        assert await anext(events) == TraceStarted(ENDLESS)
+    async with aclosing(engine.run(_segment(ENDLESS))) as told:
+        assert (await anext(told))[0] == TraceStarted(ENDLESS)
         other = asyncio.create_task(_told(engine, 3))
         await asyncio.sleep(0)
     assert leader.cancelled == ["1"]
@@ -173,8 +173,8 @@ async def test_a_group_that_has_lost_a_rank_waits_for_it_no_more(
 
 
 async def test_nothing_reaches_the_ranks_after_stop(engine: EngineThread, leader: Leader) -> None:
-    async with aclosing(engine.run(_segment(ENDLESS))) as events:
-        await anext(events)
+    async with aclosing(engine.run(_segment(ENDLESS))) as told:
+        await anext(told)
         await asyncio.to_thread(engine.stop)
     with pytest.raises(Error, match="has ended"):
         await engine.do(lambda: None)
@@ -224,8 +224,8 @@ async def test_a_round_waits_for_segments_that_are_about_to_come(
 async def test_a_session_that_is_held_takes_no_rounds_until_it_goes_on(
     engine: EngineThread, leader: Leader
 ) -> None:
-    async with aclosing(engine.run(_segment(ENDLESS))) as events:
-        await anext(events)
+    async with aclosing(engine.run(_segment(ENDLESS))) as told:
+        await anext(told)
         await engine.pause(f"session of {ENDLESS}", goes_on=False)
         assert len(await _told(engine, 3)) == 4
         num_rounds = leader.commands.count("round")
@@ -233,4 +233,4 @@ async def test_a_session_that_is_held_takes_no_rounds_until_it_goes_on(
         assert leader.commands.count("round") == num_rounds
         await engine.pause(f"session of {ENDLESS}", goes_on=True)
         while leader.commands.count("round") == num_rounds:
-            await anext(events)
+            await anext(told)

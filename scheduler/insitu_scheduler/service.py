@@ -9,6 +9,7 @@ from insitu_proto.v1 import scheduler_service_pb2_grpc
 from insitu_proto.v1.event_pb2 import EventKind
 from insitu_proto.v1.placement_pb2 import ShardGroup, ShardGroupState
 from insitu_scheduler.auth import caller, check_admin, check_model
+from insitu_scheduler.events import TERMINAL_KINDS
 from insitu_scheduler.queue import SessionId
 from insitu_scheduler.refusals import check_limit, malformed
 from insitu_scheduler.validation import MAX_TENSORS
@@ -111,7 +112,10 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         self._dispatcher.watchers.join(log.session_id)
         try:
             async for event in log.follow(request.after_sequence):
-                yield pb.WatchSessionResponse(event=event)
+                response = pb.WatchSessionResponse(event=event)
+                if event.kind in TERMINAL_KINDS and request.max_result_bytes:
+                    response.result.extend(await self._small_result(log, request.max_result_bytes))
+                yield response
         finally:
             self._dispatcher.watchers.leave(log.session_id)
 
@@ -132,6 +136,24 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
                 log, "it has not ended; watch it until it has, or ask for a partial result"
             )
         stored = await self._results.list_values(log.session_id)
+        async for response in self._result(log, stored, request):
+            yield response
+
+    async def _small_result(self, log: EventLog, max_bytes: int) -> list[pb.FetchResultResponse]:
+        """Gives what a session saved, if it is little; what is wrong with it, fetching it tells."""
+        request = pb.FetchResultRequest(is_partial=True, may_batch=True)
+        try:
+            stored = await self._results.list_values(log.session_id)
+            size = sum(value.header.ByteSize() + value.header.num_bytes for value in stored)
+            if not stored or size > min(max_bytes, CHUNK_BYTES):
+                return []
+            return [response async for response in self._result(log, stored, request)]
+        except (Error, OSError):
+            return []
+
+    async def _result(
+        self, log: EventLog, stored: Sequence[StoredValue], request: pb.FetchResultRequest
+    ) -> AsyncIterator[pb.FetchResultResponse]:
         values = _select(log, stored, request)
         summary = pb.ResultSummary(
             num_values=len(values), num_bytes=sum(value.header.num_bytes for value in values)

@@ -136,10 +136,13 @@ class Submission:
     def _fetch(self, *, is_partial: bool) -> dict[str, object]:
         """Gives the values of a session that has ended, downloading them once."""
         if self._values is None:
-            received = list(self._backend.fetch(self.id, is_partial=is_partial))
+            come = self._watch.result
+            received = list(self._backend.fetch(self.id, is_partial=is_partial, come=come))
             self._values = by_name((one.name, one.value) for one in received)
             if self._receive is not None:
                 self._receive((one.node_id, one.value) for one in received)
+                # It is the session's, which has this: large values are not to wait for a collector.
+                self._receive = None
         return self._values
 
 

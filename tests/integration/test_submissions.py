@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,21 @@ def test_a_block_need_not_wait_and_its_values_come_with_its_submission(
     assert shown == ["RECEIVED", "APPROVED", "QUEUED", "RUNNING", "COMPLETED"]
     session.submission.wait()
     assert len(caplog.messages) == len(shown), "events are shown once"
+
+
+def test_large_values_are_freed_when_nobody_has_them_any_more(model: LanguageModel) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with model.session(remote=True, blocking=False) as session, model.trace([IDS]):
+            saved = model.lm_head.output.save()
+        session.submission.result()
+        value = weakref.ref(saved)
+        assert value() is not None
+        del session, saved
+        assert value() is None
+    finally:
+        gc.enable()
 
 
 def test_a_single_trace_need_not_wait_either(model: LanguageModel) -> None:

@@ -225,19 +225,25 @@ class WatchSessionRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    MAX_RESULT_BYTES_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     after_sequence: _builtins.int
     """Sequence number of the last event that the client has seen; 0 for all."""
+    max_result_bytes: _builtins.int
+    """Bytes that what the session saved may take to come with its last event, so that it need not be
+    fetched; 0 for never.
+    """
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         after_sequence: _builtins.int = ...,
+        max_result_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "max_result_bytes", b"max_result_bytes", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -250,18 +256,26 @@ class WatchSessionResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EVENT_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def event(self) -> _event_pb2.Event:
         """The event."""
+
+    @_builtins.property
+    def result(self) -> _containers.RepeatedCompositeFieldContainer[Global___FetchResultResponse]:
+        """With the last event, what the session saved, as FetchResult gives it; empty if that is nothing, or
+        more than the request allows.
+        """
 
     def __init__(
         self,
         *,
         event: _event_pb2.Event | None = ...,
+        result: _abc.Iterable[Global___FetchResultResponse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

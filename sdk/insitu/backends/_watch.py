@@ -15,9 +15,10 @@ from insitu_wire.error_codec import from_failure
 from insitu_wire.errors import Error, Reason, UnavailableError, error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from insitu.backends import OnTokens
+    from insitu_proto.v1.scheduler_service_pb2 import FetchResultResponse, WatchSessionResponse
 
 _TERMINAL_KINDS = frozenset(
     {event_pb2.EVENT_KIND_COMPLETED, event_pb2.EVENT_KIND_ERROR, event_pb2.EVENT_KIND_CANCELLED}
@@ -27,7 +28,9 @@ _TERMINAL_KINDS = frozenset(
 class EventServer(Protocol):
     """Has sessions, and tells what happens to them."""
 
-    def events(self, session_id: str, *, after: int, timeout: float) -> Iterator[event_pb2.Event]:
+    def events(
+        self, session_id: str, *, after: int, timeout: float
+    ) -> Iterator[WatchSessionResponse]:
         """Yields a session's events after a number, as they come; the stream may break."""
 
     def state(self, session_id: str) -> event_pb2.Event:
@@ -35,9 +38,14 @@ class EventServer(Protocol):
 
 
 class Watch:
-    """Shows one session's events, each once, however often it is interrupted."""
+    """Shows one session's events, each once, however often it is interrupted.
+
+    Attributes:
+        result: what the session saved, if it has come with the last event.
+    """
 
     def __init__(self, server: EventServer, session_id: str) -> None:
+        self.result: Sequence[FetchResultResponse] = ()
         self._server = server
         self._session_id = session_id
         self._seen = 0
@@ -96,7 +104,8 @@ class Watch:
         timeout = _resuming.MAX_STREAM_SECONDS
         if deadline is not None:
             timeout = min(timeout, max(deadline - time.monotonic(), 0.0))
-        for event in self._server.events(self._session_id, after=self._seen, timeout=timeout):
+        for response in self._server.events(self._session_id, after=self._seen, timeout=timeout):
+            event, self.result = response.event, response.result
             self._seen, self._last = event.sequence, event
             if event.kind != event_pb2.EVENT_KIND_TOKENS:
                 log_event(self._session_id, kind_name(event), event.message)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _TRACING = Tracing("insitu-client")
 _TIMEOUT_SECONDS = 30.0
 _MAX_UPLOADS = 5
+_SMALL_RESULT_BYTES = 64 * 1024
 
 
 class RemoteBackend:
@@ -83,9 +84,11 @@ class RemoteBackend:
         self, session_id: str, session: session_pb2.Session, on_tokens: OnTokens | None
     ) -> Iterator[tuple[int, object]]:
         try:
-            failure = self.watch(session_id).to_end(on_tokens=on_tokens)
+            watch = self.watch(session_id)
+            failure = watch.to_end(on_tokens=on_tokens)
             if any(saves(session.steps)):
-                for received in self.fetch(session_id, is_partial=failure is not None):
+                is_partial = failure is not None
+                for received in self.fetch(session_id, is_partial=is_partial, come=watch.result):
                     yield received.node_id, received.value
         except BaseException:
             # Ctrl-C too: nobody would use what the session still does.
@@ -170,14 +173,18 @@ class RemoteBackend:
         """Gives what shows a session's events, and waits for its end."""
         return Watch(self, session_id)
 
-    def events(self, session_id: str, *, after: int, timeout: float) -> Iterator[event_pb2.Event]:
-        """Yields a session's events after a number, as they come; the stream may break."""
+    def events(
+        self, session_id: str, *, after: int, timeout: float
+    ) -> Iterator[scheduler_service_pb2.WatchSessionResponse]:
+        """Yields a session's events after a number, as they come; the stream may break.
+
+        What the session saved comes with the last of them, if it is little.
+        """
         request = scheduler_service_pb2.WatchSessionRequest(
-            session_id=session_id, after_sequence=after
+            session_id=session_id, after_sequence=after, max_result_bytes=_SMALL_RESULT_BYTES
         )
         with self._connection.call() as (stub, metadata):
-            for response in stub.WatchSession(request, metadata=metadata, timeout=timeout):
-                yield response.event
+            yield from stub.WatchSession(request, metadata=metadata, timeout=timeout)
 
     def state(self, session_id: str) -> event_pb2.Event:
         """Gives the event that tells a session's state, without waiting."""
@@ -186,18 +193,29 @@ class RemoteBackend:
             response = stub.GetSession(request, metadata=metadata, timeout=_TIMEOUT_SECONDS)
             return response.event
 
-    def fetch(self, session_id: str, *, is_partial: bool) -> Iterator[Received]:
+    def fetch(
+        self,
+        session_id: str,
+        *,
+        is_partial: bool,
+        come: Sequence[scheduler_service_pb2.FetchResultResponse] = (),
+    ) -> Iterator[Received]:
         """Downloads what a session saved.
 
         Args:
             session_id: the session.
             is_partial: whether it may have failed, or not have ended; then what its finished traces
                 saved is given.
+            come: what has come of it with its last event; empty if nothing.
         """
 
         def fetch(
             num_values: int, num_bytes: int
         ) -> Iterator[scheduler_service_pb2.FetchResultResponse]:
+            if come:
+                for response in come:
+                    yield from apart(response)
+                return
             request = scheduler_service_pb2.FetchResultRequest(
                 session_id=session_id,
                 is_partial=is_partial,

@@ -86,3 +86,40 @@ async def test_small_values_come_together_for_who_knows_how(
     parts = [part for response in responses for part in apart(response)]
     assert [part.saved_value.node_id for part in parts[1::2]] == list(range(2, 102))
     assert b"".join(part.data for part in parts) == bytes(range(2, 102))
+
+
+@pytest.mark.parametrize("max_bytes", [0, 20, 65536])
+async def test_a_small_result_comes_with_the_last_event(
+    client: Client, shard: FakeShard, max_bytes: int
+) -> None:
+    session_id = await client.submit(saving())
+    request = pb.WatchSessionRequest(session_id=session_id, max_result_bytes=max_bytes)
+    responses = [at async for at in client.stream("WatchSession", request)]
+    fetched = [
+        at
+        async for at in client.stream(
+            "FetchResult", pb.FetchResultRequest(session_id=session_id, may_batch=True)
+        )
+    ]
+    assert not any(response.result for response in responses[:-1])
+    # Its description counts, too.
+    assert list(responses[-1].result) == (fetched if max_bytes > 20 else [])
+
+
+async def test_a_small_result_is_not_fetched_again(
+    client: Client, shard: FakeShard, proxy: CutProxy
+) -> None:
+    session_id = await client.submit(saving())
+    await client.watch(session_id)
+    backend = RemoteBackend(CONFIG)
+
+    def results() -> list[int]:
+        watch = backend.watch(session_id)
+        assert watch.to_end() is None
+        # No server could give it any more.
+        backend.close()
+        proxy.close()
+        come = watch.result
+        return [one.node_id for one in backend.fetch(session_id, is_partial=False, come=come)]
+
+    assert await asyncio.to_thread(results) == [2]

@@ -11,6 +11,7 @@ from insitu import DeadlineError, InvalidTraceError, UnavailableError
 from insitu.backends import _resuming
 from insitu.backends._watch import Watch
 from insitu_proto.v1 import error_reason_pb2, event_pb2
+from insitu_proto.v1.scheduler_service_pb2 import WatchSessionResponse
 from insitu_wire.errors import Reason, error
 
 RUNNING = event_pb2.EVENT_KIND_RUNNING
@@ -30,7 +31,8 @@ class Server:
         self.afters.append(after)
         for kind in self.streams.pop(0) if self.streams else []:
             self.sequence += 1
-            yield event_pb2.Event(sequence=self.sequence, kind=kind, failure=self.failure)
+            event = event_pb2.Event(sequence=self.sequence, kind=kind, failure=self.failure)
+            yield WatchSessionResponse(event=event)
         raise error(Reason.SERVER_UNREACHABLE, "gone")
 
     def state(self, session_id: str) -> event_pb2.Event:

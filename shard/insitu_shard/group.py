@@ -100,12 +100,8 @@ class Leader:
             raise
 
     def cancel(self, key: str) -> None:
-        """Has a segment that is about to be dropped leave the pass that runs. From any thread.
-
-        Of one rank: several would have to agree on the layer, and end the pass as it ends.
-        """
-        if self.model.ranks.size == 1:
-            self._pool.cancel(key)
+        """Has a segment that is about to be dropped leave the pass that runs. From any thread."""
+        self._pool.cancel(key)
 
     def drop(self, key: str) -> None:
         """Ends a segment on every rank; nothing more of it is told."""

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from transformers import AutoConfig
 
+from support.cancelled_passes import cancelled
 from support.gathered import gathered
 from support.lone_failures import outcomes, outcomes_in_the_model
 from support.on_ranks import on_ranks
@@ -94,6 +95,20 @@ def test_a_rank_that_alone_runs_out_of_memory_in_the_model_ends_the_group(
     assert "alone could not go on" in told[failing][0]
     assert "memory" in told[failing][0]
     assert "lost another rank" in told[1 - failing][0]
+
+
+@pytest.mark.parametrize("num_rows", [64, 4])
+def test_a_long_pass_of_a_cancelled_session_ends_at_one_layer_on_all_ranks(
+    num_rows: int, tiny: TinyModels, tmp_path: Path
+) -> None:
+    leader, follower = on_ranks(cancelled, 2, tmp_path, tiny.folder("llama"), num_rows)
+    is_long = num_rows == 64
+    assert len(leader["reached"]) == (1 if is_long else 3)
+    assert follower["reached"] == leader["reached"]
+    for told in (leader, follower):
+        assert told["is_as_before"]
+        assert told["is_idle"]
+        assert told["has_saved"] == (not is_long)
 
 
 def test_gradients_go_through_whole_views_of_split_tensors(

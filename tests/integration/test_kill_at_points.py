@@ -132,7 +132,10 @@ def test_nothing_is_lost(
         assert torch.equal(one, wanted)
     assert torch.equal(insitu.fetch(done.id)["result"], expected[0])
     backend = RemoteBackend(CONFIG)
-    logs = [list(backend.events(one.id, after=0, timeout=30)) for one in submissions]
+    logs = [
+        [response.event for response in backend.events(one.id, after=0, timeout=30)]
+        for one in submissions
+    ]
     backend.close()
     for one, events in zip(submissions, logs, strict=True):
         chaos.check_events(events, shown.lines[one.id])

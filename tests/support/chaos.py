@@ -230,7 +230,8 @@ def _check_nothing_is_left(cluster: Cluster, folder: Path, num_sessions: int, sh
         time.sleep(0.5)
     num_completed = 0
     for row in backend.sessions(10 * num_sessions):
-        events = list(backend.events(row.session_id, after=0, timeout=30))
+        responses = backend.events(row.session_id, after=0, timeout=30)
+        events = [response.event for response in responses]
         check_events(events, shown.lines[row.session_id])
         num_completed += events[-1].kind == EventKind.EVENT_KIND_COMPLETED
         # Whoever lost the server before it answered submits another in its place.

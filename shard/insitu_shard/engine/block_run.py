@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from insitu_shard.engine.cancellation import Cancellation
 from insitu_shard.engine.execute import Executor
 from insitu_shard.engine.failures import cyclic_write, not_reached
 from insitu_shard.engine.gradients import Gradients, detached
@@ -21,7 +22,7 @@ from insitu_shard.engine.training_graph import Backward
 from insitu_wire.errors import Error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
     from insitu_shard.engine.boundary_value import BoundaryValue, InputValue, OutputValue
@@ -47,7 +48,7 @@ class BlockRun:
     Attributes:
         error: what the first failing operation raised, if one did.
         has_failed: whether one did on any rank, as far as the ranks know of each other.
-        is_cancelled: tells whether nobody wants its values any more.
+        cancellation: whether nobody wants its values any more.
         plan: what it runs.
     """
 
@@ -64,7 +65,7 @@ class BlockRun:
         deferred: AbstractSet[NodeId] = frozenset(),
         runs_to_end: bool = False,
         shares_backward: bool = False,
-        is_cancelled: Callable[[], bool] = lambda: False,
+        cancellation: Cancellation | None = None,
     ) -> None:
         """Makes a run.
 
@@ -79,7 +80,7 @@ class BlockRun:
             deferred: nodes that run in `finish` only, as if they had run when it was their turn.
             runs_to_end: whether its generation is to go on though no node needs it.
             shares_backward: whether its gradients wait for `end_pass`.
-            is_cancelled: tells whether nobody wants its values any more.
+            cancellation: its session's; None if it can not be cancelled.
         """
         self.plan = plan
         self._model = model
@@ -102,7 +103,7 @@ class BlockRun:
         self._batch = batch
         self._deferred = deferred
         self._runs_to_end = runs_to_end
-        self.is_cancelled = is_cancelled
+        self.cancellation = cancellation or Cancellation()
         self._turns: list[NodeId] = []
         self._num_turns = 0
         self._counted: frozenset[NodeId] | None = None

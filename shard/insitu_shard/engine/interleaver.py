@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import nullcontext
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from insitu_shard.engine.module import LoadedModule
     from insitu_shard.engine.regions import Region
     from insitu_shard.engine.row_map import RowMap
+
+
+# In a shorter pass of several ranks asking at every layer would take longer than the rest of it.
+_LONG_PASS_TOKENS = 1024
 
 
 class _NothingIsLeft(Exception):  # noqa: N818 - no error: it ends the pass when nobody needs the rest
@@ -89,7 +94,7 @@ class Interleaver:
         """
         if not self._unfinished:
             return None
-        hooks = list(self._install_hooks())
+        hooks = list(self._install_hooks(_num_tokens(inputs)))
         skipping = {
             node.operation.module_path
             for run in self._runs
@@ -122,9 +127,8 @@ class Interleaver:
                 undo()
         return None
 
-    def _install_hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        if self._model.ranks.size == 1:
-            # A rank that left a pass alone would leave the others in their next collective.
+    def _install_hooks(self, num_tokens: int) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        if self._model.ranks.size == 1 or num_tokens >= _LONG_PASS_TOKENS:
             for path in self._model.block_paths:
                 yield self._model.modules[path].register_forward_pre_hook(self._leave_cancelled)
         places = {(at.module_path, at.is_input) for at in self._at}
@@ -139,8 +143,13 @@ class Interleaver:
 
     def _leave_cancelled(self, *_: object) -> None:
         """Ends the pass at a decoder layer, if all whom it runs for have been cancelled."""
-        wanted = (self._runs[place] for place in self._unfinished)
-        if self._active is None and all(run.is_cancelled() for run in wanted):
+        if self._active is not None:
+            return
+        wanted = [self._runs[place].cancellation for place in self._unfinished]
+        # A rank that left a pass alone would leave the others in their next collective.
+        if self._model.ranks.any(all(each.is_asked for each in wanted)):
+            for each in wanted:
+                each.is_agreed = True
             raise _NothingIsLeft
 
     def _install_skip(self, path: str) -> Callable[[], None]:
@@ -313,3 +322,9 @@ class Interleaver:
         if run.needs_no_more:
             self._unfinished.discard(place)
         return written
+
+
+def _num_tokens(inputs: ForwardInputs) -> int:
+    """Gives how many positions a pass has, over all rows."""
+    first = InputValue(inputs.args, dict(inputs.kwargs)).first
+    return int(prod(first.shape[:2])) if isinstance(first, torch.Tensor) else 0

@@ -70,9 +70,9 @@ class SegmentPool:
             running.close()
 
     def cancel(self, key: str) -> None:
-        """Has a segment do nothing more until it is dropped. From any thread, of a rank alone.
+        """Has a segment do nothing more until it is dropped. From any thread, on one rank.
 
-        A pass that runs for it alone ends at the next decoder layer.
+        A pass that runs for it alone ends at the next decoder layer; of several ranks a long one.
         """
         if running := self._running.get(key):
             running.cancel()

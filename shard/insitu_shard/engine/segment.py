@@ -86,12 +86,17 @@ class SegmentRun:
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether nobody wants what it still does."""
-        return self._state.is_cancelled
+        """Whether nobody wants what it still does, and all ranks know."""
+        return self._state.cancellation.is_agreed
 
     def cancel(self) -> None:
-        """Has a pass that runs for it alone end at its next decoder layer. From any thread."""
-        self._state.is_cancelled = True
+        """Has a pass that runs for it alone end at its next decoder layer. From any thread.
+
+        Of several ranks one is told, and tells the others if the pass is a long one.
+        """
+        self._state.cancellation.is_asked = True
+        if self._state.any_model.ranks.size == 1:
+            self._state.cancellation.is_agreed = True
 
     def run(self) -> Iterator[SegmentEvent | StepFollows]:
         """Runs the steps and yields what they tell, with `StepFollows` before each that computes.

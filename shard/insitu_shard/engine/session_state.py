@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from insitu_shard.compiler import Limits
+from insitu_shard.engine.cancellation import Cancellation
 from insitu_shard.engine.graph import UNSET, references, resolve
 from insitu_shard.engine.handles import SessionValues
 from insitu_shard.engine.memory import compact, copied
@@ -55,8 +56,7 @@ class SessionState:
     options: Options
     writes_in_place: bool
     """Whether any step writes into an existing value."""
-    is_cancelled: bool = False
-    """Whether nobody wants what it still does; may be set from any thread."""
+    cancellation: Cancellation = field(default_factory=Cancellation)
     early: dict[NodeId, object] = field(default_factory=dict)
     """Values of traces that have run, but not ended."""
     _num_runs: Counter[NodeId] = field(default_factory=Counter)

@@ -202,7 +202,7 @@ class TraceRun:
             deferred=self._needs.deferred(is_there, is_exact=self._is_exact),
             runs_to_end=self._trace.generation is not None and self._trace.generation.streams,
             shares_backward=self._shares_backward,
-            is_cancelled=lambda: self._state.is_cancelled,
+            cancellation=self._state.cancellation,
         )
         return self.block
 

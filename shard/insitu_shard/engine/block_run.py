@@ -11,11 +11,12 @@ import torch
 from insitu_shard.engine.cancellation import Cancellation
 from insitu_shard.engine.execute import Executor
 from insitu_shard.engine.failures import cyclic_write, not_reached
-from insitu_shard.engine.gradients import Gradients, detached
-from insitu_shard.engine.graph import UNSET, Gradient, ModuleCall, Read, Skip, Stop
+from insitu_shard.engine.gradients import Gradients
+from insitu_shard.engine.graph import Gradient, ModuleCall, Read, Skip, Stop
 from insitu_shard.engine.invokes import InvokesValue
 from insitu_shard.engine.memory import storages
 from insitu_shard.engine.needs import closure
+from insitu_shard.engine.outcome import Outcome
 from insitu_shard.engine.ranks import RankLostError
 from insitu_shard.engine.regions import looked_at
 from insitu_shard.engine.training_graph import Backward
@@ -278,40 +279,9 @@ class BlockRun:
             self.error = not_reached(min(unfinished), self.plan)
 
     @property
-    def saved(self) -> dict[NodeId, object]:
-        """Values of the save nodes that ran."""
-        return {key: self._values.saved[key] for key in self._counting(self._values.saved)}
-
-    @property
-    def kept(self) -> dict[str, object]:
-        """Values to be kept beyond the session, by handle."""
-        return dict(self._executor.kept[key] for key in self._counting(self._executor.kept))
-
-    @property
-    def logs(self) -> list[str]:
-        """Messages of the log nodes that ran, in the order of definition."""
-        return [self._executor.logs[key] for key in self._counting(self._executor.logs)]
-
-    @property
-    def outliving(self) -> dict[NodeId, object]:
-        """Values that are needed after the block."""
-        values = {**self._values.given, **self._values.assigned}
-        wanted = self.plan.outliving | (values.keys() - self.plan.nodes.keys())
-        return {
-            key: detached(values[key]) if self.takes_gradients else values[key]
-            for key in self._counting(wanted & values.keys())
-            if values[key] is not UNSET
-        }
-
-    def _counting(self, node_ids: Any) -> list[NodeId]:
-        """Gives what counts, in order: a stop is as if nothing had been defined after it."""
-        stopped_at = self._executor.stopped_at
-        return [
-            key
-            for key in sorted(node_ids)
-            if (stopped_at is None or key < stopped_at)
-            and (self._counted is None or key in self._counted)
-        ]
+    def outcome(self) -> Outcome:
+        """What it has given so far."""
+        return Outcome(self.plan, self._executor, self._counted, self.takes_gradients)
 
     def _by_invoke(self, boundary: Boundary, whole: InputValue | OutputValue) -> BoundaryValue:
         """Gives a value that shows each invoke its rows, if any node asks for those."""

@@ -108,7 +108,8 @@ class WindowRun:
             run_next_pass(pending, self._state.options.limits)
         for place, trace in ready:
             if trace.has_run:
-                values = trace.block.outliving if trace.block and not trace.has_failed else {}
+                block = None if trace.has_failed else trace.block
+                values = block.outcome.outliving if block else {}
                 self._state.early.update(values)
                 self._window.ran(place, values.keys())
             if trace.has_failed:
@@ -172,7 +173,8 @@ class WindowRun:
 
     def _told(self, run: BlockRun, plan: Plan, trace_number: int) -> Iterator[SegmentEvent]:
         """Yields what a block tells, and keeps what it gives to later steps."""
-        for message in run.logs:
+        outcome = run.outcome
+        for message in outcome.logs:
             yield Logged(message)
         if run.has_failed:
             err = run.error or error(
@@ -180,11 +182,11 @@ class WindowRun:
             )
             err.trace_number = trace_number
             raise err
-        self._state.handles.keep(run.kept)
-        outliving = run.outliving
+        self._state.handles.keep(outcome.kept)
+        outliving = outcome.outliving
         self._state.keep(outliving)
         # What stays here may still be written to: the receiver gets memory of its own.
-        saved = compact(run.saved)
+        saved = compact(outcome.saved)
         if outliving:
             saved = copied_together(saved)
         for node_id, value in sorted(saved.items()):

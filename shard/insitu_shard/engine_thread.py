@@ -39,6 +39,7 @@ _MAX_WHY = 300
 @dataclass(frozen=True, slots=True)
 class _Segment:
     session_id: str
+    user: str
     tell: Callable[[SegmentEvent | Error], None]
     started_at: float
 
@@ -163,7 +164,9 @@ class EngineThread:
         request: RunSegmentRequest,
         tell: Callable[[SegmentEvent | Error], None],
     ) -> None:
-        self._segments[key] = _Segment(request.session_id, tell, started_at=time.monotonic())
+        self._segments[key] = _Segment(
+            request.session_id, request.user, tell, started_at=time.monotonic()
+        )
         self._metrics.segments_running(len(self._segments))
         try:
             self._leader.begin(key, request)
@@ -189,7 +192,7 @@ class EngineThread:
     def _plan_round(self) -> None:
         if self._leader.is_idle or self._is_round_due:
             return
-        seconds = self._gathering.seconds_left(len(self._segments), now=time.monotonic())
+        seconds = self._gathering.seconds_left(self._users(), now=time.monotonic())
         if not seconds:
             self._is_round_due = True
             self._submit(self._round)
@@ -210,16 +213,19 @@ class EngineThread:
         self._is_round_due = False
         started = time.perf_counter()
         while not self._leader.is_idle:
-            began, num_segments = time.monotonic(), len(self._segments)
+            began, users = time.monotonic(), self._users()
             for key, event in self._leader.round():
                 self._tell(key, event)
             if not self._segments:
                 now = time.monotonic()
-                self._gathering.ended(num_segments, seconds=now - began, now=now)
+                self._gathering.ended(users, seconds=now - began, now=now)
             if self._waiting:
                 break
         self._metrics.was_busy(time.perf_counter() - started)
         self._plan_round()
+
+    def _users(self) -> list[str]:
+        return [segment.user for segment in self._segments.values()]
 
     def _tell(self, key: str, event: SegmentEvent | Error) -> None:
         self._segments[key].tell(event)

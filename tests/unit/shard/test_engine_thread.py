@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -188,8 +188,8 @@ class _UntilTwo(Gathering):
         super().__init__()
         self.seconds = seconds
 
-    def seconds_left(self, num_sessions: int, *, now: float) -> float:
-        seconds = 0.0 if num_sessions > 1 else self.seconds
+    def seconds_left(self, users: Collection[str], *, now: float) -> float:
+        seconds = 0.0 if len(users) > 1 else self.seconds
         if seconds < 1:
             self.seconds = 0.0
         return seconds

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from insitu_proto.v1.event_pb2 import EventKind
 from insitu_proto.v1.scheduler_service_pb2 import QueueState
 from insitu_scheduler import events
-from insitu_scheduler.attempts import check_attempts, was_lost
+from insitu_scheduler.attempts import check_attempts, was_lost, why_lost
 from insitu_scheduler.background import Background
 from insitu_scheduler.charging import Charging
 from insitu_scheduler.deadlines import Deadlines
@@ -144,9 +144,9 @@ class Dispatcher:
             grace_seconds=_REUNION_SECONDS,
         )
 
-    def _queued_again(self, live: LiveSession) -> Event:
+    def _queued_again(self, live: LiveSession, why: str = "") -> Event:
         position = self._queue.num_ahead(live.model, live.log.user) + 1
-        return events.queued_again(position, live.log.attempt + 1)
+        return events.queued_again(position, live.log.attempt + 1, why)
 
     async def cancel(self, session_id: SessionId) -> None:
         """Cancels a session: one that waits ends at once, one that runs before its next trace."""
@@ -169,15 +169,15 @@ class Dispatcher:
         self.observer.groups_changed(group.model)
         self._match()
 
-    def lose(self, group: Group) -> None:
+    def lose(self, group: Group, why: str) -> None:
         """Gives up a group whose lease is gone, and with it the sessions that it runs."""
         self.kept.lose(group.lease_id)
-        self._fail_those_that_need(group)
+        self._fail_those_that_need(group, why)
         unneeded = self._links.remove(group)
         self.observer.groups_changed(group.model)
         for live in self._live.values():
             if group.lease_id in live.lease_ids:
-                live.stop(events.failed(replica_lost()))
+                live.stop(events.failed(replica_lost(why)))
         if unneeded is not None:
             self._background.spawn(unneeded.close())
 
@@ -192,12 +192,12 @@ class Dispatcher:
         client = self._links.find(place.lease_id) if place else None
         return client is not None and await client.release_handle(user, handle_id)
 
-    def _fail_those_that_need(self, group: Group) -> None:
+    def _fail_those_that_need(self, group: Group, why: str) -> None:
         """Ends waiting sessions that load what a group kept that is gone."""
         for live in list(self._live.values()):
             if live.work is None and group.lease_id in live.needed_leases.values():
                 self._room.withdraw(live, "error")
-                self._background.spawn(self._end(live, events.failed(replica_lost())))
+                self._background.spawn(self._end(live, events.failed(replica_lost(why))))
 
     def hosts_changed(self) -> None:
         """Takes note that a host has come, or has told what it does."""
@@ -313,7 +313,7 @@ class Dispatcher:
         freeing = asyncio.create_task(self._release(live.log, places))
         if runs_again:
             await freeing
-            await self._put_back(live)
+            await self._put_back(live, why_lost(event))
             return
         try:
             await self._end(live, event)
@@ -328,7 +328,7 @@ class Dispatcher:
             return False
         return all(lease_id in self._registry for lease_id in live.needed_leases.values())
 
-    async def _put_back(self, live: LiveSession) -> None:
+    async def _put_back(self, live: LiveSession, why: str) -> None:
         """Has a session wait again, after all that it left at groups was freed."""
         live.work, live.verdict, live.places, live.seconds = None, None, None, None
         if self.intake.is_stopping:
@@ -338,11 +338,11 @@ class Dispatcher:
             await self._end(live, live.ended_by)
             return
         try:
-            check_attempts(live.log.attempt, self._max_attempts)
+            check_attempts(live.log.attempt, self._max_attempts, why)
         except Error as err:
             await self._end(live, events.failed(err))
             return
-        again = self._queued_again(live)
+        again = self._queued_again(live, why)
         self._book.publish(live.log, again)
         self._metrics.ran_again(live.model or "")
         self._room.enter(live, again.queue_position)

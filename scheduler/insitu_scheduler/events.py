@@ -50,12 +50,13 @@ def queued(position: int, waits_for: str = "") -> Event:
     )
 
 
-def queued_again(position: int, attempt: int) -> Event:
-    """The session's last attempt was lost, and it waits for another."""
+def queued_again(position: int, attempt: int, why: str = "") -> Event:
+    """The session's last attempt was lost, by what is known of it, and it waits for another."""
+    reason = f" ({why})" if why else ""
     return Event(
         kind=EventKind.EVENT_KIND_QUEUED,
-        message=f"What ran your session was lost. It is at position {position} in the queue again, "
-        f"for attempt {attempt}.",
+        message=f"What ran your session was lost{reason}. It is at position {position} in the "
+        f"queue again, for attempt {attempt}.",
         queue_position=position,
         attempt=attempt,
     )

@@ -69,7 +69,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
                 self._keep_alive(group, request)
                 yield self._lease(group)
         finally:
-            self._revoke(group, "its stream has ended", "ended")
+            self._revoke(group, "its leader has left", "ended")
         if self._stopping.is_set():
             raise error(Reason.SHUTTING_DOWN, "the scheduler is stopping; register again later")
 
@@ -150,7 +150,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
         self._metrics.lease_changed(group.model, event)
         _log.info("shard group %s of %s is out: %s", group.group_id, group.model, why)
         self._catalog.left(group.model)
-        self._dispatcher.lose(group)
+        self._dispatcher.lose(group, why)
 
     async def _expire(self) -> None:
         while True:

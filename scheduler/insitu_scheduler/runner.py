@@ -160,7 +160,7 @@ class SessionRun:
                     self._add_up(response.finished)
                     return response.finished.has_exited
                 await self._pass_on(response)
-        raise replica_lost()
+        raise replica_lost("it ended before the session did")
 
     async def _pass_on(self, response: RunSegmentResponse) -> None:
         match response.WhichOneof("kind"):

@@ -32,6 +32,7 @@ _DESCRIBE_SECONDS = 60.0
 _NO_TLS = Tls()
 # A command waits for the pass that runs.
 _PAUSE_SECONDS = 600.0
+_GONE = "its leader does not answer any more"
 
 
 class ShardClient:
@@ -175,14 +176,14 @@ class ShardClient:
         if rpc_status.from_call(cast("grpc.Call", rpc_error)) is None:
             # gRPC calls a stream that breaks while it is written to INTERNAL.
             _log.warning("the shard group at %s is lost: %s", self.address, rpc_error.details())
-            return replica_lost()
+            return replica_lost(_GONE)
         return from_rpc_error(rpc_error, address=self.address)
 
     def _lost(self, rpc_error: grpc.aio.AioRpcError) -> Error:
         if rpc_error.code() is grpc.StatusCode.INTERNAL:
             return from_rpc_error(rpc_error, address=self.address)
         _log.warning("the shard group at %s is lost: %s", self.address, rpc_error.details())
-        return replica_lost()
+        return replica_lost(_GONE)
 
 
 async def _store_requests(
@@ -193,9 +194,10 @@ async def _store_requests(
         yield shard_service_pb2.StoreUploadRequest(data=chunk)
 
 
-def replica_lost() -> Error:
-    """Makes the error of a session whose shard group went away."""
+def replica_lost(why: str) -> Error:
+    """Makes the error of a session whose shard group went away, with what is known of how."""
     return error(
         Reason.REPLICA_LOST,
-        "the shard group that ran the session was lost; submit the session again",
+        f"the shard group that ran the session was lost: {why}; submit the session again",
+        why=why,
     )

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from insitu_shard.engine.last_words import LastWords
 from insitu_shard.engine.ranks import Ranks
 
 # Followers wait for the next command as long as nobody uses the model. A leader that dies closes
@@ -105,11 +106,13 @@ def join_group(num_ranks: int, rank: int) -> Ranks:
     if num_ranks == 1:
         return Ranks(rank, num_ranks)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store = _store()
     dist.init_process_group(
-        backend=backend, store=_store(), rank=rank, world_size=num_ranks, timeout=_LOADING_TIMEOUT
+        backend=backend, store=store, rank=rank, world_size=num_ranks, timeout=_LOADING_TIMEOUT
     )
     patient = dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT)
-    return Ranks(rank, num_ranks, patient=patient)
+    last_words = LastWords(store, rank=rank, size=num_ranks)
+    return Ranks(rank, num_ranks, patient=patient, last_words=last_words)
 
 
 def bound_collectives(ranks: Ranks, seconds: float) -> None:

@@ -10,7 +10,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from insitu_shard.downloads import finished_downloads
 from insitu_shard.engine import Finished, TraceStarted
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
-
-_MAX_WHY = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +56,7 @@ class EngineThread:
         *,
         thread: ThreadPoolExecutor,
         downloads: Downloads,
-        on_lost: Callable[[], None],
+        on_lost: Callable[[str], None],
         gathering: Gathering | None = None,
     ) -> None:
         """Makes it, on the event loop that will use it.
@@ -68,7 +66,7 @@ class EngineThread:
             metrics: where segments are counted.
             thread: the one thread that runs the engine.
             downloads: bring saved values into the host's memory.
-            on_lost: called when the group can not go on.
+            on_lost: called with the reason when the group can not go on.
             gathering: tells how long a round waits for more segments.
         """
         self._leader = leader
@@ -130,33 +128,36 @@ class EngineThread:
 
     def _submit(self, work: Callable[[], T]) -> Future[T]:
         self._waiting.append(None)
-        working = self._thread.submit(self._begin_work, work)
-        working.add_done_callback(self._check)
-        return working
+        return self._thread.submit(self._begin_work, work)
 
     def _begin_work(self, work: Callable[[], T]) -> T:
         self._waiting.popleft()
         # The ranks of a group that has ended wait for nothing any more.
         if self._has_ended:
             raise error(Reason.REPLICA_LOST, "the shard group has ended; submit the session again")
-        return work()
+        try:
+            return work()
+        except Error:
+            raise
+        except Exception as exception:
+            self._lose(exception)
+            raise
 
-    def _check(self, finished: Future[Any]) -> None:
+    def _lose(self, exception: Exception) -> None:
         """Gives up the group on what no session can cause, such as a lost rank."""
-        exception = None if finished.cancelled() else finished.exception()
-        if exception is not None and not isinstance(exception, Error):
-            _log.critical("the shard group is lost", exc_info=exception)
-            self._has_ended = True
-            why = next(iter(str(exception).splitlines()), "")[:_MAX_WHY]
-            for segment in self._segments.values():
-                segment.tell(
-                    error(
-                        Reason.REPLICA_LOST,
-                        f"the shard group that ran the session was lost "
-                        f"({type(exception).__name__}: {why}); submit the session again",
-                    )
+        self._has_ended = True
+        why = self._leader.why_lost(exception)
+        _log.critical("the shard group is lost: %s", why, exc_info=exception)
+        for segment in self._segments.values():
+            segment.tell(
+                error(
+                    Reason.REPLICA_LOST,
+                    f"the shard group that ran the session was lost: {why}; submit the session "
+                    "again",
+                    why=why,
                 )
-            self._loop.call_soon_threadsafe(self._on_lost)
+            )
+        self._loop.call_soon_threadsafe(self._on_lost, why)
 
     def _begin(
         self,

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from insitu_shard.engine.pool import PassReport
     from insitu_shard.upload_cache import UploadCache
 
+# A rank that was killed is known to be gone soon after its connections are.
+_WORDS_SECONDS = 2.0
+
 
 @dataclass(frozen=True, slots=True)
 class GroupReport:
@@ -199,6 +202,10 @@ class Leader:
             kept_bytes=self.handles.largest_kept_bytes,
             upload_bytes=self.uploads.num_bytes,
         )
+
+    def why_lost(self, exception: Exception) -> str:
+        """Finds out why the group has to end in which something was raised that is no error."""
+        return self.model.ranks.why_lost(exception, within_seconds=_WORDS_SECONDS)
 
     def stop(self) -> None:
         """Ends the followers."""

@@ -69,11 +69,19 @@ def _run(config: ShardConfig) -> None:
         rank, failure = exception.get_first_failure()
         raise error(
             Reason.REPLICA_LOST,
-            f"rank {rank} of {config.num_ranks} ended with status {failure.exitcode}; what it "
-            "printed above says why",
+            f"rank {rank} of {config.num_ranks} {_how(failure.exitcode)}",
             rank=rank,
             status=failure.exitcode,
         ) from None
+
+
+def _how(status: int) -> str:
+    """Says how a process ended, by its exit status as Python has it."""
+    if status == -signal.SIGKILL:
+        return "was killed by signal 9, as the system does where memory runs out"
+    if status < 0:
+        return f"was killed by signal {-status} ({signal.strsignal(-status)})"
+    return f"ended with status {status}; what it printed above says why"
 
 
 def _checked(config: ShardConfig) -> ShardConfig:

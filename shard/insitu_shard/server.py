@@ -66,7 +66,11 @@ def run_rank(config: ShardConfig, rank: int) -> None:
         _log.warning("the ranks of %s were started again, time %d", config.model, num_restarts)
     if not ranks.is_leader:
         model = _load(config, ranks)
-        follow(model, channel, budgets=_budgets(config), limits=_limits(config))
+        try:
+            follow(model, channel, budgets=_budgets(config), limits=_limits(config))
+        except Exception as exception:
+            ranks.say_why(exception)
+            raise
     else:
         asyncio.run(_lead(config, ranks, channel))
 
@@ -124,8 +128,10 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     )
     leader.watch_passes(metrics.pass_ran)
     stopping, gone = asyncio.Event(), asyncio.Event()
+    reasons: list[str] = []
 
-    def lost() -> None:
+    def lost(why: str) -> None:
+        reasons.append(why)
         gone.set()
         stopping.set()
 
@@ -164,8 +170,8 @@ async def _lead(config: ShardConfig, ranks: Ranks, channel: CommandChannel) -> N
     registering.cancel()
     tidying.cancel()
     reporting.cancel()
-    if gone.is_set():
-        raise error(Reason.REPLICA_LOST, f"the shard group of {model.name} lost a rank")
+    if reasons:
+        raise error(Reason.REPLICA_LOST, f"the shard group of {model.name} was lost: {reasons[0]}")
     await asyncio.to_thread(engine.stop)
 
 

@@ -13,15 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from insitu_shard.engine.last_words import LastWords
+from insitu_wire.errors import one_line
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 # How the messages of collectives that fail begin, which have no type of their own.
-_OF_COLLECTIVE = re.compile(r"gloo|NCCL")
+_OF_COLLECTIVE = re.compile(r"gloo|NCCL|^Operation timed out")
 
 # How far ranks may be apart when all of them leave a pass for the same reason.
 _LEAVING_TIMEOUT = timedelta(seconds=10)
+
+_MAX_WHY = 300
 
 
 class RankLostError(RuntimeError):
@@ -55,6 +60,8 @@ class Ranks:
     collectives: Collectives = field(default_factory=Collectives, compare=False, repr=False)
     patient: Any = None
     """A process group of the same ranks for what may take long; None if there is nothing such."""
+    last_words: LastWords = field(default_factory=LastWords, compare=False, repr=False)
+    """Where ranks that end say why."""
 
     def meet(self) -> None:
         """Waits for all ranks, however long each has yet to load. Every rank must call it."""
@@ -77,8 +84,10 @@ class Ranks:
             return
         if isinstance(exception, RankLostError):
             raise exception
-        if isinstance(exception, dist.DistError) or _OF_COLLECTIVE.search(str(exception)):
+        if _is_of_collective(exception):
             raise RankLostError(f"rank {self.rank} lost another rank: {exception}") from exception
+        # Before the others give up waiting, which may be soon.
+        self.last_words.say(exception)
         try:
             meeting = dist.barrier(self.patient, async_op=True)
             assert meeting is not None
@@ -87,6 +96,29 @@ class Ranks:
             raise RankLostError(
                 f"rank {self.rank} alone could not go on: {exception}"
             ) from exception
+        self.last_words.take_back()
+
+    def say_why(self, exception: BaseException) -> None:
+        """Leaves word of why this rank ends, for those who lose it."""
+        if isinstance(exception, RankLostError) or _is_of_collective(exception):
+            self.last_words.say_nothing()
+        else:
+            self.last_words.say(exception)
+
+    def why_lost(self, exception: BaseException, *, within_seconds: float) -> str:
+        """Finds out, in one line, why the group has to end.
+
+        Args:
+            exception: what was raised here; of a rank that is lost, a connection that broke.
+            within_seconds: how long to wait for another rank to be known to have ended.
+        """
+        self.say_why(exception)
+        return (
+            self.last_words.own
+            or self.last_words.heard(within_seconds)
+            or "a rank did not answer, or the connection to it broke "
+            f"({type(exception).__name__}: {one_line(exception)[:_MAX_WHY]})"
+        )
 
     @property
     def is_leader(self) -> bool:
@@ -187,6 +219,10 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         return ctx.ranks.gather(gradient, dim=ctx.dim, full_size=ctx.full_size), None, None
+
+
+def _is_of_collective(exception: BaseException) -> bool:
+    return isinstance(exception, dist.DistError) or bool(_OF_COLLECTIVE.search(str(exception)))
 
 
 def _chunk_sizes(full_size: int, num_ranks: int) -> list[int]:

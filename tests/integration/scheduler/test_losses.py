@@ -13,8 +13,10 @@ import pytest
 from insitu_proto.v1 import error_reason_pb2
 from insitu_proto.v1 import scheduler_service_pb2 as pb
 from insitu_proto.v1.session_pb2 import Session
+from insitu_proto.v1.shard_service_pb2 import RunSegmentResponse
 from insitu_scheduler.server import Server
-from insitu_wire.errors import Error, NotFoundError, Reason
+from insitu_wire.error_codec import to_failure
+from insitu_wire.errors import Error, NotFoundError, Reason, error
 from support.fake_shard import FakeShard, as_described, log, log_line, saved, saving, trace_started
 
 from .conftest import Client, names
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest, RunSegmentResponse
+    from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest
     from insitu_scheduler.config import SchedulerConfig
 
 REPLICA_LOST = error_reason_pb2.ERROR_REASON_REPLICA_LOST
@@ -99,6 +101,7 @@ async def test_a_session_whose_group_dies_is_run_again_by_the_next(
         await next_shard.ready()
         events = await watching
     assert [event.attempt for event in events if names([event]) == ["QUEUED"]][-1] == 2
+    assert any("was lost (its leader " in event.message for event in events)
     assert names(events)[-1] == "COMPLETED"
     assert [event.sequence for event in events] == list(range(1, len(events) + 1))
     assert await client.fetch(session_id) == {2: bytes([2] * 4)}
@@ -207,7 +210,35 @@ async def test_a_session_that_is_lost_each_time_is_given_up_and_takes_no_other_w
         for session_id in others:
             assert names(await client.watch(session_id))[-1] == "COMPLETED"
     assert last.failure.reason == REPLICA_LOST
-    assert "3 attempts" in last.message
+    assert "in each of 3 attempts (at last: its leader " in last.message
+
+
+async def test_what_the_shard_says_of_its_loss_reaches_the_user_and_the_log(
+    config: SchedulerConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    # A group that lost a session gets the next when it has renewed its lease.
+    config = dataclasses.replace(config, lease_ttl_seconds=4)
+    why = "rank 1 was killed, as the system does where memory runs out"
+
+    async def lose_a_rank(request: RunSegmentRequest) -> AsyncIterator[RunSegmentResponse]:
+        yield trace_started(1)
+        err = error(Reason.REPLICA_LOST, f"the group was lost: {why}", why=why)
+        yield RunSegmentResponse(failure=to_failure(err))
+
+    async with (
+        Server(config) as server,
+        FakeShard(server.address, script=lose_a_rank) as shard,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        client = Client(channel)
+        await shard.ready()
+        session_id = await client.submit(saving())
+        async with asyncio.timeout(30):
+            events = await client.watch(session_id)
+    lost = [event.message for event in events if event.attempt]
+    assert [why in message for message in lost] == [True, True]
+    assert f"3 attempts (at last: {why})" in events[-1].message
+    assert f"session {session_id} is lost: the group was lost: {why}" in caplog.text
 
 
 async def test_a_session_that_is_cancelled_while_its_group_is_gone_does_not_run_again(

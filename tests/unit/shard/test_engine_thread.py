@@ -69,6 +69,9 @@ class Leader:
                 del self.left[key]
                 yield key, Finished(has_exited=False)
 
+    def why_lost(self, exception: Exception) -> str:
+        return f"rank 1 was killed ({exception})"
+
     def stop(self) -> None:
         self.commands.append("stop")
 
@@ -81,12 +84,12 @@ def leader() -> Leader:
 
 
 @pytest.fixture
-def lost() -> asyncio.Event:
-    return asyncio.Event()
+def lost() -> asyncio.Queue[str]:
+    return asyncio.Queue()
 
 
 @pytest.fixture
-async def engine(leader: Leader, lost: asyncio.Event) -> AsyncIterator[EngineThread]:
+async def engine(leader: Leader, lost: asyncio.Queue[str]) -> AsyncIterator[EngineThread]:
     metrics = ShardMetrics("tiny")
     with ThreadPoolExecutor(1) as thread:
         yield EngineThread(
@@ -94,7 +97,7 @@ async def engine(leader: Leader, lost: asyncio.Event) -> AsyncIterator[EngineThr
             metrics,
             thread=thread,
             downloads=Downloads(torch.device("cpu")),
-            on_lost=lost.set,
+            on_lost=lost.put_nowait,
         )
 
 
@@ -159,14 +162,16 @@ async def test_one_that_can_not_begin_fails_alone(engine: EngineThread, leader: 
 
 
 async def test_a_group_that_has_lost_a_rank_waits_for_it_no_more(
-    engine: EngineThread, leader: Leader, lost: asyncio.Event
+    engine: EngineThread, leader: Leader, lost: asyncio.Queue[str]
 ) -> None:
     running = asyncio.create_task(_told(engine, LOSES_A_RANK))
-    await asyncio.wait_for(lost.wait(), 10)
+    why = await asyncio.wait_for(lost.get(), 10)
+    assert why == "rank 1 was killed (connection closed by peer)"
     (told,) = await running
     assert isinstance(told, Error)
     assert told.reason is Reason.REPLICA_LOST
-    assert "RuntimeError: connection closed by peer" in told.message
+    assert f"was lost: {why}; submit" in told.message
+    assert told.metadata["why"] == why
     with pytest.raises(Error, match="has ended"):
         await engine.do(lambda: leader.drop("1"))
     assert leader.commands == ["begin 1", "round"]
@@ -197,7 +202,7 @@ class _UntilTwo(Gathering):
 
 @pytest.mark.parametrize("seconds", [60.0, 0.001])
 async def test_a_round_waits_for_segments_that_are_about_to_come(
-    leader: Leader, lost: asyncio.Event, seconds: float
+    leader: Leader, lost: asyncio.Queue[str], seconds: float
 ) -> None:
     metrics = ShardMetrics("tiny")
     with ThreadPoolExecutor(1) as thread:
@@ -206,7 +211,7 @@ async def test_a_round_waits_for_segments_that_are_about_to_come(
             metrics,
             thread=thread,
             downloads=Downloads(torch.device("cpu")),
-            on_lost=lost.set,
+            on_lost=lost.put_nowait,
             gathering=_UntilTwo(seconds),
         )
         first = asyncio.create_task(_told(engine, 1))

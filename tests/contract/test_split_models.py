@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from transformers import AutoConfig
 
 from support.cancelled_passes import cancelled
-from support.gathered import gathered
+from support.gathered import gathered, memory_of_a_region, packed_regions
 from support.lone_failures import outcomes, outcomes_in_the_model
 from support.on_ranks import on_ranks
 from support.random_sessions import sessions
@@ -66,6 +66,13 @@ def found(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_give_what_one_gives(family: str, found: dict[str, list[str]]) -> None:
     assert not found[family], "\n".join(found[family][:5])
+
+
+@pytest.mark.parametrize("family", ["llama of 9 heads", "gpt2 of 3 heads", "gpt_neox of 3 heads"])
+def test_three_ranks_give_what_one_gives(family: str, tiny: TinyModels, tmp_path: Path) -> None:
+    drawn = {family: _random_sessions(2)}
+    for found in on_ranks(differences, 3, tmp_path, {family: tiny.folder(family)}, drawn):
+        assert not found[family], "\n".join(found[family][:5])
 
 
 def test_what_fails_on_one_rank_alone_ends_its_trace_and_nothing_else(
@@ -137,3 +144,16 @@ def test_no_more_crosses_between_ranks_than_is_looked_at(tiny: TinyModels, tmp_p
             "a_part_beside_a_write": len(IDS) * row,
             "a_part_that_a_later_step_uses_whole": len(IDS) * row,
         }
+
+
+def test_what_is_gathered_takes_memory_where_it_is_looked_at_alone(tmp_path: Path) -> None:
+    for num_bytes, elements in on_ranks(memory_of_a_region, 2, tmp_path):
+        assert num_bytes < 2**26, "of a GiB"
+        assert elements == [0, 1, 2]
+
+
+def test_of_packed_parts_no_more_crosses_than_is_looked_at(tmp_path: Path) -> None:
+    # Of each part the ranks have six columns each; each sends as many as the one that has most.
+    columns = [3 * 6, 6, 2, 2 + 1, 5 + 6 + 6]
+    for found in on_ranks(packed_regions, 2, tmp_path):
+        assert found == [(2 * number * 2 * 4, True) for number in columns]

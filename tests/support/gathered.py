@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from insitu import LanguageModel
+from insitu_shard.engine.layout import Split
+from insitu_shard.engine.regions import Region
 from support.split_cases import IDS, TOLERANCE, split_model
 
 if TYPE_CHECKING:
@@ -139,3 +142,41 @@ _CASES = (
     _a_part_beside_a_write,
     _a_part_that_a_later_step_uses_whole,
 )
+
+
+def memory_of_a_region(ranks: Ranks) -> tuple[int, list[float]]:
+    """Gathers one position of what would be a GiB, in bfloat16.
+
+    Returns:
+        The bytes that this process has more of then, and elements: of an earlier position, and the
+        first and the last of the one that was asked for.
+    """
+    # [1, positions, width], each rank's all of one number, without memory
+    local = torch.full((1,), ranks.rank + 1, dtype=torch.bfloat16).expand(1, 4096, 2**16)
+    region = Region((0, 4095, 0), (1, 4096, 2**17))
+    before = psutil.Process().memory_info().rss
+    full = Split(-1, 2**17).gather_region(local, ranks, region)
+    held = psutil.Process().memory_info().rss - before
+    return held, [full[0, 7, 3].item(), full[0, -1, 0].item(), full[0, -1, -1].item()]
+
+
+def packed_regions(ranks: Ranks) -> list[tuple[int, bool]]:
+    """Gathers boxes of a tensor that has three parts beside each other, each split.
+
+    Returns:
+        Of each box the bytes that were gathered, and whether it has what the whole has there, and
+        nothing elsewhere.
+    """
+    full = torch.arange(1.0, 2 * 5 * 36 + 1).view(2, 5, 36)
+    split = Split(-1, 36, num_parts=3)
+    local = split.scatter(full, ranks)
+    found = []
+    for start, stop in [(0, 36), (12, 24), (3, 5), (10, 13), (7, 31)]:
+        region = Region((0, 4, start), (2, 5, stop))
+        before = ranks.collectives.gathered_bytes
+        actual = split.gather_region(local, ranks, region)
+        expected = torch.zeros_like(full)
+        region.of(expected).copy_(region.of(full))
+        num_bytes = ranks.collectives.gathered_bytes - before
+        found.append((num_bytes, torch.equal(actual, expected)))
+    return found

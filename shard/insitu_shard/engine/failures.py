@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # How torch's messages speak of tensors that do not fit each other.
 _MISFIT = re.compile(r"shape|size|dimension|broadcast|expand|must match", re.IGNORECASE)
-_NO_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"out of memory|can(?:'t|not) allocate memory", re.IGNORECASE)
 
 
 def raised(exception: Exception, node: Node, arguments: tuple[object, ...]) -> Error:

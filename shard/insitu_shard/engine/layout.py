@@ -6,6 +6,8 @@ a rank sees in a probe, beside those of the whole model.
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,11 +19,14 @@ from torch.utils import _pytree as pytree
 from insitu_wire.errors import Reason, error
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from insitu_shard.engine.measure import Measurement
     from insitu_shard.engine.ranks import Ranks
     from insitu_shard.engine.regions import Region
+
+# Of less than that the pages are not worth a call of the system.
+_LARGE_BYTES = 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +52,23 @@ class Split:
     def gather_region(self, local: torch.Tensor, ranks: Ranks, region: Region) -> torch.Tensor:
         """Gives a tensor like the whole that is zero outside of a region. Every rank must call it.
 
-        Only what the region has crosses between the ranks. No gradient goes through it.
+        Only what the region has crosses between the ranks; on the CPU only that takes memory. No
+        gradient goes through it.
         """
-        full = local.new_zeros(self.full_shape(local))
+        full = _zeros_like(local, self.full_shape(local))
         if region.is_empty:
             return full
         dim = full.ndim + self.dim
         start, stop = region.starts[dim], region.stops[dim]
-        part = region.of(local, but=dim)
-        if self.num_parts > 1:
-            whole = self.gather(part, ranks).narrow(dim, start, stop - start)
-        else:
-            whole = ranks.gather_range(
-                part, dim=dim, full_size=self.full_size, start=start, stop=stop
+        size = self.full_size // self.num_parts
+        pieces = [
+            ranks.gather_range(part, dim=dim, full_size=size, start=first, stop=after)
+            for number, part in enumerate(
+                region.of(local, but=dim).tensor_split(self.num_parts, dim)
             )
-        region.of(full).copy_(whole)
+            if (first := max(start - number * size, 0)) < (after := min(stop - number * size, size))
+        ]
+        region.of(full).copy_(torch.cat(pieces, dim))
         return full
 
     def full_shape(self, local: torch.Tensor) -> list[int]:
@@ -76,6 +83,16 @@ class Split:
             return ranks.local_chunk(full, dim=self.dim)
         parts = full.unflatten(self.dim, (self.num_parts, -1))
         return ranks.local_chunk(parts, dim=self.dim).flatten(self.dim - 1, self.dim)
+
+
+def _zeros_like(local: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Gives zeros of a tensor's type, on the CPU in pages that are not there until written to."""
+    num_bytes = math.prod(shape) * local.element_size()
+    if local.device.type != "cpu" or num_bytes < _LARGE_BYTES:
+        return local.new_zeros(shape)
+    # torch would write the zeros itself, so that all pages are there.
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=local.dtype).view(*shape)
 
 
 @dataclass(frozen=True, slots=True)

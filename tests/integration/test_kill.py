@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
-import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 import torch
 
 import insitu
-from insitu import CONFIG, LanguageModel, UnavailableError
-from insitu.backends.remote import RemoteBackend
+from insitu import CONFIG, LanguageModel
+from support.deployment import Deployment, wait_for_groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,42 +27,6 @@ NUM_TRACES = 500
 LONGER = 4 * NUM_TRACES
 # Shown after a second at the earliest.
 HALFWAY = r"trace (\d\d+) of"
-
-
-class Deployment:
-    """A scheduler and a shard group, each a process of its own that may be killed."""
-
-    def __init__(self, folder: Path, model: Path) -> None:
-        self.port = _free_port()
-        self.endpoint = f"127.0.0.1:{self.port}"
-        self._folder, self._model = folder, model
-        self._log = (folder / "log").open("w")
-        self.scheduler = self.start_scheduler()
-        self.shard = self.start_shard()
-
-    def start_scheduler(self) -> subprocess.Popen[bytes]:
-        flags = ["--port", str(self.port), "--data-dir", str(self._folder), "--metrics-port", "-1"]
-        flags += ["--grace-seconds", "0.5"]
-        return self._start("insitu_scheduler", *flags)
-
-    def start_shard(self) -> subprocess.Popen[bytes]:
-        model = f"tiny/llama={self._model}"
-        return self._start("insitu_shard", "--model", model, "--scheduler", self.endpoint)
-
-    def kill(self, process: subprocess.Popen[bytes]) -> None:
-        for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-            victim.kill()
-        process.wait()
-
-    def stop(self) -> None:
-        for process in (self.shard, self.scheduler):
-            process.terminate()
-            process.wait(30)
-        self._log.close()
-
-    def _start(self, module: str, *arguments: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", module, *arguments]
-        return subprocess.Popen(command, stdout=self._log, stderr=self._log)
 
 
 @pytest.fixture
@@ -94,7 +54,7 @@ def deployment(
 def test_sessions_outlive_the_scheduler_and_the_shard_group_that_run_them(
     deployment: Deployment, plain: LanguageModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _wait_until_ready()
+    wait_for_groups(1)
     expected = [_session(plain, number, remote=False) for number in range(4)]
     model = LanguageModel("tiny/llama")
     with ThreadPoolExecutor(4) as threads:
@@ -114,7 +74,7 @@ def test_training_begins_again_where_the_group_that_runs_it_is_lost(
     deployment: Deployment, plain: LanguageModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing of the first attempt is left: neither parameters nor an optimizer's averages."""
-    _wait_until_ready()
+    wait_for_groups(1)
     expected = _trained(plain, remote=False)
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(_trained, LanguageModel("tiny/llama"), remote=True)
@@ -130,7 +90,7 @@ def test_training_begins_again_where_the_group_that_runs_it_is_lost(
 def test_a_server_that_is_told_to_stop_keeps_what_runs_for_the_next(
     deployment: Deployment, plain: LanguageModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _wait_until_ready()
+    wait_for_groups(1)
     model = LanguageModel("tiny/llama")
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(_session, model, 1, remote=True, num_traces=LONGER)
@@ -174,28 +134,9 @@ def _trained(model: LanguageModel, *, remote: bool) -> list[torch.Tensor]:
     return [tensor.detach() for tensor in result]
 
 
-def _wait_until_ready() -> None:
-    backend = RemoteBackend(CONFIG)
-    deadline = time.monotonic() + 180
-    while True:
-        assert time.monotonic() < deadline, "the shard group did not register"
-        with suppress(UnavailableError):
-            if backend.server_state().groups:
-                break
-        time.sleep(0.1)
-    backend.close()
-
-
 def _wait_for(caplog: pytest.LogCaptureFixture, pattern: str, *, after: str = "") -> None:
     """Waits until a message fits, of those that come after some text."""
     deadline = time.monotonic() + 180
     while not re.search(f"(?s){after}.*{pattern}", caplog.text):
         assert time.monotonic() < deadline, f"nothing said {pattern!r}"
         time.sleep(0.02)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
+import urllib.request
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -74,6 +77,42 @@ def test_another_user_is_refused(model: LanguageModel, monkeypatch: pytest.Monke
         with pytest.raises(NotFoundError, match="no kept value"):
             with model.session(remote=True):
                 kept.sum().save()
+
+
+def test_metrics_tell_to_the_byte_what_is_kept_and_that_it_is_freed(
+    up: Up, model: LanguageModel
+) -> None:
+    names = ("insitu_shard_handles", "insitu_shard_handle_bytes", "insitu_shard_session_bytes")
+    time.sleep(6)  # what was before is told, too
+    before = [_metric(up, name) for name in names]
+    with model.session(remote=True):
+        with model.trace(IDS):
+            hidden = model.model.layers[1].output[0]
+            kept = hidden.keep()
+        with model.trace(IDS):
+            model.model.layers[1].output = hidden
+            model.lm_head.output.argmax(-1).save()
+    # [1, 4, 64] in float32: what the session had is gone, what the user keeps is there.
+    _wait_for(lambda: [_metric(up, name) for name in names] == [before[0] + 1, before[1] + 1024, 0])
+    kept.release()
+    _wait_for(lambda: [_metric(up, name) for name in names] == [before[0], before[1], 0])
+
+
+def _metric(up: Up, name: str) -> float:
+    """Gives what the group of tiny/llama tells, which it brings up to date every five seconds."""
+    for address in re.findall(r"insitu_shard\.server .*metrics are at (\S+)", up.log):
+        with urllib.request.urlopen(address) as response:
+            told = response.read().decode()
+        if found := re.search(rf'^{name}{{model="tiny/llama"}} (\S+)$', told, re.MULTILINE):
+            return float(found[1])
+    raise AssertionError(f"no group of tiny/llama tells {name}")
+
+
+def _wait_for(has_happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not has_happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_a_value_that_nobody_uses_is_let_go(

@@ -14,7 +14,7 @@ import torch
 from insitu import CONFIG, LanguageModel
 from support.judge import with_hooks, with_insitu
 from support.tiny_models import TinyModels
-from support.up import Up, run_python
+from support.up import Up, insitu, run_python
 
 
 @pytest.fixture
@@ -77,6 +77,29 @@ def test_a_shard_group_that_can_not_start_says_what_to_do(
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("insitu shard: ")
     assert says in done.stderr
+    assert not _started_by(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "says"),
+    [
+        ("missing", [], "download the model again"),
+        ("truncated", ["--tp", "2"], "model.safetensors is damaged or cut short"),
+        ("unknown", ["--max-loaded", "1"], "install a newer transformers"),
+        ("good", ["--dtype", "float8_e4m3fn"], "must be one of float32, bfloat16"),
+    ],
+    ids=["missing", "truncated", "unknown", "dtype"],
+)
+def test_a_deployment_of_what_can_not_be_served_ends_and_says_what_to_do(
+    model: str, flags: list[str], says: str, bad: dict[str, str], tmp_path: Path
+) -> None:
+    flags = [*flags, "--port", "0", "--data-dir", str(tmp_path / "data")]
+    done = insitu("up", "--model", f"x={bad[model]}", *flags, STARTED_BY=str(tmp_path))
+    assert done.returncode == 1
+    assert "is ready" not in done.stdout
+    (line,) = (line for line in done.stderr.splitlines() if says in line)
+    assert line.startswith("insitu ")
+    assert "Traceback" not in done.stderr
     assert not _started_by(tmp_path)
 
 

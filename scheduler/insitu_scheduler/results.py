@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 from insitu_proto.v1.result_pb2 import SavedValue
 from insitu_wire.errors import Error, Reason, error
 from insitu_wire.limits import CHUNK_BYTES
+from insitu_wire.saved_values import is_whole
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
     from insitu_scheduler.object_store import ObjectStore
     from insitu_scheduler.queue import SessionId
 
-# A record is the header's length, the header (a SavedValue), and as many bytes as it announces.
-_LENGTH = struct.Struct("<I")
+# A record is a head, the header (a SavedValue), and as many bytes as that announces. A head is the
+# header's length and CRC-32, and the CRC-32 of both. One of no length ends a session's file.
+_HEAD = struct.Struct("<II")
+_CHECKSUM = struct.Struct("<I")
+_HEAD_BYTES = _HEAD.size + _CHECKSUM.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +63,22 @@ class ResultStore:
         self._writers[session_id] = writer
         return writer
 
-    async def list_values(self, session_id: SessionId) -> list[StoredValue]:
-        """Gives the values that a session has saved completely, also while it saves more."""
+    async def list_values(
+        self, session_id: SessionId, *, has_completed: bool = False
+    ) -> list[StoredValue]:
+        """Gives the values that a session has saved completely, also while it saves more.
+
+        Args:
+            session_id: the session.
+            has_completed: whether it ended well, and all it saved must be there.
+
+        Raises:
+            InternalError: CHECKSUM_MISMATCH, if what is stored is not what was written.
+        """
         if writer := self._writers.get(session_id):
             writer.flush()
-        return await asyncio.to_thread(_scan, partial(self._open, session_id))
+        open_file = partial(self._open, session_id)
+        return await asyncio.to_thread(_scan, open_file, has_completed=has_completed)
 
     async def read(
         self, session_id: SessionId, values: Sequence[StoredValue], *, num_received: int = 0
@@ -115,18 +130,26 @@ class ResultWriter:
         self._buffered_bytes = 0
         self._header = SavedValue()
         self._received_bytes = 0
+        self._kept_bytes = 0
         self._crc32 = 0
 
     async def begin(self, header: SavedValue) -> None:
         """Starts a value.
 
         Raises:
-            InternalError: CHECKSUM_MISMATCH if the value before is not complete.
+            InternalError: CHECKSUM_MISMATCH if the value before is not complete, or the header is
+                not as it was sent.
         """
         self.check_complete()
-        self._header, self._received_bytes, self._crc32 = header, 0, 0
+        if not is_whole(header):
+            raise error(
+                Reason.CHECKSUM_MISMATCH,
+                f"the header of saved value {header.node_id} came damaged; run the session again",
+                nodeId=header.node_id,
+            )
+        self._header, self._received_bytes, self._kept_bytes, self._crc32 = header, 0, 0, 0
         encoded = header.SerializeToString()
-        await self._append(_LENGTH.pack(len(encoded)) + encoded)
+        await self._append(_head(encoded) + encoded)
 
     async def write(self, data: bytes) -> None:
         """Adds bytes to the value that was begun last.
@@ -140,6 +163,7 @@ class ResultWriter:
             raise self._mismatch(f"{self._received_bytes} bytes or more")
         if self._received_bytes == self._header.num_bytes and self._crc32 != self._header.crc32:
             raise self._mismatch(f"CRC-32 {self._crc32:#010x}")
+        self._kept_bytes += len(data)
         await self._append(data)
 
     def check_complete(self) -> None:
@@ -159,6 +183,8 @@ class ResultWriter:
     async def close(self) -> None:
         """Writes what is buffered; a value that is not complete will not be read back."""
         if self._buffer or self._file:
+            if self._kept_bytes == self._header.num_bytes:
+                self._buffer.append(_head(b""))
             await asyncio.to_thread(self._write_and_close, self._take_buffer())
 
     async def _append(self, data: bytes) -> None:
@@ -216,7 +242,12 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _scan(open_file: Callable[[], BinaryIO | None]) -> list[StoredValue]:
+def _head(encoded: bytes) -> bytes:
+    head = _HEAD.pack(len(encoded), zlib.crc32(encoded))
+    return head + _CHECKSUM.pack(zlib.crc32(head))
+
+
+def _scan(open_file: Callable[[], BinaryIO | None], *, has_completed: bool) -> list[StoredValue]:
     file = open_file()
     if file is None:
         return []
@@ -224,17 +255,42 @@ def _scan(open_file: Callable[[], BinaryIO | None]) -> list[StoredValue]:
     with file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        while len(length := file.read(_LENGTH.size)) == _LENGTH.size:
-            encoded = file.read(_LENGTH.unpack(length)[0])
-            if len(encoded) < _LENGTH.unpack(length)[0]:
+        while (encoded := _next_header(file, len(values))) is not None:
+            if not encoded:
+                return values
+            value = StoredValue(SavedValue.FromString(encoded), file.tell())
+            if value.offset + value.header.num_bytes > size:
                 break
-            header = SavedValue.FromString(encoded)
-            offset = file.tell()
-            if offset + header.num_bytes > size:
-                break
-            values.append(StoredValue(header, offset))
-            file.seek(header.num_bytes, os.SEEK_CUR)
+            values.append(value)
+            file.seek(value.header.num_bytes, os.SEEK_CUR)
+    if has_completed:
+        raise _damaged(len(values), "it ends there")
     return values
+
+
+def _next_header(file: BinaryIO, num_before: int) -> bytes | None:
+    """Reads a header, empty at the end of what a session saved; None where the file ends before."""
+    head = file.read(_HEAD_BYTES)
+    if len(head) < _HEAD_BYTES:
+        return None
+    length, checksum = _HEAD.unpack_from(head)
+    if head[_HEAD.size :] != _CHECKSUM.pack(zlib.crc32(head[: _HEAD.size])):
+        raise _damaged(num_before, "what follows is no head of a value")
+    encoded = file.read(length)
+    if len(encoded) < length:
+        return None
+    if zlib.crc32(encoded) != checksum:
+        raise _damaged(num_before, "the header of the next is not as it was written")
+    return encoded
+
+
+def _damaged(num_before: int, why: str) -> Error:
+    return error(
+        Reason.CHECKSUM_MISMATCH,
+        f"what was stored of the session is damaged after {num_before} saved values: {why}; run "
+        "the session again",
+        numValues=num_before,
+    )
 
 
 def _batches(

@@ -135,15 +135,19 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
             raise _result_not_found(
                 log, "it has not ended; watch it until it has, or ask for a partial result"
             )
-        stored = await self._results.list_values(log.session_id)
+        stored = await self._stored(log)
         async for response in self._result(log, stored, request):
             yield response
+
+    async def _stored(self, log: EventLog) -> list[StoredValue]:
+        has_completed = _completed(log.last)
+        return await self._results.list_values(log.session_id, has_completed=has_completed)
 
     async def _small_result(self, log: EventLog, max_bytes: int) -> list[pb.FetchResultResponse]:
         """Gives what a session saved, if it is little; what is wrong with it, fetching it tells."""
         request = pb.FetchResultRequest(is_partial=True, may_batch=True)
         try:
-            stored = await self._results.list_values(log.session_id)
+            stored = await self._stored(log)
             size = sum(value.header.ByteSize() + value.header.num_bytes for value in stored)
             if not stored or size > min(max_bytes, CHUNK_BYTES):
                 return []

@@ -21,6 +21,7 @@ from insitu_wire import torch_codec
 from insitu_wire.error_codec import to_failure
 from insitu_wire.errors import Error
 from insitu_wire.limits import CHUNK_BYTES
+from insitu_wire.saved_values import sealed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,8 +73,8 @@ def _encoded(node_id: int, name: str, saved: object) -> tuple[SavedValue, Iterat
     for buffer in buffers:
         checksum = zlib.crc32(buffer, checksum)
     num_bytes = sum(buffer.nbytes for buffer in buffers)
-    header = SavedValue(
-        node_id=node_id, name=name, value=value, num_bytes=num_bytes, crc32=checksum
+    header = sealed(
+        SavedValue(node_id=node_id, name=name, value=value, num_bytes=num_bytes, crc32=checksum)
     )
     chunks = (
         bytes(buffer[start : start + CHUNK_BYTES])

@@ -16,6 +16,7 @@ from insitu_wire import torch_codec
 from insitu_wire.callers import carrying
 from insitu_wire.errors import Reason, error
 from insitu_wire.limits import ACCESS_TOKEN_METADATA
+from insitu_wire.saved_values import is_whole
 from insitu_wire.tls import SHARD_NAME
 
 if TYPE_CHECKING:
@@ -63,9 +64,10 @@ async def fetch_values(
             f"the shard group at {source.address}, which has values of this session, does not "
             f"answer ({rpc_error.code().name}); submit the session again",
             address=source.address,
+            why="a group that has values of the session does not answer",
         ) from rpc_error
     for value, content in zip(imported.values, data, strict=True):
-        if zlib.crc32(content) != value.crc32:
+        if zlib.crc32(content) != value.crc32 or not is_whole(value):
             raise error(
                 Reason.CHECKSUM_MISMATCH,
                 f"value {value.node_id} arrived damaged from {source.address}; submit the session "

@@ -25,13 +25,13 @@ _sym_db = _symbol_database.Default()
 from insitu_proto.v1 import value_pb2 as insitu__proto_dot_v1_dot_value__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cinsitu_proto/v1/result.proto\x12\tinsitu.v1\x1a\x1binsitu_proto/v1/value.proto\"n\n\nSavedValue\x12\x0f\n\x07node_id\x18\x01 \x01(\x04\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x1f\n\x05value\x18\x03 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\r\n\x05\x63rc32\x18\x05 \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cinsitu_proto/v1/result.proto\x12\tinsitu.v1\x1a\x1binsitu_proto/v1/value.proto\"\x84\x01\n\nSavedValue\x12\x0f\n\x07node_id\x18\x01 \x01(\x04\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x1f\n\x05value\x18\x03 \x01(\x0b\x32\x10.insitu.v1.Value\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\r\n\x05\x63rc32\x18\x05 \x01(\r\x12\x14\n\x0cheader_crc32\x18\x06 \x01(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'insitu_proto.v1.result_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SAVEDVALUE']._serialized_start=72
-  _globals['_SAVEDVALUE']._serialized_end=182
+  _globals['_SAVEDVALUE']._serialized_start=73
+  _globals['_SAVEDVALUE']._serialized_end=205
 # @@protoc_insertion_point(module_scope)

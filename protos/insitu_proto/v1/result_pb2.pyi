@@ -28,6 +28,7 @@ class SavedValue(_message.Message):
     VALUE_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     CRC32_FIELD_NUMBER: _builtins.int
+    HEADER_CRC32_FIELD_NUMBER: _builtins.int
     node_id: _builtins.int
     """Id of the save node."""
     name: _builtins.str
@@ -36,6 +37,10 @@ class SavedValue(_message.Message):
     """Bytes of data that follow."""
     crc32: _builtins.int
     """CRC-32 (ISO-HDLC, as zlib's) of those bytes."""
+    header_crc32: _builtins.int
+    """CRC-32 of this message, as it is encoded in the order of its fields without this one: small values are
+    a part of it. 0, from shards that do not tell: it is not checked.
+    """
     @_builtins.property
     def value(self) -> _value_pb2.Value:
         """The value; each of its tensors gives the offset of its elements in the data."""
@@ -48,10 +53,11 @@ class SavedValue(_message.Message):
         value: _value_pb2.Value | None = ...,
         num_bytes: _builtins.int = ...,
         crc32: _builtins.int = ...,
+        header_crc32: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "name", b"name", "node_id", b"node_id", "num_bytes", b"num_bytes", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "header_crc32", b"header_crc32", "name", b"name", "node_id", b"node_id", "num_bytes", b"num_bytes", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

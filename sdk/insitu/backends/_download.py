@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from insitu.backends._resuming import Resuming
 from insitu_wire.errors import Error, Reason, UnavailableError, error
+from insitu_wire.saved_values import is_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -80,7 +81,10 @@ class _Receiver:
     def take(self, responses: Iterable[FetchResultResponse]) -> Iterator[Received]:
         """Takes in one stream, and yields the values that are complete then."""
         for response in responses:
-            match response.WhichOneof("kind"):
+            kind = response.WhichOneof("kind")
+            if kind != "summary" and self._num_announced is None:
+                raise _without_beginning()
+            match kind:
                 case "summary":
                     self._show(response.summary)
                 case "saved_value":
@@ -119,6 +123,8 @@ class _Receiver:
             )
 
     def _begin(self, saved: result_pb2.SavedValue) -> None:
+        if not is_whole(saved):
+            raise _damaged(saved)
         if self._saved is not None and self._saved != saved:
             raise _damaged(self._saved)
         self._saved = saved
@@ -132,6 +138,14 @@ class _Receiver:
         from insitu_wire import torch_codec
 
         return Received(saved.node_id, saved.name, torch_codec.decode(saved.value, data=data))
+
+
+def _without_beginning() -> Error:
+    return error(
+        Reason.CHECKSUM_MISMATCH,
+        "the result came without its beginning, which tells how many values there are; fetch it "
+        "again",
+    )
 
 
 def _damaged(saved: result_pb2.SavedValue) -> Error:

@@ -10,8 +10,12 @@ import pytest
 from insitu import CONFIG
 from insitu.backends.remote import RemoteBackend
 from insitu_proto.v1 import scheduler_service_pb2 as pb
+from insitu_proto.v1.result_pb2 import SavedValue
+from insitu_proto.v1.shard_service_pb2 import RunSegmentResponse
+from insitu_proto.v1.value_pb2 import Value
 from insitu_wire.batching import apart
-from insitu_wire.errors import NotFoundError, Reason
+from insitu_wire.errors import Error, NotFoundError, Reason
+from insitu_wire.saved_values import sealed
 from support.cut_proxy import CutProxy
 from support.fake_shard import FakeShard, finished, saved, saving, trace_started
 
@@ -20,7 +24,8 @@ from .conftest import Client
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest, RunSegmentResponse
+    from insitu_proto.v1.shard_service_pb2 import RunSegmentRequest
+    from insitu_scheduler.config import SchedulerConfig
     from insitu_scheduler.server import Server
 
 NUM_BYTES = 8 * 1024 * 1024
@@ -123,3 +128,39 @@ async def test_a_small_result_is_not_fetched_again(
         return [one.node_id for one in backend.fetch(session_id, is_partial=False, come=come)]
 
     assert await asyncio.to_thread(results) == [2]
+
+
+async def save_a_little(request: RunSegmentRequest) -> AsyncIterator[RunSegmentResponse]:
+    """Saves a number, which is in the header alone, and a tensor."""
+    yield trace_started(1)
+    number = SavedValue(node_id=2, name="loss", value=Value(float_value=0.25))
+    yield RunSegmentResponse(saved_value=sealed(number))
+    for part in saved(4, b"abcdefgh"):
+        yield part
+    yield finished()
+
+
+async def test_no_byte_that_is_stored_changes_unnoticed(
+    client: Client, shard: FakeShard, config: SchedulerConfig, proxy: CutProxy
+) -> None:
+    shard.script = save_a_little
+    session_id = await client.submit(saving())
+    await client.watch(session_id)
+    backend = RemoteBackend(CONFIG)
+
+    def fetched() -> list[object]:
+        return [received.value for received in backend.fetch(session_id, is_partial=False)]
+
+    assert (await asyncio.to_thread(fetched))[0] == 0.25
+    (path,) = config.data_dir.rglob("values.bin")
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        with pytest.raises(Error) as caught:
+            await asyncio.to_thread(fetched)
+        assert caught.value.reason is Reason.CHECKSUM_MISMATCH, place
+    path.write_bytes(whole)
+    assert len(await asyncio.to_thread(fetched)) == 2
+    backend.close()

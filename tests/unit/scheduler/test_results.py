@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from insitu_proto.v1.result_pb2 import SavedValue
+from insitu_proto.v1.value_pb2 import Value
 from insitu_scheduler.object_store import ObjectStore
 from insitu_scheduler.queue import SessionId
 from insitu_scheduler.results import ResultStore
-from insitu_wire.errors import ConfigurationError, InternalError
+from insitu_wire.errors import ConfigurationError, InternalError, Reason
 from insitu_wire.limits import CHUNK_BYTES
+from insitu_wire.saved_values import sealed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -96,7 +98,8 @@ async def test_a_file_that_was_cut_after_it_was_listed_is_told_of(tmp_path: Path
     await write(store, {1: b"whole", 2: b"cut short"})
     listed = await store.list_values(SESSION)
     path = tmp_path / SESSION / "values.bin"
-    path.write_bytes(path.read_bytes()[:-1])
+    # The mark at the end, and the last byte of the value.
+    path.write_bytes(path.read_bytes()[:-13])
     with pytest.raises(InternalError, match="saved value 2 ends before its 9 bytes"):
         _ = [batch async for batch in store.read(SESSION, listed)]
 
@@ -156,3 +159,36 @@ async def test_what_is_in_the_object_store_is_not_on_disk_any_more_and_is_delete
 def test_a_store_that_there_is_not_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="'nowhere://x', which can not be used"):
         ObjectStore("nowhere://x")
+
+
+async def test_what_a_completed_session_saved_is_there_to_its_end(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    await write(store, {1: b"whole", 2: b"", 3: b"more"})
+    path = tmp_path / SESSION / "values.bin"
+    whole = path.read_bytes()
+    assert len(await store.list_values(SESSION, has_completed=True)) == 3
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        # Of one that did not complete, less may be there.
+        assert len(await store.list_values(SESSION)) <= 3
+        with pytest.raises(InternalError, match=r"damaged after [0-3] saved values") as caught:
+            await store.list_values(SESSION, has_completed=True)
+        assert caught.value.reason is Reason.CHECKSUM_MISMATCH
+
+
+async def test_a_value_that_came_damaged_is_not_taken_for_whole(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    writer = store.writer(SESSION)
+    await writer.begin(header(1, b"abc"))
+    with pytest.raises(InternalError):
+        await writer.write(b"abd")
+    await writer.close()
+    assert await store.list_values(SESSION) == []
+
+
+async def test_a_header_that_came_damaged_is_refused(store: ResultStore) -> None:
+    writer = store.writer(SESSION)
+    damaged = sealed(SavedValue(node_id=1, value=Value(float_value=0.5)))
+    damaged.value.float_value = 0.25
+    with pytest.raises(InternalError, match="header of saved value 1 came damaged"):
+        await writer.begin(damaged)

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from google.protobuf.message import DecodeError
 
 from insitu import InternalError, UnavailableError
 from insitu.backends import _resuming
-from insitu.backends._download import download
+from insitu.backends._download import Received, download
 from insitu_proto.v1.result_pb2 import SavedValue
 from insitu_proto.v1.scheduler_service_pb2 import FetchResultResponse, ResultSummary
 from insitu_wire import torch_codec
 from insitu_wire.errors import Reason, error
+from insitu_wire.saved_values import sealed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -103,9 +105,48 @@ def test_a_result_that_ends_early_is_not_taken_for_whole() -> None:
         list(download(Server(num_lost=1)))
 
 
+@pytest.mark.parametrize("bit", [0, 3, 7])
+def test_no_byte_of_a_result_changes_on_its_way_unnoticed(bit: int) -> None:
+    sent = list(Server()(0, 0))
+    expected = [(one.node_id, one.name, one.value) for one in download(Server())]
+    num_noticed = 0
+    for place, message in enumerate(sent):
+        encoded = message.SerializeToString()
+        for at in range(len(encoded)):
+            changed = bytearray(encoded)
+            changed[at] ^= 1 << bit
+            try:
+                came = FetchResultResponse.FromString(bytes(changed))
+            except DecodeError:
+                continue  # gRPC ends the stream
+            received = [*sent[:place], came, *sent[place + 1 :]]
+            found, reason = _outcome(received)
+            if reason is None:
+                assert all(_is_as_sent(*pair) for pair in zip(found, expected, strict=True))
+            else:
+                assert reason is Reason.CHECKSUM_MISMATCH
+                num_noticed += 1
+    assert num_noticed > 50
+
+
+def _outcome(received: list[FetchResultResponse]) -> tuple[list[Received], Reason | None]:
+    try:
+        return list(download(lambda *_: received)), None
+    except InternalError as err:
+        return [], err.reason
+
+
+def _is_as_sent(one: Received, expected: tuple[int, str, object]) -> bool:
+    node_id, name, value = expected
+    if (one.node_id, one.name) != (node_id, name):
+        return False
+    if isinstance(value, torch.Tensor):
+        return isinstance(one.value, torch.Tensor) and torch.equal(one.value, value)
+    return one.value == value
+
+
 def _encoded(node_id: int, value: object) -> tuple[SavedValue, bytearray]:
     message, tensors = torch_codec.encode_saved(value)
     data = bytearray(b"".join(bytes(torch_codec.tensor_data(tensor)) for tensor in tensors))
-    return SavedValue(
-        node_id=node_id, value=message, num_bytes=len(data), crc32=zlib.crc32(data)
-    ), data
+    header = SavedValue(node_id=node_id, value=message, num_bytes=len(data), crc32=zlib.crc32(data))
+    return sealed(header), data

@@ -14,7 +14,7 @@ from support.same_merged import check_same
 if TYPE_CHECKING:
     from support.tiny_models import TinyModels
 
-FAMILIES = {"llama": 120, "gpt2": 50, "gemma3": 50, "mixtral": 50}
+FAMILIES = {"llama": 80, "gpt2": 30, "gemma3": 30, "mixtral": 30}
 
 
 @pytest.mark.parametrize("padding", [False, True], ids=["as they are", "padded"])

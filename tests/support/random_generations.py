@@ -45,12 +45,14 @@ class Drawn:
     ops: list[Op]
 
 
+KINDS = (
+    "steer", "steer", "list", "last", "block", "branch", "stop", "head", "pattern", "earlier",
+    "log", "next", "noise",
+)  # fmt: skip
+
 _ops = st.builds(
     Op,
-    kind=st.sampled_from(
-        ["steer", "steer", "list", "last", "block", "branch", "stop", "head", "pattern", "earlier"]
-        + ["log", "next", "noise"]
-    ),
+    kind=st.sampled_from(KINDS),
     steps=st.integers(0, len(STEPS) - 1),
     layer=st.integers(0, 2),
     scale=st.sampled_from([0.5, 1.5]),

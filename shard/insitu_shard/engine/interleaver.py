@@ -145,11 +145,11 @@ class Interleaver:
         """Ends the pass at a decoder layer, if all whom it runs for have been cancelled."""
         if self._active is not None:
             return
-        wanted = [self._runs[place].cancellation for place in self._unfinished]
+        is_asked = all(self._runs[place].cancellation.is_asked for place in self._unfinished)
         # A rank that left a pass alone would leave the others in their next collective.
-        if self._model.ranks.any(all(each.is_asked for each in wanted)):
-            for each in wanted:
-                each.is_agreed = True
+        if self._model.ranks.any(is_asked):
+            for place in self._unfinished:
+                self._runs[place].cancellation.is_agreed = True
             raise _NothingIsLeft
 
     def _install_skip(self, path: str) -> Callable[[], None]:

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 
 from insitu import LanguageModel
 from insitu_shard.engine import joint_backward
+from support import random_gradients
+from support.random_gradients import traces
 from support.same_merged import check_same, told
 from support.tiny_models import CONFIGS, TinyModels
 
@@ -258,3 +261,26 @@ def test_explain_says_why_gradients_are_taken_alone(model: LanguageModel) -> Non
         "it trains parameters",
         "it uses gradients while its pass runs",
     ]
+
+
+@pytest.mark.parametrize(("family", "num_draws"), [("llama", 150), ("gpt2", 50), ("gemma3", 50)])
+def test_random_gradients_are_as_one_by_one(
+    family: str, num_draws: int, tiny: TinyModels, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = LanguageModel(str(tiny.folder(family)))
+
+    @settings(
+        max_examples=num_draws,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+    @given(drawn=traces)
+    def check(drawn: list[Any]) -> None:
+        def recorded(_: Any, values: dict[str, Any]) -> None:
+            random_gradients.record(model, drawn, values)
+
+        check_same(model, recorded, caplog, tolerance=1e-4)
+
+    check()

@@ -15,6 +15,8 @@ LeaseId = NewType("LeaseId", str)
 # What a network and a copy to all ranks carry, about.
 _UPLOAD_BYTES_PER_SECOND = 500e6
 _MAX_KNOWN_UPLOADS = 4096
+# A smaller group is for whoever comes.
+_SEVERAL_PLACES = 4
 
 
 class GroupState(Enum):
@@ -98,10 +100,15 @@ class Group:
     def sated_users(self) -> frozenset[str]:
         """Users who have more than twice as many of its places as are free, and so get no more.
 
-        However many sessions one user sends, a group of four places or more has one for the next
-        user (dynamic thresholds: Choudhury and Hahne, IEEE/ACM Transactions on Networking 1998).
+        However many sessions users send, a group of four places or more has one for the next user
+        (dynamic thresholds: Choudhury and Hahne, IEEE/ACM Transactions on Networking 1998), for its
+        last place is for who has none. So a group that is full has a user of one session, who has
+        had a quantum after as long as a turn of each user takes: nobody waits longer because
+        sessions run beside each other than if they ran one by one.
         """
         free = self.max_sessions - self.num_sessions
+        if free == 1 and self.max_sessions >= _SEVERAL_PLACES:
+            return frozenset(self.num_sessions_of)
         return frozenset(user for user, count in self.num_sessions_of.items() if count > 2 * free)
 
     @property

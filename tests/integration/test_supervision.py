@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from insitu import CONFIG, LanguageModel, SessionState, Submission
+from support.deployment import Deployment, wait_for_groups
 from support.up import Up, ranks
 
 if TYPE_CHECKING:
@@ -97,6 +98,26 @@ def test_a_rank_that_is_killed_is_named_to_the_user_and_in_the_log(
         assert len(submission.result(timeout=120)) == 1
         assert re.search(rf"session {submission.id} is lost: .*{why}", up.log)
     assert re.search(rf"What ran your session was lost \({why}.*for attempt 2", caplog.text)
+
+
+def test_a_group_that_is_not_started_again_ends_with_how_its_rank_did(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--tp", "2", "--max-restarts", "0")
+    deployment = Deployment(tmp_path, tiny.folder("llama"), *flags)
+    monkeypatch.setenv("INSITU_ENDPOINT", deployment.endpoint)
+    monkeypatch.setattr(CONFIG, "_api_key", "tests")
+    try:
+        wait_for_groups(1)
+        processes = psutil.Process(deployment.shard.pid).children(recursive=True)
+        (follower,) = ranks(processes, 1)
+        follower.kill()
+        assert deployment.shard.wait(60) == 1
+        assert not psutil.wait_procs(processes, timeout=5)[1]
+        why = "insitu shard: rank 1 of 2 was killed by signal 9, as the system does where memory"
+        assert why in deployment.log
+    finally:
+        deployment.stop()
 
 
 def _long_session(model: LanguageModel) -> Submission:

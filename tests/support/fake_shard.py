@@ -184,7 +184,7 @@ class FakeShard(shard_service_pb2_grpc.ShardServiceServicer):
 
     async def ready(self) -> FakeShard:
         """Waits for the lease."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await self.registered.wait()
         return self
 

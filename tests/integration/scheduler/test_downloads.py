@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from insitu_scheduler.config import SchedulerConfig
     from insitu_scheduler.server import Server
 
-NUM_BYTES = 8 * 1024 * 1024
+NUM_BYTES = 32 * 1024 * 1024
 
 
 @pytest.fixture
@@ -54,7 +54,8 @@ async def test_what_has_come_does_not_come_again(
     session_id = await client.submit(saving())
     await client.watch(session_id)
     backend = RemoteBackend(CONFIG)
-    proxy.cut_after(NUM_BYTES // 2)
+    # More than what is on its way when the connection breaks, and lost with it.
+    proxy.cut_after(NUM_BYTES * 3 // 4)
     (received,) = await asyncio.to_thread(lambda: list(backend.fetch(session_id, is_partial=False)))
     backend.close()
     assert received.node_id == 2

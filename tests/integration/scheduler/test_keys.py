@@ -166,7 +166,7 @@ async def test_a_user_has_no_more_sessions_waiting_than_the_key_allows(
         at.shard.hold.clear()
         ids = [await ann.submit(saving())]
         await ann.watch_until(ids[0], "QUEUED")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await at.shard.running.wait()
         ids += [await ann.submit(saving()) for _ in range(2)]
         err = await refusal(ann.submit(saving()))

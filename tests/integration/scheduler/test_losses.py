@@ -83,7 +83,7 @@ async def test_a_watched_session_outlives_the_grace_and_a_detached_one_needs_no_
     await client.cancel(detached)
     await client.cancel(watched)
     await watching
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         await shard.has_released.wait()
     assert shard.released[0] == detached
 
@@ -114,7 +114,7 @@ async def test_what_was_saved_before_the_loss_is_there_until_the_next_attempt(
         await shard.ready()
         session_id = await client.submit(saving())
         await client.watch_until(session_id, "RUNNING")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not (found := await client.fetch(session_id, is_partial=True)):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert found == {2: b"abc"}
@@ -172,7 +172,7 @@ async def test_what_had_yielded_when_its_group_died_is_not_what_killed_it(
         await shard.ready()
         await _until(lambda: [request.session_id for request in shard.requests] == [yields])
         beside = await client.submit(saving())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await client.watch_until(beside, "RUNNING")
 
 
@@ -202,10 +202,10 @@ async def test_a_session_that_is_lost_each_time_is_given_up_and_takes_no_other_w
                 others = [await client.submit(saving()) for _ in range(2)]
                 for session_id in others:
                     await client.watch_until(session_id, "RUNNING")
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 await dying.wait()
             assert number == 0 or running == {poison}
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         last = (await client.watch(poison))[-1]
         for session_id in others:
             assert names(await client.watch(session_id))[-1] == "COMPLETED"
@@ -374,7 +374,7 @@ async def test_a_server_that_stops_takes_nothing_new(config: SchedulerConfig) ->
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - no event of the server tells it
             await asyncio.sleep(0.01)
 

@@ -91,7 +91,7 @@ async def _group_states(client: Client) -> dict[str, str]:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - no event of the server tells it
             await asyncio.sleep(0.01)
 
@@ -209,7 +209,7 @@ async def test_a_session_over_two_models_has_a_place_only_where_it_runs(
         assert names(await client.watch(both))[-1] == "COMPLETED"
         await _until(lambda: both in a.released and both in b.released)
         assert await client.state(alone) == "RUNNING"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while "BUSY" in (await _group_states(client)).values():  # noqa: ASYNC110 - as above
                 await asyncio.sleep(0.01)
 

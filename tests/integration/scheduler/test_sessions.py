@@ -241,7 +241,7 @@ async def test_a_partial_result_has_what_finished_traces_saved(
     shard.script = save_twice
     session_id = await client.submit(saving())
     assert (await client.state(session_id)) in ("QUEUED", "RUNNING")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not (found := await client.fetch(session_id, is_partial=True)):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert found == {2: b"abc"}
@@ -392,7 +392,7 @@ async def test_a_session_that_ended_long_ago_is_forgotten(config: SchedulerConfi
             client = Client(channel)
             session_id = await client.submit(saving())
             assert names(await client.watch(session_id))[-1] == "COMPLETED"
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 while (await client.call("ListSessions", pb.ListSessionsRequest())).sessions:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
                 while any(config.data_dir.glob("results/*")):  # noqa: ASYNC110

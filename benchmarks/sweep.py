@@ -107,14 +107,17 @@ def _check_agreement(competitors: dict[str, Competitor]) -> None:
 
 def _shares(subject: Subject, num_rounds: int) -> dict[str, float]:
     """Gives the parts of a sweep's time that can be had alone, in a median round."""
-    runs = [run for run in ("sweep", "record", "explain") if run in subject.result]
+    runs = ("sweep", "record", "decode", "explain")
     rounds = [{run: subject.seconds(run) for run in runs} for _ in range(num_rounds)]
-    shares = {"recording": median(rounds, lambda times: times["record"] / times["sweep"])}
-    if "explain" in runs:
-        shares["planning"] = median(
-            rounds, lambda times: (times["explain"] - times["record"]) / times["sweep"]
-        )
-    return shares
+    return {
+        "recording": median(rounds, lambda times: times["record"] / times["sweep"]),
+        "decoding": median(
+            rounds, lambda times: (times["decode"] - times["record"]) / times["sweep"]
+        ),
+        "planning": median(
+            rounds, lambda times: (times["explain"] - times["decode"]) / times["sweep"]
+        ),
+    }
 
 
 def _floor(subject: Subject) -> str:

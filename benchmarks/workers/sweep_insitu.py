@@ -4,11 +4,13 @@ import logging
 import os
 import sys
 
+import torch
 from _memory import peak_bytes
 from _serve import serve
 from _sweep import ANSWERS, CELLS, CLEAN, CORRUPTED, LAYERS
 
 from insitu import LanguageModel, Session
+from insitu_shard.engine.codec import StepDecoder
 
 logging.getLogger("insitu").setLevel(logging.WARNING)
 model = LanguageModel(sys.argv[1])
@@ -38,8 +40,15 @@ def record():
     session_of(CELLS, run=False)
 
 
+def decode():
+    """Records the sweep and decodes it, as a shard does first."""
+    session, _ = session_of(CELLS, run=False)
+    recorded = session._recorder.session
+    StepDecoder(recorded.locations, tensors=[], device=torch.device("cpu")).steps(recorded.steps)
+
+
 def explain():
-    """Records the sweep and plans it."""
+    """Records the sweep, decodes and plans it."""
     session, _ = session_of(CELLS, run=False)
     session.explain()
 
@@ -47,7 +56,7 @@ def explain():
 session_of(CELLS[:1], remote=remote)  # loads the model
 runs = {"sweep": sweep}
 if not remote:
-    runs = {"peak_bytes": lambda: peak_bytes(sweep), **runs, "record": record}
+    runs = {"peak_bytes": lambda: peak_bytes(sweep), **runs, "record": record, "decode": decode}
     if hasattr(Session, "explain"):
         runs["explain"] = explain
 serve(**runs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from insitu.backends.remote import RemoteBackend
 from insitu_proto.v1.event_pb2 import EventKind
 from support import chaos, dying_scheduler
 from support.dying_scheduler import Point
+from support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,8 +37,7 @@ class Supervised:
     """A scheduler that dies at a point, and is started again, and a group that stays."""
 
     def __init__(self, folder: Path, model: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         self.endpoint = f"127.0.0.1:{self._port}"
         self.fuse = folder / "fuse"
         self._folder = folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from support.cut_proxy import CutProxy
+from support.ports import free_port
 from support.up import ranks
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ class Cluster:
             model: the folder of the model.
         """
         self._folder, self._model = folder, model
-        self._port, *self._group_ports = _free_ports(3)
-        self._metrics_ports = dict(zip((_ONE, _TWO), _free_ports(2), strict=True))
+        self._port, *self._group_ports = (free_port() for _ in range(3))
+        self._metrics_ports = {name: free_port() for name in (_ONE, _TWO)}
         self._to_scheduler = CutProxy(f"127.0.0.1:{self._port}")
         self._from_groups = CutProxy(f"127.0.0.1:{self._port}")
         to_groups = [CutProxy(f"127.0.0.1:{port}") for port in self._group_ports]
@@ -153,11 +153,3 @@ def _handles(metrics_port: int) -> float:
         found = re.search(r"^insitu_shard_handles\{.*\} (\S+)$", at.read().decode(), re.MULTILINE)
         return float(found[1]) if found else 1.0
     return 1.0
-
-
-def _free_ports(number: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from support.manifests import Pod, entry_point
+from support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,7 +83,7 @@ class Cluster:
 
     manifests: Manifests
     folder: Path
-    ports: dict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(_free_port))
+    ports: dict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(free_port))
     """By pod and the port that it has in its container."""
     pods: dict[str, Pod] = field(default_factory=dict)
     secrets: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -219,10 +220,3 @@ def _mounts(
     for mount in container["volumeMounts"]:
         if mount["name"] in volumes:
             yield volumes[mount["name"]], mount
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import psutil
 
 from insitu import CONFIG, UnavailableError
 from insitu.backends.remote import RemoteBackend
+from support.ports import free_port
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +31,7 @@ class Deployment:
             model: the folder of what is served as tiny/llama.
             flags: more flags of the shard groups.
         """
-        self.port = _free_port()
+        self.port = free_port()
         self.endpoint = f"127.0.0.1:{self.port}"
         self._folder, self._model, self._flags = folder, model, flags
         self._log = (folder / "log").open("w")
@@ -93,10 +93,3 @@ def wait_for_groups(number: int) -> None:
             if len(group_states()) == number:
                 return
         time.sleep(0.1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

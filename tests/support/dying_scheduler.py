@@ -90,10 +90,9 @@ def _die_while_downloading(fuse: Path) -> None:
     read = ResultStore.read
 
     async def read_some(self: ResultStore, *args: Any, **kwargs: Any) -> Any:
-        async for part in read(self, *args, **kwargs):
-            yield part
-            if isinstance(part, bytes):
-                _die(fuse)
+        async for parts in read(self, *args, **kwargs):
+            yield parts
+            _die(fuse)
 
     ResultStore.read = read_some  # type: ignore[method-assign]
 

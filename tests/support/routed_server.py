@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from support.ports import free_port
 from support.up import insitu
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ class RoutedServer:
         return self.to_scheduler.address
 
     def start_shard(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         self.to_shard.target = f"127.0.0.1:{port}"
         flags = ["--scheduler", self.to_scheduler.target, "--port", str(port)]
         flags += ["--advertise-address", self.to_shard.address]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import socket
 import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from insitu_shard.epochs import Epochs
 from insitu_wire.errors import Error, Reason
 from insitu_wire.health import LIVENESS
 from support.fake_shard import FakeShard, saving
+from support.ports import free_port
 from support.postgres import BINARIES, MISSING, running
 
 from .conftest import Client, names
@@ -47,8 +47,7 @@ async def test_a_session_lives_on_with_the_scheduler_that_stood_by(
     shared: SchedulerConfig,
 ) -> None:
     lost = asyncio.Event()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        health_port = free.getsockname()[1]
+    health_port = free_port()
     first = Server(shared, on_lost=lost.set)
     second = Server(dataclasses.replace(shared, health_port=health_port, metrics_port=0))
     await first.start()

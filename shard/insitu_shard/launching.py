@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
+import threading
 import uuid
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
@@ -39,7 +41,28 @@ def launch_ranks(config: ShardConfig) -> None:
         # What ranks put aside goes with the group, however they end.
         os.environ["TMPDIR"] = folder
         _start_forking()
-        _run(_checked(config))
+        config = _checked(config)
+        if config.node_rank:
+            _end_before_ranks(folder)
+        _run(config)
+
+
+def _end_before_ranks(folder: str) -> None:
+    """Has SIGTERM end this node while it waits for the others, for an hour maybe.
+
+    Once there are ranks the leader ends those of all nodes, after what runs has ended. What waits
+    runs no handlers: so a thread of its own takes the signal.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def take() -> None:
+        while True:
+            signal.sigwait({signal.SIGTERM})
+            if not multiprocessing.active_children():
+                shutil.rmtree(folder, ignore_errors=True)
+                os._exit(0)
+
+    threading.Thread(target=take, name="stopping", daemon=True).start()
 
 
 def _start_forking() -> None:
@@ -57,9 +80,6 @@ def _run(config: ShardConfig) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    if config.node_rank:
-        # The leader ends the ranks of all nodes, after what runs has ended.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         elastic_launch(_launch(config), run_as_rank)(config)
     except SignalException:

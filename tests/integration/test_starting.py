@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
@@ -13,8 +18,12 @@ import torch
 
 from insitu import CONFIG, LanguageModel
 from support.judge import with_hooks, with_insitu
+from support.ports import free_port
 from support.tiny_models import TinyModels
 from support.up import Up, insitu, run_python
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @pytest.fixture
@@ -101,6 +110,32 @@ def test_a_deployment_of_what_can_not_be_served_ends_and_says_what_to_do(
     assert line.startswith("insitu ")
     assert "Traceback" not in done.stderr
     assert not _started_by(tmp_path)
+
+
+def test_a_node_that_waits_for_the_others_ends_when_it_is_told(
+    bad: dict[str, str], tmp_path: Path
+) -> None:
+    flags = ["--model", f"x={bad['good']}", "--tp", "2", "--nodes", "2", "--node-rank", "1"]
+    flags += ["--rendezvous", f"127.0.0.1:{free_port()}", "--scheduler", "127.0.0.1:1"]
+    environment = {**os.environ, "STARTED_BY": str(tmp_path)}
+    node = subprocess.Popen([sys.executable, "-m", "insitu_shard", *flags], env=environment)
+    _wait_until(lambda: _takes_signals_itself(node.pid))
+    node.terminate()
+    assert node.wait(20) == 0
+    _wait_until(lambda: not _started_by(tmp_path))
+
+
+def _takes_signals_itself(process: int) -> bool:
+    status = Path(f"/proc/{process}/status").read_text()
+    blocked = next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk"))
+    return bool(int(blocked, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def _wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def _started_by(mark: Path) -> list[psutil.Process]:

@@ -93,8 +93,15 @@ class ResultStore:
             num_received: how many bytes of the first one's data to leave out.
         """
         batches = _batches(partial(self._open, session_id), values, num_received)
-        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
-            yield batch
+        # Read while the one before is on its way.
+        following = _begin_reading(batches)
+        try:
+            while (batch := await following) is not None:
+                following = _begin_reading(batches)
+                yield batch
+        finally:
+            # Whoever has gone away leaves no thread behind that reads.
+            await asyncio.wait([following])
 
     async def delete(self, session_id: SessionId) -> None:
         """Deletes what a session has saved."""
@@ -291,6 +298,12 @@ def _damaged(num_before: int, why: str) -> Error:
         "the session again",
         numValues=num_before,
     )
+
+
+def _begin_reading(
+    batches: Iterator[list[SavedValue | bytes]],
+) -> asyncio.Task[list[SavedValue | bytes] | None]:
+    return asyncio.create_task(asyncio.to_thread(next, batches, None))
 
 
 def _batches(

@@ -64,6 +64,7 @@ class _Receiver:
         self._num_announced: int | None = None
         self._saved: result_pb2.SavedValue | None = None
         self._data = bytearray()
+        self._crc32 = 0
         self._open = ExitStack()
         self._progress: Any = None
 
@@ -90,8 +91,7 @@ class _Receiver:
                 case "saved_value":
                     self._begin(response.saved_value)
                 case "data":
-                    self._data += response.data
-                    self._progress.update(len(response.data))
+                    self._add(response.data)
             if self._saved is not None and len(self._data) >= self._saved.num_bytes:
                 yield self._complete(self._saved)
 
@@ -129,10 +129,17 @@ class _Receiver:
             raise _damaged(self._saved)
         self._saved = saved
 
+    def _add(self, data: bytes) -> None:
+        self._data += data
+        # Now, while it is in the processor's cache, and others are on their way.
+        self._crc32 = zlib.crc32(data, self._crc32)
+        self._progress.update(len(data))
+
     def _complete(self, saved: result_pb2.SavedValue) -> Received:
         data, self._data, self._saved = self._data, bytearray(), None
+        crc32, self._crc32 = self._crc32, 0
         self._num_values += 1
-        if zlib.crc32(data) != saved.crc32:
+        if crc32 != saved.crc32:
             raise _damaged(saved)
         # With torch, which takes seconds to import: commands that fetch no value do without it.
         from insitu_wire import torch_codec

@@ -692,16 +692,20 @@ def _told(pool: SegmentPool) -> dict[str, Any]:
     return told
 
 
+def _alone(model: Any, session: Any) -> torch.Tensor:
+    """Gives what a session saves that runs by itself."""
+    pool = SegmentPool()
+    pool.add("alone", _run_of(model, session))
+    ids: torch.Tensor = _told(pool)["alone"]
+    return ids
+
+
 def test_generations_of_several_users_share_passes_and_get_what_they_get_alone(model: Any) -> None:
     sessions = {
         f"user {number}": _recorded(model, [number + 3, *IDS[1:]], number + 1, 4 + number, 1.1)
         for number in range(4)
     }
-    alone = {}
-    for key, session in sessions.items():
-        pool = SegmentPool()
-        pool.add(key, _run_of(model, session), user=key)
-        alone |= _told(pool)
+    alone = {key: _alone(model, session) for key, session in sessions.items()}
     pool = SegmentPool()
     shared: list[int] = []
     pool.on_pass = lambda report: shared.append(report.num_segments)
@@ -734,11 +738,7 @@ def test_a_generation_catches_up_with_one_that_has_begun_before(
         _recorded(model, [at, *IDS[1:]], at, length, 1.2)
         for at, length in zip((3, 4), lengths, strict=True)
     ]
-    alone = []
-    for session in sessions:
-        pool = SegmentPool()
-        pool.add("alone", _run_of(model, session))
-        alone.append(_told(pool)["alone"])
+    alone = [_alone(model, session) for session in sessions]
     pool = SegmentPool()
     shared: list[int] = []
     pool.on_pass = lambda report: shared.append(report.num_segments)
@@ -755,9 +755,8 @@ def test_a_generation_catches_up_with_one_that_has_begun_before(
 
 def test_of_two_that_have_met_either_may_be_dropped_held_and_end(model: Any) -> None:
     sessions = [_recorded(model, [at, *IDS[1:]], at, 8, 1.2) for at in (3, 4)]
+    expected = _alone(model, sessions[1])
     pool = SegmentPool()
-    pool.add("alone", _run_of(model, sessions[1]))
-    expected = _told(pool)["alone"]
     pool.add("goes", _run_of(model, sessions[0]), user="ann")
     list(pool.round())
     pool.add("stays", _run_of(model, sessions[1]), user="ben")
@@ -771,9 +770,8 @@ def test_of_two_that_have_met_either_may_be_dropped_held_and_end(model: Any) -> 
 
 def test_a_generation_that_is_dropped_leaves_those_that_it_shares_passes_with(model: Any) -> None:
     sessions = [_recorded(model, [at, *IDS[1:]], at, 6, 1.2) for at in (3, 4)]
+    expected = _alone(model, sessions[0])
     pool = SegmentPool()
-    pool.add("alone", _run_of(model, sessions[0]))
-    expected = _told(pool)["alone"]
     pool.add("stays", _run_of(model, sessions[0]))
     pool.add("goes", _run_of(model, sessions[1]))
     for _ in range(3):

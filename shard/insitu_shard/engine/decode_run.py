@@ -138,13 +138,11 @@ class DecodeGroup:
         """
         if not (self._members and other._members) or self._model is not other._model:
             return False
-        facts = [*self._step_facts(), *other._step_facts()]
-        joint = Pass(tuple(range(len(facts))), tuple(facts), self._plan.outline)
         return (
             self._prompt_length == other._prompt_length is not None
             and self._state.can_grow
             and other._state.can_grow
-            and joint.fits(limits)
+            and self._pass_of([*self._step_facts(), *other._step_facts()]).fits(limits)
         )
 
     def take_in(self, other: DecodeGroup) -> None:
@@ -290,7 +288,9 @@ class DecodeGroup:
 
     def _step_plan(self) -> Pass:
         """Gives the pass of the step that comes, as plans are reported."""
-        facts = self._step_facts()
+        return self._pass_of(self._step_facts())
+
+    def _pass_of(self, facts: Sequence[TraceFacts]) -> Pass:
         return Pass(tuple(range(len(facts))), tuple(facts), self._plan.outline)
 
     def _step_facts(self) -> list[TraceFacts]:
